@@ -1,0 +1,1 @@
+"""The core: perturbations as optax transforms at sites; jax and optax only."""

@@ -1,0 +1,176 @@
+"""Perturbations that began at the inputs and serve at activations too: noise, attacks, mixing."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from lpa_jax.perturb import pgd
+from lpa_jax.perturb.sites import (
+    at_step,
+    check_choice,
+    check_count,
+    check_number,
+    INPUTS,
+    LABELS,
+    Number,
+    Perturbation,
+    require_gradient,
+    stateless,
+)
+
+
+def gaussian_noise(site: str, stddev: Number) -> Perturbation:
+    """Add independent normal noise.
+
+    Args:
+      site: Any site whose value is one array: `"inputs"`, a module path, `"logits"`,
+        `"logit_grads"`.
+      stddev: Standard deviation in the units of the value, at least 0, or a schedule.
+
+    Raises:
+      ValueError: If `stddev` is negative or not a number.
+
+    Example:
+      >>> import lpa_jax
+      >>> lpa_jax.gaussian_noise("inputs", stddev=0.05)
+      Perturbation(sites=('inputs',))
+    """
+    check_number("stddev", stddev)
+
+    def update(value, *, key, step=0, **_):
+        noise = jax.random.normal(key, value.shape, value.dtype)
+        return value + noise * at_step(stddev, step).astype(value.dtype)
+
+    return stateless(site, update)
+
+
+def adversarial(
+    site: str,
+    epsilon: Number,
+    *,
+    steps: int = 1,
+    step_size: Number | None = None,
+    norm: Literal["linf", "l2"] = "linf",
+    bounds: tuple[float, float] | None = None,
+) -> Perturbation:
+    """Move each example uphill in its own loss: FGSM (one step) or PGD, from the clean value.
+
+    Args:
+      site: A module path, `"inputs"` or `"logits"`.
+      epsilon: Radius of the ball around the value, at least 0, or a schedule.
+      steps: Number of steps, at least 1.
+      step_size: Length of a step; default `epsilon` for one step and `2.5 * epsilon / steps` for
+        more.
+      norm: `"linf"` (steps along the sign of the gradient) or `"l2"` (along the gradient).
+      bounds: Range the result is clipped to, `(0.0, 1.0)` for pixels; None for activations.
+
+    Raises:
+      ValueError: If an argument is outside its range, or the site has no gradient.
+
+    Example:
+      >>> import lpa_jax
+      >>> lpa_jax.adversarial("inputs", 8 / 255, steps=10, bounds=(0.0, 1.0))
+      Perturbation(sites=('inputs',))
+
+    References:
+      Goodfellow, Shlens and Szegedy, arXiv:1412.6572; Madry et al., arXiv:1706.06083.
+    """
+    check_number("epsilon", epsilon)
+    check_count("steps", steps)
+    check_choice("norm", norm, ("linf", "l2"))
+    if step_size is not None:
+        check_number("step_size", step_size)
+
+    def update(value, *, gradient_fn=None, step=0, **_):
+        require_gradient("adversarial", site, gradient_fn)
+        start = jax.lax.stop_gradient(value)
+        size = at_step(epsilon, step)
+        default = size if steps == 1 else 2.5 * size / steps
+        stride = default if step_size is None else at_step(step_size, step)
+
+        def moved(delta):
+            new = start + delta.astype(start.dtype)
+            return new if bounds is None else jnp.clip(new, *bounds)
+
+        def body(_, delta):
+            gradient = gradient_fn(moved(delta))[1].astype(jnp.float32)
+            if norm == "linf":
+                delta = jnp.clip(delta + stride * jnp.sign(gradient), -size, size)
+            else:
+                radii = jnp.full(value.shape[0], size)
+                delta = pgd.project(delta + stride * pgd.unit(gradient), radii)
+            return (moved(delta) - start).astype(jnp.float32)
+
+        delta = pgd.repeat(body, jnp.zeros(value.shape, jnp.float32), steps)
+        return value + delta.astype(value.dtype)
+
+    return stateless(site, update)
+
+
+def manifold_mixup(sites: str | Sequence[str], alpha: Number) -> Perturbation:
+    r"""Manifold Mixup: interpolate the examples of a batch at a layer drawn for each batch.
+
+    .. math::
+        a_i \leftarrow \lambda a_i + (1 - \lambda) a_{i-1}, \qquad
+        t_i \leftarrow \lambda t_i + (1 - \lambda) t_{i-1}, \qquad
+        \lambda \sim \mathrm{Beta}(\alpha, \alpha)
+
+    Each example is paired with the one before it in the batch (*ours*; batches are shuffled, and
+    on many devices a shift is one neighbour's exchange where a permutation is a gather of all). An
+    example next to padding stays as it is. Gradients flow through both partners.
+
+    Args:
+      sites: The layers to draw from with equal chance, module paths or `"inputs"`. The targets are
+        mixed along with them, and so is the class membership that LPA, LPL and LPG see.
+      alpha: Parameter of the Beta distribution, at least 0 (0: no mixing), or a schedule. The
+        paper's: 2.0 on CIFAR and SVHN, 0.2 on TinyImageNet.
+
+    Raises:
+      ValueError: If `alpha` is negative or not a number.
+
+    Example:
+      >>> import lpa_jax
+      >>> lpa_jax.manifold_mixup(("inputs", "group1"), alpha=2.0)
+      Perturbation(sites=('inputs', 'group1', 'labels'))
+
+    References:
+      Verma et al., Manifold Mixup, ICML 2019, arXiv:1806.05236.
+    """
+    check_number("alpha", alpha)
+    layers = (sites,) if isinstance(sites, str) else tuple(sites)
+
+    def update(value, *, site=layers[0], key, weights, step=0, **_):
+        # One key at all sites: they agree on the layer, lambda and the pairing without a state.
+        layer_key, lam_key = jax.random.split(key)
+        concentration = at_step(alpha, step)
+        safe = jnp.maximum(concentration, 1e-3)
+        lam = jnp.where(concentration > 0, jax.random.beta(lam_key, safe, safe), 1.0)
+        real = weights > 0
+        lam = jnp.where(real & jnp.roll(real, 1), lam, 1.0)
+        lam = pgd.column(lam, value).astype(value.dtype)
+        mixed = jnp.where(lam < 1, lam * value + (1 - lam) * jnp.roll(value, 1, axis=0), value)
+        if site == LABELS:
+            return mixed
+        chosen = jax.random.randint(layer_key, (), 0, len(layers)) == layers.index(site)
+        return jnp.where(chosen, mixed, value)
+
+    return stateless((*layers, LABELS), update)
+
+
+def mixup(alpha: Number) -> Perturbation:
+    """Interpolate the inputs and targets of a batch: `manifold_mixup` with the inputs alone.
+
+    Args:
+      alpha: Parameter of the Beta distribution, at least 0, or a schedule.
+
+    Example:
+      >>> import lpa_jax
+      >>> lpa_jax.mixup(alpha=1.0)
+      Perturbation(sites=('inputs', 'labels'))
+
+    References:
+      Zhang et al., mixup, ICLR 2018, arXiv:1710.09412.
+    """
+    return manifold_mixup(INPUTS, alpha)

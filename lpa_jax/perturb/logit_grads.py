@@ -1,0 +1,82 @@
+"""Perturbations of the per-example gradient of the loss at the logits, `[B, C]`: LPG."""
+
+from typing import Literal
+
+import jax.numpy as jnp
+
+from lpa_jax.perturb import classwise, membership, pgd, sites, splits
+
+
+def lpg(
+    epsilon: sites.Number,
+    *,
+    delta_epsilon: sites.Number = 0.0,
+    split: splits.Split | None = None,
+    solver: Literal["closed_form", "iterative"] = "closed_form",
+) -> sites.Perturbation:
+    r"""LPG: learning perturbations of logit gradients, one perturbation a class.
+
+    `g_i + d_{y_i}` is back-propagated in place of `g_i = dl_i/du_i`, where `d_c` amplifies (+1) or
+    dampens (-1) the class-mean gradient. With `g_c` that mean (*ours*; only the paper's abstract is
+    public in full):
+
+    .. math::
+        d_c = \epsilon_c \frac{g_c}{\|g_c\|} \;(s_c = +1), \qquad
+        d_c = -\min(\epsilon_c, \|g_c\|) \frac{g_c}{\|g_c\|} \;(s_c = -1)
+
+    the exact maximiser and minimiser of `||g_c + d||` on the ball. The parameter gradient equals
+    that of `l_i + <d_{y_i}, u_i>` with `d` constant.
+
+    Args:
+      epsilon: The bound on `||d_c||_2`, at least 0, or a schedule. (`||g_i|| <= sqrt(2)` for
+        cross-entropy.)
+      delta_epsilon: Varied bound: `epsilon + delta_epsilon * split.spread`.
+      split: Which classes are amplified and which dampened; default `splits.mean_threshold()`.
+      solver: The closed form, or projected steps on the same objective, which agree with it.
+
+    Raises:
+      ValueError: If an argument is outside its range.
+
+    Example:
+      >>> import lpa_jax
+      >>> lpa_jax.lpg(epsilon=0.1)
+      Perturbation(sites=('logit_grads',))
+
+    References:
+      Learning Perturbations of Logit Gradients, arXiv:2605.29494.
+    """
+    sites.check_number("epsilon", epsilon)
+    sites.check_number("delta_epsilon", delta_epsilon)
+    sites.check_choice("solver", solver, ("closed_form", "iterative"))
+    split = splits.mean_threshold() if split is None else split
+
+    def plan(stats, step):
+        return classwise.plan(split, epsilon, delta_epsilon, stats, step)
+
+    def update(value, *, labels, targets, weights, class_stats, step=0, **_):
+        members = membership.by_class(labels, weights, targets.shape[1])
+        signs, radii = plan(class_stats, step).rows(members)
+        mean = members.mean(value)
+        if solver == "closed_form":
+            delta = pgd.stretch(mean, signs, radii)
+        else:
+            delta = _iterate(mean, signs, radii)
+        return value + members.spread(delta).astype(value.dtype)
+
+    def report(site, stats, step):
+        return plan(stats, step)._asdict()
+
+    return sites.stateless(sites.LOGIT_GRADS, update, report)
+
+
+def _iterate(mean: pgd.Rows, signs: pgd.PerRow, radii: pgd.PerRow, steps: int = 4) -> pgd.Rows:
+    """Solve `stretch` by projected steps along the gradient of `||mean + d||`."""
+    stride = 2.0 * radii / steps
+
+    def body(_, delta):
+        total = mean + delta
+        # A step down is no longer than what is left: beyond the origin the norm would grow again.
+        length = jnp.where(signs > 0, stride, jnp.minimum(stride, pgd.norms(total)))
+        return pgd.project(delta + pgd.column(signs * length, delta) * pgd.unit(total), radii)
+
+    return pgd.repeat(body, jnp.zeros_like(mean), steps)

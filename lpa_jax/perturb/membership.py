@@ -1,0 +1,100 @@
+"""Which classes the examples of a batch belong to: the only interface of class-level work."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+Labels = Int[Array, "batch"] | Float[Array, "batch classes"]
+
+
+class Membership(NamedTuple):
+    """The batch seen by class: one *row* for each class present, at most `batch` rows.
+
+    Integer labels are served by gather and segment-sum, soft labels (after mixup) by matrix
+    products. Under `jit` over a sharded batch all means are over the global batch.
+
+    Attributes:
+      rows: The row of each example (int `[B]`), or its share in every row (float `[B, R]`).
+      classes: The class of each row, int `[R]`; `num_classes` where a row is unused.
+      weights: The weight of each example, float32 `[B]`, 0 for padding.
+      counts: Summed weights of the members of each row, float32 `[R]`.
+    """
+
+    rows: Array
+    classes: Int[Array, "rows"]
+    weights: Float[Array, "batch"]
+    counts: Float[Array, "rows"]
+
+    def total(self, values: Float[Array, "batch ..."]) -> Float[Array, "rows ..."]:
+        """Sum `values` over the members of each row, by weight, in float32."""
+        values = values.astype(jnp.float32)
+        weights = self.weights.reshape((-1,) + (1,) * (values.ndim - 1))
+        # A padding example may hold anything, NaN included: it is cut out, not multiplied by 0.
+        values = jnp.where(weights > 0, values * weights, 0.0)
+        if self.rows.ndim == 1:
+            return jax.ops.segment_sum(values, self.rows, self.classes.shape[0])
+        return jnp.einsum("br,b...->r...", self.rows, values, precision=jax.lax.Precision.HIGHEST)
+
+    def mean(self, values: Float[Array, "batch ..."]) -> Float[Array, "rows ..."]:
+        """Average `values` over the members of each row; 0 for a row without members."""
+        counts = self.counts.reshape((-1,) + (1,) * (values.ndim - 1))
+        return self.total(values) / jnp.where(counts > 0, counts, 1.0)
+
+    def own(self, table: Float[Array, "batch classes"]) -> Float[Array, "rows"]:
+        """Sum over the members of each row the entries of `table` in the column of its class."""
+        if self.rows.ndim == 1:
+            columns = self.take_class(jnp.arange(table.shape[1]))[self.rows]
+            return self.total(jnp.take_along_axis(table, columns[:, None], axis=1)[:, 0])
+        weights = self.weights[:, None]
+        return jnp.sum(jnp.where(weights > 0, weights * self.rows * table, 0.0), axis=0)
+
+    def spread(self, per_row: Float[Array, "rows ..."]) -> Float[Array, "batch ..."]:
+        """Give each example the entry of its row (soft labels: the mixture of its rows)."""
+        if self.rows.ndim == 1:
+            return per_row[self.rows]
+        return jnp.einsum("br,r...->b...", self.rows, per_row, precision=jax.lax.Precision.HIGHEST)
+
+    def take_class(self, table: Array) -> Array:
+        """Look up a table by class, `[C, ...]`, for each row."""
+        return table[jnp.minimum(self.classes, table.shape[0] - 1)]
+
+    def put(self, table: Float[Array, "classes"], per_row: Float[Array, "rows"]) -> Array:
+        """Write the entries of the rows with members into a table by class."""
+        present = jnp.where(self.counts > 0, self.classes, table.shape[0])
+        return table.at[present].set(per_row, mode="drop")
+
+
+def by_class(labels: Labels, weights: Float[Array, "batch"], num_classes: int) -> Membership:
+    """Return the class membership of a batch.
+
+    Args:
+      labels: Integer labels `[B]` in `[0, num_classes)`, or soft labels `[B, num_classes]`.
+      weights: Example weights, float32 `[B]`, 0 for padding.
+      num_classes: Number of classes C. With integer labels there are `min(B, C)` rows.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> members = by_class(jnp.array([7, 2, 7]), jnp.ones(3), num_classes=1000)
+      >>> members.mean(jnp.array([1.0, 5.0, 3.0])), members.classes
+      (Array([5., 2., 0.], dtype=float32), Array([   2,    7, 1000], dtype=int32))
+    """
+    weights = weights.astype(jnp.float32)
+    if labels.ndim == 2:
+        rows, classes = labels.astype(jnp.float32), jnp.arange(num_classes)
+        return Membership(rows, classes, weights, jnp.where(weights > 0, weights, 0.0) @ rows)
+    batch = labels.shape[0]
+    if num_classes <= batch:
+        rows, classes = labels, jnp.arange(num_classes)
+    else:
+        classes, rows = jnp.unique(labels, size=batch, fill_value=num_classes, return_inverse=True)
+    counts = jax.ops.segment_sum(weights, rows, classes.shape[0])
+    return Membership(rows, classes, weights, counts)
+
+
+def by_example(labels: Labels, weights: Float[Array, "batch"]) -> Membership:
+    """Return the membership in which every example is its own row, of its dominant class."""
+    classes = labels if labels.ndim == 1 else jnp.argmax(labels, axis=1)
+    weights = weights.astype(jnp.float32)
+    return Membership(jnp.arange(labels.shape[0]), classes, weights, weights)

@@ -1,0 +1,65 @@
+"""What the engine needs of a network; `lpa_jax.taps` provides it for a library of layers."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import jax
+from jaxtyping import Array, PyTree
+
+Position = tuple[int, ...]
+
+
+class Tap(NamedTuple):
+    """One value inside a network that can be captured and replaced.
+
+    Attributes:
+      name: Its own name: the site, followed by `[i]` where the site is computed several times.
+      site: Name of the site, the path of a module.
+      index: Which call of a shared module, or which layer of a scanned one.
+      length: Number of layers of the scanned module, None for others.
+      position: Its place in the order of computation.
+      shape: Shape `[B, ...]`.
+      dtype: Data type, a floating one.
+    """
+
+    name: str
+    site: str
+    index: int
+    length: int | None
+    position: Position
+    shape: tuple[int, ...]
+    dtype: Any
+
+
+class Trace(NamedTuple):
+    """What one abstract pass through a network tells.
+
+    Attributes:
+      taps: All taps, in the order in which they are computed.
+      logits: Shape and dtype of the network's output.
+      updates: Position at which each leaf of the mutated variables is computed, in the order of
+        `jax.tree.leaves`.
+    """
+
+    taps: tuple[Tap, ...]
+    logits: jax.ShapeDtypeStruct
+    updates: tuple[Position, ...]
+
+
+class Network(Protocol):
+    """A network whose inner values can be captured and replaced."""
+
+    def trace(self, variables: PyTree, inputs: Array, kwargs: Mapping[str, Any]) -> Trace:
+        """Find the taps, without computing anything."""
+        ...
+
+    def run(
+        self,
+        variables: PyTree,
+        inputs: Array,
+        replaced: Mapping[Tap, Array],
+        wanted: Sequence[Tap],
+        kwargs: Mapping[str, Any],
+    ) -> tuple[Array, list[Array], PyTree]:
+        """Return the logits, the wanted values and the mutated variables, with taps replaced."""
+        ...

@@ -1,0 +1,97 @@
+"""Projected gradient steps on many perturbations at once, one a row."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+import optax
+
+UNROLL = 8
+"""Steps up to this many are unrolled: XLA's CPU convolutions are several times slower in loops."""
+
+Rows = Float[Array, "rows ..."]
+PerRow = Float[Array, "rows"]
+
+
+def column(per_row: PerRow, like: Rows) -> Rows:
+    """Reshape `[R]` so that it broadcasts against `like`, `[R, ...]`."""
+    return per_row.reshape(per_row.shape + (1,) * (like.ndim - 1))
+
+
+def norms(rows: Rows) -> PerRow:
+    """Return the l2 norm of each row, in float32."""
+    flat = rows.astype(jnp.float32).reshape(rows.shape[0], -1)
+    return jnp.sqrt(jnp.sum(flat**2, axis=1))
+
+
+def unit(rows: Rows) -> Rows:
+    """Scale each row to l2 norm 1; a row of zeros stays zero.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> unit(jnp.array([[3.0, 4.0], [0.0, 0.0]]))
+      Array([[0.6, 0.8],
+             [0. , 0. ]], dtype=float32)
+    """
+    # Scaled by its largest entry first: the square of a small gradient underflows.
+    largest = jnp.max(jnp.abs(rows).reshape(rows.shape[0], -1), axis=1)
+    rows = rows / column(jnp.where(largest > 0, largest, 1.0), rows)
+    return rows / column(jnp.where(largest > 0, norms(rows), 1.0), rows)
+
+
+def project(rows: Rows, radii: PerRow) -> Rows:
+    """Project each row onto the l2 ball of its radius; exactly 0 where the radius is 0."""
+    # The floor keeps optax's division defined; its square must be a normal float32.
+    balls = jax.vmap(optax.projections.projection_l2_ball)(rows, jnp.maximum(radii, 1e-18))
+    return jnp.where(column(radii, rows) > 0, balls, 0.0)
+
+
+def repeat(
+    body: Callable[[Int[Array, ""], Rows], Rows], start: Rows, steps: int | Int[Array, ""]
+) -> Rows:
+    """Apply `body(t, rows)` for `t` from 0 to `steps - 1`, unrolled where that is cheaper."""
+    if isinstance(steps, int) and steps <= UNROLL:
+        for t in range(steps):
+            start = body(jnp.asarray(t), start)
+        return start
+    return jax.lax.fori_loop(0, steps, body, start)
+
+
+def ascend(
+    direction: Callable[[Rows], Rows], start: Rows, signs: PerRow, radii: PerRow, steps: int
+) -> Rows:
+    """Take projected steps `d <- Proj(d + s * kappa * direction(d))`, `kappa = 2 * radius / steps`.
+
+    Args:
+      direction: Maps the perturbations `[R, ...]` to the directions of ascent `[R, ...]`.
+      start: First perturbations, float32 `[R, ...]`.
+      signs: +1 to ascend, -1 to descend, 0 to stay, `[R]`.
+      radii: Radii of the l2 balls, `[R]`, at least 0.
+      steps: Number of steps T, at least 1.
+
+    Returns:
+      Perturbations within their balls, float32 `[R, ...]`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> uphill = lambda d: jnp.ones_like(d)
+      >>> ascend(uphill, jnp.zeros((2, 1)), jnp.array([1.0, -1.0]), jnp.array([0.5, 0.2]), 3)
+      Array([[ 0.5],
+             [-0.2]], dtype=float32)
+    """
+    stride = signs * 2.0 * radii / steps
+
+    def body(_, delta):
+        return project(delta + column(stride, delta) * direction(delta), radii)
+
+    return repeat(body, start, steps)
+
+
+def stretch(mean: Rows, signs: PerRow, radii: PerRow) -> Rows:
+    """Return the exact maximiser (sign +1) or minimiser (-1) of `||mean + d||`, `||d|| <= radius`.
+
+    A minimiser stops at the origin: its length is `min(radius, ||mean||)`.
+    """
+    length = jnp.where(signs > 0, radii, jnp.minimum(radii, norms(mean)))
+    return column(signs * length, mean) * unit(mean)

@@ -1,0 +1,187 @@
+"""Perturbations, the sites they stand at, and chains of them."""
+
+from collections.abc import Callable, Sequence
+import difflib
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+import optax
+
+INPUTS = "inputs"
+LABELS = "labels"
+LOGITS = "logits"
+LOGIT_GRADS = "logit_grads"
+PARAM_GRADS = "param_grads"
+
+Number = float | Float[Array, ""] | optax.Schedule
+
+
+class SiteError(ValueError):
+    """A perturbation stands at a site that does not exist or cannot serve it."""
+
+
+class Perturbation(optax.GradientTransformationExtraArgs):
+    """An optax transform together with the sites it stands at.
+
+    It is an ordinary `optax.GradientTransformationExtraArgs`, whose *updates* are the value at the
+    site, so every optax wrapper accepts it. A wrapper forgets the site: give it back with `at`.
+
+    Attributes:
+      sites: Names of the sites, at least one. A perturbation of several sites keeps one state,
+        threaded through them in the order in which they are computed.
+      report: What to show of the perturbation at a site, `report(site, class_stats, step)`, a dict
+        of arrays; None if there is nothing beyond the change of the value.
+    """
+
+    sites: tuple[str, ...]
+    report: Callable[..., dict[str, Array]] | None
+
+    def __new__(
+        cls,
+        sites: str | Sequence[str],
+        init: optax.TransformInitFn,
+        update: optax.TransformUpdateExtraArgsFn,
+        report: Callable[..., dict[str, Array]] | None = None,
+    ) -> "Perturbation":
+        """Place the transform `(init, update)` at `sites`."""
+        self = super().__new__(cls, init, update)
+        self.report = report
+        self.sites = (sites,) if isinstance(sites, str) else tuple(sites)
+        if not self.sites or not all(isinstance(site, str) and site for site in self.sites):
+            raise SiteError(f"A perturbation needs the name of at least one site, not {sites!r}.")
+        if len(set(self.sites)) < len(self.sites):
+            raise SiteError(f"A perturbation names a site twice: {self.sites}.")
+        return self
+
+    def __repr__(self) -> str:
+        return f"Perturbation(sites={self.sites})"
+
+
+Chain = tuple[Perturbation, ...]
+
+
+def stateless(
+    sites: str | Sequence[str],
+    update: Callable[..., Any],
+    report: Callable[..., dict[str, Array]] | None = None,
+) -> Perturbation:
+    """Place a function `update(value, **extra) -> value` at `sites`.
+
+    The extra arguments, all keyword-only, are those `value_and_grad` describes; name the ones used
+    and swallow the others with `**_`.
+
+    Example:
+      >>> import lpa_jax
+      >>> halve = lpa_jax.stateless("logits", lambda value, **_: 0.5 * value)
+      >>> halve.update(4.0, halve.init(4.0))
+      (2.0, EmptyState())
+    """
+
+    def stateful(value, state, params=None, **extra):
+        return update(value, params=params, **extra), state
+
+    return Perturbation(sites, optax.init_empty_state, stateful, report)
+
+
+def at(site: str, transform: optax.GradientTransformation) -> Perturbation:
+    """Place any optax transform at a site.
+
+    Args:
+      site: `"inputs"`, `"labels"`, the path of a Flax module, `"logits"`, `"logit_grads"` or
+        `"param_grads"`.
+      transform: What to apply to the value at the site, taken as optax's *updates*.
+
+    Returns:
+      The perturbation, ready for `chain`.
+
+    Raises:
+      TypeError: If `transform` is not an optax transform.
+
+    Example:
+      >>> import lpa_jax, optax
+      >>> lpa_jax.at("logit_grads", optax.clip(0.5))
+      Perturbation(sites=('logit_grads',))
+    """
+    if not isinstance(transform, optax.GradientTransformation):
+        raise TypeError(f"at({site!r}, ...) takes an optax transform, not {transform!r}.")
+    return Perturbation(site, transform.init, optax.with_extra_args_support(transform).update)
+
+
+def chain(*perturbations: "Perturbation | Chain") -> Chain:
+    """Put perturbations together; each acts at its own site.
+
+    Sites are perturbed in the order in which they are computed, whatever the order given here;
+    perturbations of the same site act in the order given.
+
+    Args:
+      *perturbations: Perturbations, or chains of them.
+
+    Returns:
+      The chain, for `value_and_grad`.
+
+    Raises:
+      TypeError: If an argument has no site (a bare optax transform, for instance).
+
+    Example:
+      >>> import lpa_jax
+      >>> lpa_jax.chain(lpa_jax.lpg(epsilon=0.1), lpa_jax.label_smoothing(0.1))
+      (Perturbation(sites=('logit_grads',)), Perturbation(sites=('labels',)))
+    """
+    flat: list[Perturbation] = []
+    for item in perturbations:
+        if isinstance(item, Perturbation):
+            flat.append(item)
+        elif isinstance(item, optax.GradientTransformation) or not isinstance(item, tuple):
+            raise TypeError(
+                f"{item!r} has no site; place it with lpa_jax.at(site, transform) before chaining."
+            )
+        else:
+            flat.extend(chain(*item))
+    return tuple(flat)
+
+
+def near(name: str, known: Sequence[str]) -> str:
+    """Return a phrase that lists the known names closest to `name`, for error messages."""
+    close = difflib.get_close_matches(name, known, n=4, cutoff=0.4)
+    return f"near names: {', '.join(close)}" if close else f"known: {', '.join(known)}"
+
+
+def at_step(number: Number, step: Any) -> Float[Array, ""]:
+    """Return `number`, or its value at `step` where it is an optax schedule, as float32."""
+    return jnp.asarray(number(step) if callable(number) else number, jnp.float32)
+
+
+def require_gradient(name: str, site: str | None, gradient_fn: Any) -> Any:
+    """Return `gradient_fn`, or raise `SiteError` where the site has none to offer."""
+    if gradient_fn is None:
+        raise SiteError(
+            f"{name} needs the gradient of the loss at its site, which {site!r} does not have; "
+            "place it at 'inputs', a module or 'logits'."
+        )
+    return gradient_fn
+
+
+def check_number(name: str, number: Number, low: float = 0.0, high: float = math.inf) -> None:
+    """Raise `ValueError` unless `number` lies in `[low, high]`; schedules and arrays pass."""
+    if callable(number) or isinstance(number, jax.Array):
+        return
+    if isinstance(number, bool) or not isinstance(number, (int, float)):
+        raise ValueError(f"{name} must be a number or an optax schedule, not {number!r}.")
+    if not low <= number <= high or math.isinf(number):
+        span = f"at least {low:g}" if math.isinf(high) else f"between {low:g} and {high:g}"
+        raise ValueError(f"{name} must be {span}, not {number!r}.")
+
+
+def check_count(name: str, number: int, low: int = 1) -> None:
+    """Raise `ValueError` unless `number` is a whole number of at least `low`."""
+    if isinstance(number, bool) or not isinstance(number, int) or number < low:
+        raise ValueError(f"{name} must be a whole number of at least {low}, not {number!r}.")
+
+
+def check_choice(name: str, choice: str, choices: Sequence[str]) -> None:
+    """Raise `ValueError` unless `choice` is one of `choices`."""
+    if choice not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, not {choice!r}.")

@@ -1,0 +1,149 @@
+"""Which classes are pushed out, which are pulled in, and how far each may move."""
+
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from lpa_jax.perturb import sites, statistics
+
+PerClass = Float[Array, "classes"]
+
+
+class Split(NamedTuple):
+    """A pair of pure functions of the class statistics.
+
+    Attributes:
+      signs: Returns `[C]` in {+1, 0, -1}: +1 raises the class's loss (positive augmentation), -1
+        lowers it (negative augmentation), 0 leaves the class alone.
+      spread: Returns `[C]`, at least 0: what `delta_epsilon` is multiplied by in the bound
+        `epsilon + delta_epsilon * spread` (LPL eq 13 and 14, LPA eq 14).
+    """
+
+    signs: Callable[[statistics.ClassStats], PerClass]
+    spread: Callable[[statistics.ClassStats], PerClass]
+
+
+Statistic = Literal["confidence", "accuracy"]
+Window = Literal["ema", "epoch", "batch"]
+
+
+def _threshold(tau: float | None, statistic: Statistic, window: Window) -> Split:
+    sites.check_choice("statistic", statistic, ("confidence", "accuracy"))
+    sites.check_choice("window", window, ("ema", "epoch", "batch"))
+
+    def offset(stats):
+        sums = getattr(stats, window)
+        seen = sums.weight > 0
+        mean = sums.mean(statistic)
+        middle = jnp.sum(mean) / jnp.maximum(jnp.sum(seen), 1) if tau is None else tau
+        return jnp.where(seen, middle - mean, 0.0)
+
+    return Split(lambda stats: jnp.sign(offset(stats)), lambda stats: jnp.abs(offset(stats)))
+
+
+def mean_threshold(statistic: Statistic = "confidence", window: Window = "ema") -> Split:
+    """Push out the classes below the mean of `statistic` over the classes seen, pull in the others.
+
+    Args:
+      statistic: Mean true-class probability (LPL) or accuracy (LPA) of the class.
+      window: A moving average, the last finished epoch (LPA's Algorithm 1; no perturbation until
+        one has finished, see `step.end_epoch`) or the present batch (LPL's released code; costs a
+        forward pass through the rest of the network). *Ours*: the moving average.
+
+    Returns:
+      The split. Classes never seen have sign 0 and take no part in the mean (*ours*); the varied
+      bound grows with the distance from the mean.
+
+    Raises:
+      ValueError: If `statistic` or `window` is not one of those listed.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from lpa_jax.perturb import statistics
+      >>> seen = statistics.Sums(jnp.array([.9, .2, 0.]), jnp.zeros(3), jnp.array([1., 1., 0.]))
+      >>> mean_threshold().signs(statistics.init(3)._replace(ema=seen))
+      Array([-1.,  1.,  0.], dtype=float32)
+    """
+    return _threshold(None, statistic, window)
+
+
+def threshold(tau: float, statistic: Statistic = "confidence", window: Window = "ema") -> Split:
+    """Push out the classes whose statistic is below `tau`, in [0, 1]; pull in those above.
+
+    The other arguments, the bound and the errors are those of `mean_threshold`.
+    """
+    sites.check_number("tau", tau, 0.0, 1.0)
+    return _threshold(tau, statistic, window)
+
+
+def tail(num_head: int, class_counts: Sequence[float] | None = None) -> Split:
+    """Pull in the `num_head` most frequent classes and push out the others (long tail).
+
+    Args:
+      num_head: Number of head classes, at least 0.
+      class_counts: Number of training examples of each class, `[C]`. By default the examples seen
+        so far are counted, and unseen classes have sign 0.
+
+    Returns:
+      The split. The varied bound grows with `f_c / f_1` for head and `f_C / f_c` for tail classes,
+      where `f` is the sorted frequency (LPL eq 14). Equally frequent classes are ordered by index.
+
+    Raises:
+      ValueError: If `num_head` is negative or a count is not positive.
+
+    Example:
+      >>> from lpa_jax.perturb import statistics
+      >>> split = tail(1, class_counts=[10, 40, 20])
+      >>> split.signs(statistics.init(3)), split.spread(statistics.init(3))
+      (Array([ 1., -1.,  1.], dtype=float32), Array([1. , 1. , 0.5], dtype=float32))
+    """
+    sites.check_count("num_head", num_head, low=0)
+    if class_counts is not None and not all(count > 0 for count in class_counts):
+        raise ValueError(f"class_counts must be positive, not {class_counts!r}.")
+
+    def frequency(stats):
+        if class_counts is None:
+            return stats.frequency
+        if len(class_counts) != stats.frequency.shape[0]:
+            raise ValueError(
+                f"class_counts names {len(class_counts)} classes, but there are "
+                f"{stats.frequency.shape[0]}."
+            )
+        return jnp.asarray(class_counts, jnp.float32)
+
+    def is_head(counts):
+        rank = jnp.argsort(jnp.argsort(-counts, stable=True), stable=True)
+        return rank < num_head
+
+    def signs(stats):
+        counts = frequency(stats)
+        return jnp.where(is_head(counts), -1.0, 1.0) * (counts > 0)
+
+    def spread(stats):
+        counts = frequency(stats)
+        seen = counts > 0
+        safe = jnp.where(seen, counts, 1.0)
+        rarest = jnp.min(jnp.where(seen, counts, jnp.inf))
+        ratio = jnp.where(is_head(counts), counts / jnp.max(safe), rarest / safe)
+        return jnp.where(seen, ratio, 0.0)
+
+    return Split(signs, spread)
+
+
+def _constant(sign: float) -> Split:
+    return Split(
+        lambda stats: jnp.full_like(stats.frequency, sign),
+        lambda stats: jnp.zeros_like(stats.frequency),
+    )
+
+
+def all_positive() -> Split:
+    """Push out every class (domain generalization); all have the same bound."""
+    return _constant(1.0)
+
+
+def all_negative() -> Split:
+    """Pull in every class; all have the same bound."""
+    return _constant(-1.0)

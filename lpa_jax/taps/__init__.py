@@ -1,0 +1,1 @@
+"""How the inner values of a network are captured and replaced, a file for each library."""

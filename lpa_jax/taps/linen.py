@@ -1,0 +1,301 @@
+"""Taps into unmodified `flax.linen` models; the only file that knows Flax's interceptors.
+
+Values leave and enter through the modules' own scopes, in the collection `COLLECTION`. The
+interceptor is the same for every pass and compares no paths: Flax's lifted transforms (`nn.remat`,
+`nn.jit`, `nn.scan`) then treat what it does as part of the model, where a closure over traced
+values would leak, or be shared by siblings that are traced once.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+import dataclasses
+from typing import Any
+
+from flax import linen as nn
+from flax.core.scope import union_filters
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PyTree
+import optax
+
+from lpa_jax.perturb import engine, sites
+from lpa_jax.perturb.network import Position, Tap, Trace
+
+COLLECTION = "perturbation"
+# Names that no module or variable of a model will have.
+_OUT, _IN = "__out__", "__in__"
+
+
+def value_and_grad(
+    apply_fn: Callable[..., Any],
+    perturbation: sites.Perturbation | sites.Chain,
+    *,
+    num_classes: int,
+    loss_fn: engine.LossFn | None = None,
+) -> engine.Step:
+    """Build a training step's loss and gradient, with perturbations at their sites.
+
+    The result is a pure function, to be used inside the caller's own `jax.jit`:
+    `(loss, aux), grads, state = step(variables, state, inputs, labels, key, weights=w, **kwargs)`
+
+    - `variables`: what `model.init` returned; the gradient is with respect to its `"params"`.
+    - `state`: from `step.init(variables, inputs, labels, **kwargs)`.
+    - `inputs`: `[B, ...]`. `labels`: int `[B]` in `[0, C)`, or float `[B, C]`.
+    - `key`: a PRNG key. The step count is folded in, so the same key may be given at every step.
+    - `weights`: float `[B]`, 1 for real examples (default) and 0 for padding.
+    - `kwargs`: passed on to `apply_fn`, such as `train=True, mutable=["batch_stats"]`.
+    - `loss`: the weighted mean, float32. `aux["logits"]`: the network's output `[B, C]` before
+      perturbations of the logits. `aux["updates"]`: the mutated collections. `aux["metrics"]`: for
+      each site perturbed, how far each class was moved (`"norm"`, `"relative"` to the value,
+      `"count"` of examples; `[C]`), and the `"sign"` and `"radius"` that LPA, LPL and LPG chose.
+
+    A transform's `update` receives, keyword-only: `site`, `key`, `step`, `labels` (the class
+    membership: int `[B]`, or float `[B, C]` after mixing), `targets` `[B, C]`, `weights`,
+    `class_stats` (`statistics.ClassStats`), and `gradient_fn(value)`, which returns per-example
+    losses `[B]` and their gradient through the rest of the network (None where the site has none).
+    At `"param_grads"` the value is the gradient tree, `params` is given, and `gradient_fn(params)`
+    returns loss and gradient.
+
+    Args:
+      apply_fn: `model.apply` of a Flax linen model that returns logits `[B, num_classes]`.
+      perturbation: A chain, or a single perturbation; `chain()` gives plain training.
+      num_classes: Number of classes C.
+      loss_fn: Maps float32 logits and targets, both `[B, C]`, to losses `[B]`; default
+        `optax.softmax_cross_entropy`.
+
+    Returns:
+      The step.
+
+    Raises:
+      TypeError: If an entry of the chain has no site.
+
+    Example:
+      >>> import flax.linen as nn, jax, jax.numpy as jnp, lpa_jax
+      >>> model = nn.Sequential([nn.Dense(8), nn.Dense(3)])
+      >>> inputs, labels = jnp.ones((4, 5)), jnp.array([0, 1, 2, 0])
+      >>> variables = model.init(jax.random.key(0), inputs)
+      >>> perturbation = lpa_jax.lpa("layers_0", epsilon=0.1, split=lpa_jax.splits.all_positive())
+      >>> step = lpa_jax.value_and_grad(model.apply, perturbation, num_classes=3)
+      >>> state = step.init(variables, inputs, labels)
+      >>> (loss, aux), grads, state = step(variables, state, inputs, labels, jax.random.key(1))
+      >>> loss.shape, aux["logits"].shape, aux["metrics"]["layers_0"]["norm"].round(4).tolist()
+      ((), (4, 3), [0.1, 0.1, 0.1])
+    """
+    if num_classes < 2:
+        raise ValueError(f"num_classes must be at least 2, not {num_classes}.")
+    loss_fn = optax.softmax_cross_entropy if loss_fn is None else loss_fn
+    return engine.Step(LinenNetwork(apply_fn), sites.chain(perturbation), num_classes, loss_fn)
+
+
+def list_sites(
+    apply_fn: Callable[..., Any],
+    variables: PyTree,
+    inputs: Float[Array, "batch ..."],
+    **apply_kwargs: Any,
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Name the sites of a model with their shapes, in the order in which they are computed.
+
+    A module called several times, and a layer stack under `nn.scan`, is one site for all its calls
+    and one for each, `"layers[0]"`, `"layers[1]"`... The site `"param_grads"`, a tree like the
+    parameters, is there as well. Nothing is computed.
+
+    Args:
+      apply_fn: `model.apply` of a Flax linen model that returns logits.
+      variables: What `model.init` returned.
+      inputs: A batch, `[B, ...]`; its shape and dtype count.
+      **apply_kwargs: What a training step passes to `apply_fn`.
+
+    Returns:
+      Shape and dtype of the value at each site.
+
+    Example:
+      >>> import flax.linen as nn, jax, jax.numpy as jnp, lpa_jax
+      >>> model = nn.Sequential([nn.Dense(8), nn.Dense(3)])
+      >>> variables = model.init(jax.random.key(0), jnp.ones((4, 5)))
+      >>> for name, value in lpa_jax.list_sites(model.apply, variables, jnp.ones((4, 5))).items():
+      ...     print(name, value.shape)
+      inputs (4, 5)
+      labels (4, 3)
+      layers_0 (4, 8)
+      layers_1 (4, 3)
+      logits (4, 3)
+      logit_grads (4, 3)
+    """
+    trace = LinenNetwork(apply_fn).trace(variables, inputs, apply_kwargs)
+    logits = jax.ShapeDtypeStruct(trace.logits.shape, jnp.float32)
+    first = {sites.INPUTS: jax.ShapeDtypeStruct(inputs.shape, inputs.dtype), sites.LABELS: logits}
+    values = {
+        n: jax.ShapeDtypeStruct(t.shape, t.dtype) for t in trace.taps for n in (t.site, t.name)
+    }
+    return first | values | {sites.LOGITS: logits, sites.LOGIT_GRADS: logits}
+
+
+@dataclasses.dataclass(frozen=True)
+class LinenNetwork:
+    """A Flax linen model as the engine's `Network`."""
+
+    apply_fn: Callable[..., Any]
+
+    def trace(self, variables: PyTree, inputs: Array, kwargs: Mapping[str, Any]) -> Trace:
+        """Find the taps by one abstract pass."""
+
+        def run(variables, inputs):
+            logits, captured, updates = self._apply(variables, inputs, {}, kwargs)
+            return logits, dict(_leaves(captured)), updates
+
+        closed, shapes = jax.make_jaxpr(run, return_shape=True)(variables, inputs)
+        logits, captured, updates = shapes
+        # The outputs of a jaxpr are in the order of the leaves of what the function returned.
+        places = iter(_places(closed.jaxpr))
+        if len(jax.tree.leaves(logits)) != 1:
+            raise ValueError("The model must return logits alone; wrap apply_fn to pick them.")
+        next(places)
+        found = []
+        for key in sorted(captured):
+            found += _taps_of(*key, captured[key], next(places), inputs.shape[0])
+        several = {tap.site for tap in found if tap.index > 0}
+        taps = tuple(
+            tap._replace(name=f"{tap.site}[{tap.index}]") if tap.site in several else tap
+            # At the same place (a module that returns its last child's output) the child is first.
+            for tap in sorted(found, key=lambda tap: (tap.position, -tap.site.count("/"), tap.site))
+        )
+        positions = tuple(position for position, _ in places)
+        assert len(positions) == len(jax.tree.leaves(updates))
+        return Trace(taps, logits, positions)
+
+    def run(
+        self,
+        variables: PyTree,
+        inputs: Array,
+        replaced: Mapping[Tap, Array],
+        wanted: Sequence[Tap],
+        kwargs: Mapping[str, Any],
+    ) -> tuple[Array, list[Array], PyTree]:
+        """Return the logits, the wanted values and the mutated variables, with taps replaced."""
+        given: dict[str, Any] = {}
+        for tap, value in replaced.items():
+            scope = given
+            for name in tap.site.split("/"):
+                scope = scope.setdefault(name, {})
+            scope[_IN] = _insert(scope.get(_IN, ()), tap, value)
+        logits, captured, updates = self._apply(variables, inputs, given, kwargs)
+        values = dict(_leaves(captured))
+        return logits, [_pick(values, tap) for tap in wanted], updates
+
+    def _apply(
+        self, variables: PyTree, inputs: Array, given: PyTree, kwargs: Mapping[str, Any]
+    ) -> tuple[Array, PyTree, PyTree]:
+        mutable = kwargs.get("mutable", False)
+        with nn.intercept_methods(_interceptor()):
+            logits, updates = self.apply_fn(
+                {**variables, COLLECTION: given},
+                inputs,
+                **{**kwargs, "mutable": union_filters(mutable, COLLECTION)},
+            )
+        updates = dict(updates)
+        return logits, updates.pop(COLLECTION, {}), updates
+
+
+def _interceptor() -> Callable[..., Any]:
+    """Make the interceptor: at every call of a module, sow its output and take a given one."""
+    running: list[tuple[str, ...]] = []
+
+    def intercept(next_fun, args, kwargs, context):
+        module = context.module
+        # A `super().__call__` inside a module's own is a part of it, not a second call.
+        if context.method_name != "__call__" or (running and running[-1] == module.path):
+            return next_fun(*args, **kwargs)
+        running.append(module.path)
+        try:
+            output = next_fun(*args, **kwargs)
+        finally:
+            running.pop()
+        leaves, treedef = jax.tree.flatten(output)
+        if len(leaves) != 1 or not module.is_mutable_collection(COLLECTION):
+            return output
+        earlier = module.get_variable(COLLECTION, _OUT, ())
+        module.put_variable(COLLECTION, _OUT, (*earlier, leaves[0]))
+        given = module.get_variable(COLLECTION, _IN, ())
+        entry = given[len(earlier)] if len(earlier) < len(given) else None
+        if entry is None:
+            return output
+        value, here = entry
+        return treedef.unflatten([value if here is None else jnp.where(here, value, leaves[0])])
+
+    return intercept
+
+
+def _insert(given: tuple[Any, ...], tap: Tap, value: Array) -> tuple[Any, ...]:
+    """Add a value to those given to a module: `(value, None)`, or stacks of both for a scan."""
+    if tap.length is None:
+        call, entry = tap.index, (value, None)
+    else:
+        call, entry = 0, given[0] if given else None
+        stack, here = entry or (
+            jnp.zeros((tap.length, *value.shape), value.dtype),
+            jnp.zeros(tap.length, bool),
+        )
+        entry = (stack.at[tap.index].set(value), here.at[tap.index].set(True))
+    given = given + (None,) * (call + 1 - len(given))
+    return (*given[:call], entry, *given[call + 1 :])
+
+
+def _leaves(captured: Mapping[str, Any], path: str = "") -> Iterable[tuple[tuple[str, int], Array]]:
+    """Yield `((path of a module, call), output)` from the collection, leaving out the root."""
+    for name, scope in captured.items():
+        if isinstance(scope, Mapping):
+            below = f"{path}/{name}" if path else name
+            yield from (((below, i), value) for i, value in enumerate(scope.get(_OUT, ())))
+            yield from _leaves(scope, below)
+
+
+def _taps_of(
+    site: str, call: int, value: jax.ShapeDtypeStruct, place: tuple[Position, Any], batch: int
+) -> Iterable[Tap]:
+    """Yield the taps of one captured output: one, or one for each layer of a scan."""
+    position, scan = place
+    shape = value.shape if scan is None else value.shape[1:]
+    if not shape or shape[0] != batch or not jnp.issubdtype(value.dtype, jnp.floating):
+        return
+    if scan is None:
+        yield Tap(site, site, call, None, position, shape, value.dtype)
+    else:
+        length, inner = scan
+        for layer in range(length):
+            at = (*position, layer, *inner)
+            yield Tap(site, site, layer, length, at, shape, value.dtype)
+
+
+def _pick(values: Mapping[tuple[str, int], Array], tap: Tap) -> Array:
+    if tap.length is None:
+        return values[tap.site, tap.index]
+    return values[tap.site, 0][tap.index]
+
+
+def _places(jaxpr: Any) -> list[tuple[Position, tuple[int, Position] | None]]:
+    """Find where a jaxpr computes each of its outputs.
+
+    Returns for each its position, and where it is a stack of layers that comes out of a scan, their
+    number and the position inside the scan.
+    """
+    made = {
+        id(var): (i, k) for i, eqn in enumerate(jaxpr.eqns) for k, var in enumerate(eqn.outvars)
+    }
+    inside: dict[int, Any] = {}
+
+    def place(var):
+        if id(var) not in made:
+            return (), None
+        index, output = made[id(var)]
+        equation = jaxpr.eqns[index]
+        inner = equation.params.get("jaxpr")
+        if inner is None:
+            return (index,), None
+        if index not in inside:
+            inside[index] = _places(getattr(inner, "jaxpr", inner))
+        position, scan = inside[index][output]
+        if equation.primitive.name != "scan":
+            return (index, *position), scan
+        stacked = output >= equation.params["num_carry"]
+        return (index,), (equation.params["length"], position) if stacked else None
+
+    return [place(var) for var in jaxpr.outvars]
