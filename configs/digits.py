@@ -1,0 +1,47 @@
+"""scikit-learn's digits (1,797 real 8x8 images) with a small convolutional network: seconds a run.
+
+    python -m lpa_jax.main --config=configs/digits.py:method=lpa --workdir=runs/digits
+
+Methods: erm, lpa, lpl, lpg, manifold_mixup, dropout, sam, any other transform by name, and several
+joined by `+`; `smoke` for a run of seconds. Any number can be set, for example
+`--config.perturbation.lpa.epsilon=0.5`.
+
+Published: nothing; the papers do not use this set.
+Measured: see README.md.
+"""
+
+from lpa_jax.training import config as configuration
+
+METHODS = {
+    "lpa": {"site": "group2", "epsilon": 0.2, "radius": "relative"},
+    "lpl": {"epsilon": 0.5},
+    "lpg": {"epsilon": 0.1},
+    "manifold_mixup": {"sites": ("inputs", "group1", "group2"), "alpha": 2.0},
+    "mixup": {"alpha": 1.0},
+    "dropout": {"site": "group3", "rate": 0.3},
+    "dropblock": {"site": "group2", "rate": 0.1, "block_size": 2},
+    "gaussian_noise": {"site": "inputs", "stddev": 0.05},
+    "adversarial": {"site": "inputs", "epsilon": 0.03, "bounds": (0.0, 1.0)},
+    "label_smoothing": {"alpha": 0.1},
+    "disturb_label": {"rate": 0.1},
+    "ldam": {"scale": 1.0},
+    "sam": {"rho": 0.05},
+    "asam": {"rho": 0.5},
+}
+SMOKE = {
+    "epochs": 2,
+    "model.options": {"width": 4},
+    "schedule.boundaries": (1.0,),
+}
+
+
+def get_config(argument=""):
+    """Return the configuration that `argument`, `"method=NAME,smoke"`, asks for."""
+    config = configuration.default()
+    config.dataset = "digits"
+    config.augment = {"padding": 1, "flip": False}
+    config.model.name = "small_cnn"
+    config.schedule.update({"name": "cosine", "learning_rate": 0.1})
+    config.epochs = 30
+    config.batch_size = 64
+    return configuration.choose(config, argument, METHODS, SMOKE)

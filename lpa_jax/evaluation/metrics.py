@@ -1,0 +1,71 @@
+"""Top-1 accuracy, by class and over all, and negative log-likelihood."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jaxtyping import Array, Float, Int, PyTree, UInt8
+import numpy as np
+
+from lpa_jax import data
+
+Predict = Callable[[PyTree, UInt8[Array, "batch height width channels"]], Array]
+
+
+def make_predict(apply_fn: Callable[..., Array], sharding: NamedSharding) -> Predict:
+    """Return the jitted function `(variables, uint8 images) -> logits`, in evaluation mode.
+
+    Images are split over the devices as `sharding` says.
+    """
+
+    @jax.jit
+    def predict(variables, images):
+        images = jax.lax.with_sharding_constraint(images, sharding)
+        return apply_fn(variables, data.to_float(images), train=False)
+
+    return predict
+
+
+def evaluate(
+    predict: Predict, variables: PyTree, examples: data.Examples, num_classes: int, batch_size: int
+) -> dict[str, float | list[float]]:
+    """Judge a network on examples.
+
+    Args:
+      predict: From `make_predict`.
+      variables: The network's variables.
+      examples: At least one example.
+      num_classes: Number of classes C.
+      batch_size: Examples a forward pass; the last batch is padded.
+
+    Returns:
+      `"accuracy"` in [0, 1], `"nll"` (mean negative log-likelihood in nats, at least 0), and
+      `"class_accuracy"`, C numbers, NaN for a class without examples.
+    """
+    rows = []
+    for indices, weights in data.eval_batches(len(examples.labels), batch_size):
+        rows.append(np.asarray(predict(variables, examples.images[indices]))[weights > 0])
+    return metrics(np.concatenate(rows), examples.labels, num_classes)
+
+
+def metrics(
+    logits: Float[np.ndarray, "n classes"], labels: Int[np.ndarray, "n"], num_classes: int
+) -> dict[str, float | list[float]]:
+    """Return what `evaluate` does, from logits.
+
+    Example:
+      >>> import numpy as np
+      >>> logits = np.array([[2.0, 0.0], [0.0, 0.0], [1.0, 3.0]])
+      >>> result = metrics(logits, np.array([0, 1, 1]), num_classes=2)
+      >>> round(result["accuracy"], 3), round(result["nll"], 3), result["class_accuracy"]
+      (0.667, 0.316, [1.0, 0.5])
+    """
+    log_p = np.asarray(jax.nn.log_softmax(jnp.asarray(logits, jnp.float32)), np.float64)
+    correct = np.argmax(logits, axis=1) == labels
+    by_class = [correct[labels == c] for c in range(num_classes)]
+    return {
+        "accuracy": float(np.mean(correct)),
+        "nll": float(-np.mean(log_p[np.arange(len(labels)), labels])),
+        "class_accuracy": [float(np.mean(c)) if len(c) else float("nan") for c in by_class],
+    }

@@ -1,0 +1,134 @@
+"""Pieces that several networks share."""
+
+from collections.abc import Callable
+
+from flax import linen as nn
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Float32
+
+
+def normalise(
+    inputs: Float[Array, "B H W C"],
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    dtype: DTypeLike,
+) -> Float[Array, "B H W C"]:
+    """Return `(inputs - mean) / std`, computed in float32 and cast to `dtype`.
+
+    Raises:
+      TypeError: If `inputs` are not floating (bytes would not lie in [0, 1]).
+      ValueError: If `inputs` are not `[B, H, W, C]`, or `mean` and `std` do not have one number, or
+        one for each of the channels.
+    """
+    if not jnp.issubdtype(inputs.dtype, jnp.floating):
+        raise TypeError(f"Images must be floats in [0, 1], not {inputs.dtype}; divide by 255.")
+    if inputs.ndim != 4:
+        raise ValueError(f"Images must have the shape [B, H, W, C], not {inputs.shape}.")
+    # Broadcasting would otherwise turn grey images into images of len(mean) channels.
+    if not {len(mean), len(std)} <= {1, inputs.shape[-1]}:
+        raise ValueError(
+            f"mean {mean} and std {std} must have one number, or one for each of the "
+            f"{inputs.shape[-1]} channels."
+        )
+    centred = inputs.astype(jnp.float32) - jnp.asarray(mean, jnp.float32)
+    return (centred / jnp.asarray(std, jnp.float32)).astype(dtype)
+
+
+def conv(
+    features: int, *, kernel: int = 3, stride: int = 1, dtype: DTypeLike, name: str
+) -> nn.Conv:
+    """Return a convolution without bias, He-normal by fan out, padded by half its kernel."""
+    return nn.Conv(
+        features,
+        (kernel, kernel),
+        strides=stride,
+        # "SAME" shifts a strided kernel by one pixel against the strided shortcut beside it.
+        padding=kernel // 2,
+        use_bias=False,
+        dtype=dtype,
+        kernel_init=nn.initializers.variance_scaling(2.0, "fan_out", "normal"),
+        name=name,
+    )
+
+
+def batch_norm(*, train: bool, dtype: DTypeLike, name: str) -> nn.BatchNorm:
+    """Return a batch normalisation whose parameters and statistics are float32."""
+    return nn.BatchNorm(
+        use_running_average=not train, momentum=0.9, epsilon=1e-5, dtype=dtype, name=name
+    )
+
+
+def classify(activation: Float[Array, "B H W C"], num_classes: int) -> Float32[Array, "B K"]:
+    """Average over positions and apply the linear module `head`, all in float32."""
+    features = activation.mean(axis=(1, 2), dtype=jnp.float32)
+    return nn.Dense(num_classes, dtype=jnp.float32, name="head")(features)
+
+
+def blocks_per_group(depth: int, other_layers: int) -> int:
+    """Return n, the blocks of two layers in each of three groups, for `depth = 6n + other_layers`.
+
+    Raises:
+      ValueError: If there is no such n.
+    """
+    blocks, rest = divmod(depth - other_layers, 6)
+    if rest or blocks < 1:
+        nearest = sorted({6 * max(n, 1) + other_layers for n in (blocks, blocks + 1)})
+        raise ValueError(
+            f"The depth must be 6n+{other_layers} with n at least 1, not {depth}; "
+            f"nearest: {' and '.join(map(str, nearest))}."
+        )
+    return blocks
+
+
+class PreActBlock(nn.Module):
+    """Basic pre-activation block, norm-relu-conv twice (He et al. 2016, arXiv:1603.05027).
+
+    Where the shape changes, the shortcut is a 1x1 convolution of the activated input.
+
+    Attributes:
+      width: Number of output channels.
+      stride: Stride of the first convolution.
+      dtype: Data type of the computation.
+    """
+
+    width: int
+    stride: int = 1
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, inputs: Float[Array, "B H W C"], *, train: bool) -> Float[Array, "B h w c"]:
+        """Return the sum of the shortcut and the residual, `[B, H/stride, W/stride, width]`."""
+        active = nn.relu(batch_norm(train=train, dtype=self.dtype, name="norm1")(inputs))
+        x = conv(self.width, stride=self.stride, dtype=self.dtype, name="conv1")(active)
+        x = nn.relu(batch_norm(train=train, dtype=self.dtype, name="norm2")(x))
+        x = conv(self.width, dtype=self.dtype, name="conv2")(x)
+        if x.shape == inputs.shape:
+            return x + inputs
+        shortcut = conv(self.width, kernel=1, stride=self.stride, dtype=self.dtype, name="shortcut")
+        return x + shortcut(active)
+
+
+class Group(nn.Module):
+    """Blocks `block0`, `block1`, ... of one width, of which the first takes the stride.
+
+    Attributes:
+      block: Makes a block, `block(width=, stride=, name=)`.
+      num_blocks: Number of blocks.
+      width: Number of output channels.
+      stride: Stride of the group.
+    """
+
+    block: Callable[..., nn.Module]
+    num_blocks: int
+    width: int
+    stride: int = 1
+
+    @nn.compact
+    def __call__(self, inputs: Float[Array, "B H W C"], *, train: bool) -> Float[Array, "B h w c"]:
+        """Return the output of the last block, `[B, H/stride, W/stride, width]`."""
+        x = inputs
+        for i in range(self.num_blocks):
+            stride = self.stride if i == 0 else 1
+            x = self.block(width=self.width, stride=stride, name=f"block{i}")(x, train=train)
+        return x

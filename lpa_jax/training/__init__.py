@@ -1,0 +1,1 @@
+"""The trainer: configuration, state, step, loop, checkpoints and report."""

@@ -1,0 +1,47 @@
+"""Saving and restoring the state of a run, with orbax."""
+
+import pathlib
+from typing import Any
+
+import jax
+from jax.sharding import NamedSharding
+import orbax.checkpoint as ocp
+
+
+class Checkpoints:
+    """The checkpoints of one seed: the newest two, written in the background.
+
+    A checkpoint appears under its name only when it is complete, so a run killed while saving
+    restores the one before.
+
+    Args:
+      directory: Where they are kept; made when the first is saved.
+    """
+
+    def __init__(self, directory: pathlib.Path):
+        options = ocp.CheckpointManagerOptions(max_to_keep=2, create=True)
+        self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
+
+    def save(self, step: int, state: Any) -> None:
+        """Save `state`, a pytree of arrays, as that of `step`."""
+        # Orbax stores arrays by name in plain trees: the structure is the program's to know.
+        leaves = {str(i): leaf for i, leaf in enumerate(jax.tree.leaves(state))}
+        self._manager.save(step, args=ocp.args.StandardSave(leaves))
+
+    def restore(self, like: Any, sharding: NamedSharding) -> Any | None:
+        """Return the newest state, of the structure and shapes of `like`; None if there is none."""
+        step = self._manager.latest_step()
+        if step is None:
+            return None
+        leaves, treedef = jax.tree.flatten(like)
+        shapes = {
+            str(i): jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+            for i, leaf in enumerate(leaves)
+        }
+        restored = self._manager.restore(step, args=ocp.args.StandardRestore(shapes))
+        return treedef.unflatten([restored[str(i)] for i in range(len(leaves))])
+
+    def close(self) -> None:
+        """Wait until what was saved is written."""
+        self._manager.wait_until_finished()
+        self._manager.close()

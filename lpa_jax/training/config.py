@@ -1,0 +1,227 @@
+"""What a run is made of: the keys of a configuration, their defaults, and methods by name."""
+
+from collections.abc import Mapping
+import difflib
+import inspect
+import math
+from typing import Any
+
+from ml_collections import config_dict
+
+import lpa_jax
+from lpa_jax.perturb import splits
+
+TRANSFORMS = (
+    "adversarial",
+    "asam",
+    "disturb_label",
+    "dropblock",
+    "dropout",
+    "gaussian_noise",
+    "label_smoothing",
+    "ldam",
+    "logit_adjustment",
+    "lpa",
+    "lpg",
+    "lpl",
+    "manifold_mixup",
+    "mixup",
+    "sam",
+)
+SPLIT = {
+    "name": "mean_threshold",
+    "statistic": "confidence",
+    "window": "ema",
+    "tau": 0.5,
+    "num_head": 1,
+}
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run; the message names the remedy."""
+
+
+def default() -> config_dict.ConfigDict:
+    """Return every key of a configuration with its default.
+
+    Example:
+      >>> default().schedule.name
+      'piecewise'
+    """
+    return config_dict.ConfigDict(
+        {
+            # Examples: "digits", "npz:PATH", or a tensorflow-datasets name, prepared in data_dir.
+            "dataset": "digits",
+            "data_dir": config_dict.placeholder(str),
+            # Side that images of differing size are resized to.
+            "image_size": config_dict.placeholder(int),
+            # Share of the training examples held out for tuning, by class.
+            "validation_fraction": 0.1,
+            # The standard CIFAR augmentation: crops from zero padding, and horizontal flips.
+            "augment": {"padding": 4, "flip": True},
+            # A name that lpa_jax.models.create knows, and the type it computes in.
+            "model": {"name": "wrn_28_10", "dtype": "float32", "options": {}},
+            "loss": "softmax_cross_entropy",
+            # What was asked for by name, and what that means.
+            "method": "erm",
+            "perturbation": {},
+            # Any optax optimizer; weight decay is added to the gradient, as in the papers.
+            "optimizer": {
+                "name": "sgd",
+                "weight_decay": 5e-4,
+                "options": {"momentum": 0.9, "nesterov": True},
+            },
+            # Of the learning rate: "piecewise" (times factor at each boundary), "cosine" to 0, or
+            # "constant"; each after a linear warm-up.
+            "schedule": {
+                "name": "piecewise",
+                "learning_rate": 0.1,
+                "warmup_epochs": 0.0,
+                "boundaries": (100.0, 150.0),
+                "factor": 0.1,
+            },
+            "epochs": 200,
+            "batch_size": 128,
+            "eval_batch_size": 500,
+            # Seeds seed, seed + 1, ... each draw their own parameters, batches and perturbations.
+            "seed": 0,
+            "num_seeds": 1,
+            # In epochs.
+            "evaluate_every": 1,
+            "checkpoint_every": 1.0,
+        }
+    )
+
+
+def choose(
+    config: config_dict.ConfigDict,
+    argument: str,
+    methods: Mapping[str, Mapping[str, Any]],
+    smoke: Mapping[str, Any],
+) -> config_dict.ConfigDict:
+    """Complete a configuration by the argument of its file, `"method=lpa+lpl,smoke"`.
+
+    Args:
+      config: The configuration for plain training.
+      argument: What stands after the colon of `--config=FILE:ARGUMENT`.
+      methods: For each transform, the arguments that have no default or another one on this data.
+      smoke: Keys, dotted where nested, that make a run of seconds.
+
+    Raises:
+      ConfigError: If the argument or the method is unknown.
+
+    Example:
+      >>> methods = {"lpl": {"epsilon": 0.5}, "sam": {"rho": 0.1}}
+      >>> config = choose(default(), "method=lpl+sam", methods, smoke={})
+      >>> config.perturbation.lpl.epsilon, config.perturbation.sam.rho
+      (0.5, 0.1)
+    """
+    method = "erm"
+    for word in filter(None, argument.split(",")):
+        if word == "smoke":
+            config.update_from_flattened_dict(dict(smoke))
+        elif word.startswith("method="):
+            method = word.removeprefix("method=")
+        else:
+            raise ConfigError(
+                f"The configuration takes 'method=NAME' and 'smoke' after its colon, not {word!r}."
+            )
+    config.method = method
+    config.perturbation = {
+        name: arguments_of(name, methods.get(name, {}))
+        for name in ([] if method == "erm" else method.split("+"))
+    }
+    return config
+
+
+def arguments_of(name: str, known: Mapping[str, Any]) -> dict[str, Any]:
+    """Return every argument of a transform that a configuration can set, with its value.
+
+    The class counts of logit adjustment, LDAM and the tail split come from the training set.
+    """
+    if name not in TRANSFORMS:
+        close = difflib.get_close_matches(name, TRANSFORMS, n=3)
+        hint = f"did you mean {' or '.join(close)}? " if close else ""
+        raise ConfigError(
+            f"There is no method {name!r}; {hint}The methods are erm, {', '.join(TRANSFORMS)}, "
+            "and several of them joined by '+'."
+        )
+    arguments = {}
+    for parameter in inspect.signature(getattr(lpa_jax, name)).parameters.values():
+        if parameter.name == "class_counts":
+            continue
+        if parameter.name == "split":
+            value: Any = dict(SPLIT) | dict(known.get("split", {}))
+        elif parameter.name in known:
+            value = known[parameter.name]
+        elif parameter.default is inspect.Parameter.empty:
+            raise ConfigError(
+                f"This configuration has no setting for {name!r}: add its {parameter.name!r}."
+            )
+        elif parameter.default is None:
+            kind = {"step_size": float, "bounds": tuple}.get(parameter.name, int)
+            value = config_dict.placeholder(kind)
+        else:
+            value = parameter.default
+        arguments[parameter.name] = value
+    return arguments
+
+
+def perturbation(
+    config: config_dict.ConfigDict, class_counts: list[int]
+) -> tuple[lpa_jax.Perturbation, ...]:
+    """Build the chain that a configuration's `perturbation` describes.
+
+    Raises:
+      ValueError: If an argument is outside its range.
+    """
+    return lpa_jax.chain(*(_transform(*item, class_counts) for item in config.items()))
+
+
+def _transform(
+    name: str, config: config_dict.ConfigDict, class_counts: list[int]
+) -> lpa_jax.Perturbation:
+    factory = getattr(lpa_jax, name)
+    arguments = dict(config)
+    if "split" in arguments:
+        arguments["split"] = _split(arguments["split"], class_counts)
+    if "class_counts" in inspect.signature(factory).parameters:
+        arguments["class_counts"] = class_counts
+    return factory(**arguments)
+
+
+def _split(config: config_dict.ConfigDict, class_counts: list[int]) -> splits.Split:
+    names = ("mean_threshold", "threshold", "tail", "all_positive", "all_negative")
+    name = config.name
+    if name not in names:
+        raise ConfigError(f"There is no split {name!r}; the splits are {', '.join(names)}.")
+    factory = getattr(splits, name)
+    known = {**config, "class_counts": class_counts}
+    return factory(**{key: known[key] for key in inspect.signature(factory).parameters})
+
+
+def check(config: config_dict.ConfigDict) -> None:
+    """Raise `ConfigError` unless every number of the trainer lies in its range."""
+    positive = ("epochs", "batch_size", "eval_batch_size", "num_seeds", "evaluate_every")
+    for key in positive:
+        if config[key] < 1:
+            raise ConfigError(f"config.{key} must be at least 1, not {config[key]!r}.")
+    not_negative = {
+        "seed": config.seed,
+        "augment.padding": config.augment.padding,
+        "optimizer.weight_decay": config.optimizer.weight_decay,
+        "schedule.learning_rate": config.schedule.learning_rate,
+        "schedule.warmup_epochs": config.schedule.warmup_epochs,
+        "schedule.factor": config.schedule.factor,
+    }
+    for key, value in not_negative.items():
+        if not 0 <= value < math.inf:
+            raise ConfigError(f"config.{key} must be at least 0, not {value!r}.")
+    if not 0 < config.checkpoint_every < math.inf:
+        raise ConfigError(
+            f"config.checkpoint_every must be above 0 epochs, not {config.checkpoint_every!r}."
+        )
+    if config.model.dtype not in ("float32", "bfloat16"):
+        raise ConfigError(
+            f"config.model.dtype must be float32 or bfloat16, not {config.model.dtype!r}."
+        )

@@ -1,0 +1,264 @@
+"""The whole of a run, read from top to bottom."""
+
+from collections.abc import Callable, Iterator
+import contextlib
+import importlib.metadata
+import json
+import pathlib
+import platform
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from ml_collections import config_dict
+import numpy as np
+import optax
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+import lpa_jax
+from lpa_jax import data, losses, models
+from lpa_jax.evaluation import metrics
+from lpa_jax.perturb.engine import LossFn
+from lpa_jax.training import checkpoints, mesh, records, report, schedules
+from lpa_jax.training import config as configuration
+from lpa_jax.training import step as steps
+from lpa_jax.training.config import ConfigError
+from lpa_jax.training.state import epoch_means, TrainState
+
+LOSSES = {
+    "softmax_cross_entropy": optax.softmax_cross_entropy,
+    "softmax_binary_cross_entropy": losses.softmax_binary_cross_entropy,
+}
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss became NaN or infinite; the last good checkpoint is kept."""
+
+
+def train_and_evaluate(
+    config: config_dict.ConfigDict, workdir: str | pathlib.Path, console: Console | None = None
+) -> dict[str, Any]:
+    """Train `num_seeds` networks, judge each at its last epoch, and leave the results in `workdir`.
+
+    A run that was cut off goes on from its last checkpoint and ends as if it had not been.
+
+    Args:
+      config: A configuration with the keys of `lpa_jax.training.config.default`.
+      workdir: Directory of the run; `summary.json`, `curves.png` and `perturbation.png` are left
+        there, and `metrics.jsonl`, TensorBoard events and checkpoints for each seed.
+      console: Where to print; default the standard output.
+
+    Returns:
+      What `summary.json` holds.
+
+    Raises:
+      ConfigError: If the configuration cannot be run, before anything is written.
+      DataError: If the data cannot be read, likewise.
+      NonFiniteLossError: If the loss becomes NaN or infinite.
+    """
+    console = console or Console()
+    workdir = pathlib.Path(workdir)
+    began = time.monotonic()
+
+    # --- Build everything; nothing is written until all of it fits together. ---------------------
+    configuration.check(config)
+    dataset = data.load(
+        config.dataset,
+        data_dir=config.data_dir,
+        validation_fraction=config.validation_fraction,
+        seed=config.seed,
+        image_size=config.image_size,
+    )
+    num_train = len(dataset.train.labels)
+    if num_train < config.batch_size:
+        raise ConfigError(
+            f"The training set has {num_train} examples, fewer than config.batch_size "
+            f"{config.batch_size}: set a smaller one."
+        )
+    steps_per_epoch = num_train // config.batch_size
+    num_steps = config.epochs * steps_per_epoch
+    class_counts = np.bincount(dataset.train.labels, minlength=dataset.num_classes).tolist()
+    devices = mesh.data_mesh(config.batch_size)
+    with _as_config_error():
+        model = models.create(
+            config.model.name,
+            num_classes=dataset.num_classes,
+            mean=dataset.mean,
+            std=dataset.std,
+            dtype=jnp.dtype(config.model.dtype),
+            **config.model.options,
+        )
+        perturbed = lpa_jax.value_and_grad(
+            model.apply,
+            configuration.perturbation(config.perturbation, class_counts),
+            num_classes=dataset.num_classes,
+            loss_fn=_loss_named(config.loss),
+        )
+        rate = schedules.learning_rate(
+            **config.schedule, epochs=config.epochs, steps_per_epoch=steps_per_epoch
+        )
+        tx = schedules.optimizer(
+            config.optimizer.name,
+            rate,
+            config.optimizer.weight_decay,
+            dict(config.optimizer.options),
+        )
+        shape = (config.batch_size, *dataset.train.images.shape[1:])
+        init = steps.make_init(model.init, perturbed, tx, shape)
+        like = jax.eval_shape(init, jnp.int32(0))
+    init = jax.jit(init, out_shardings=mesh.replicated(devices))
+    train_step = steps.make_train_step(perturbed, tx, devices, **config.augment)
+    predict = metrics.make_predict(model.apply, mesh.batched(devices))
+    eval_batch_size = -(-config.eval_batch_size // devices.size) * devices.size
+    checkpoint_every = max(1, round(config.checkpoint_every * steps_per_epoch))
+    records.claim(workdir, config)
+
+    def judge(variables, examples):
+        return metrics.evaluate(predict, variables, examples, dataset.num_classes, eval_batch_size)
+
+    # --- Train each seed; the step is compiled once for all of them. -----------------------------
+    images, labels = jax.device_put(tuple(dataset.train), mesh.replicated(devices))
+    results, rows_by_seed = [], {}
+    for seed in range(config.seed, config.seed + config.num_seeds):
+        directory = workdir / f"seed{seed}"
+        result_path = directory / "result.json"
+        if result_path.exists():
+            results.append(json.loads(result_path.read_text()))
+            rows_by_seed[seed] = records.read_rows(directory / "metrics.jsonl")
+            continue
+        saved = checkpoints.Checkpoints(directory / "checkpoints")
+        state = saved.restore(like, mesh.replicated(devices))
+        state = init(jnp.int32(seed)) if state is None else state
+        first = int(state.step)
+        log = records.Records(directory, first)
+        batches = _batches(seed, first, config.epochs, num_train, config.batch_size)
+        with contextlib.ExitStack() as stack:
+            stack.callback(saved.close)
+            stack.callback(log.close)
+            show = stack.enter_context(_progress(console, f"seed {seed}", first, num_steps))
+            for step, indices in enumerate(batches, start=first + 1):
+                indices = jax.device_put(indices, mesh.batched(devices))
+                state = train_step(state, jnp.int32(seed), images, labels, indices)
+                epoch, rest = divmod(step, steps_per_epoch)
+                if rest == 0:
+                    _stop_if_nonfinite(state, directory)
+                    state = steps.end_epoch(perturbed, state)
+                    row, _ = epoch_means(state.epoch, steps_per_epoch)
+                    row |= {"learning_rate": float(rate(step - 1))}
+                    if len(dataset.validation.labels) and epoch % config.evaluate_every == 0:
+                        row |= _named("validation", judge(state.variables, dataset.validation))
+                    log.write({"step": step, "epoch": epoch, **_scalars(row)})
+                    show(step, f"epoch {epoch}", row)
+                if step % checkpoint_every == 0 or step == num_steps:
+                    _stop_if_nonfinite(state, directory)
+                    saved.save(step, state)
+                show(step)
+
+            # --- Judge the last epoch, whatever came before it. -----------------------------------
+            means, by_class = epoch_means(state.epoch, steps_per_epoch)
+            result = {"seed": seed, "train_accuracy": means["train_accuracy"]}
+            if len(dataset.validation.labels):
+                result |= _named("validation", judge(state.variables, dataset.validation))
+            result |= _named("test", judge(state.variables, dataset.test))
+            result |= {"perturbation": by_class}
+        records.write_json(result_path, result)
+        results.append(result)
+        rows_by_seed[seed] = log.rows
+
+    # --- Show what came out. ----------------------------------------------------------------------
+    summary = {
+        "metrics": report.summarise(results),
+        "seeds": results,
+        "num_train": num_train,
+        "num_test": len(dataset.test.labels),
+        "seconds": round(time.monotonic() - began, 1),
+        "device": f"{devices.size} x {jax.devices()[0].device_kind}",
+        "versions": _versions(),
+        "config": json.loads(config.to_json_best_effort()),
+    }
+    records.write_json(workdir / "summary.json", summary)
+    title = f"{config.method} on {dataset.name}, {config.model.name}, {config.epochs} epochs"
+    report.plot_curves(workdir / "curves.png", title, rows_by_seed)
+    report.plot_perturbation(workdir / "perturbation.png", title, results[0]["perturbation"])
+    report.show_table(title, results, console)
+    console.print(f"Plots, metrics and checkpoints are in {workdir}.")
+    return summary
+
+
+@contextlib.contextmanager
+def _as_config_error() -> Iterator[None]:
+    """Turn what the builders raise of a wrong argument into a `ConfigError`."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        raise ConfigError(str(error)) from error
+
+
+def _loss_named(name: str) -> LossFn:
+    if name not in LOSSES:
+        raise ConfigError(f"There is no loss {name!r}; the losses are {', '.join(LOSSES)}.")
+    return LOSSES[name]
+
+
+def _batches(
+    seed: int, first: int, epochs: int, num_train: int, batch_size: int
+) -> Iterator[np.ndarray]:
+    """Yield the batches of a run from step `first` on, a pure function of these numbers."""
+    epoch, start = divmod(first, num_train // batch_size)
+    while epoch < epochs:
+        yield from data.train_batches(seed, epoch, num_train, batch_size, start=start)
+        epoch, start = epoch + 1, 0
+
+
+def _stop_if_nonfinite(state: TrainState, directory: pathlib.Path) -> None:
+    if (step := int(state.nonfinite_step)) >= 0:
+        raise NonFiniteLossError(
+            f"The loss was not finite at step {step}: lower the learning rate or the strength of "
+            f"the perturbation. The last good checkpoint is in {directory}."
+        )
+
+
+def _named(part: str, judged: dict[str, Any]) -> dict[str, Any]:
+    return {f"{part}_{name}": value for name, value in judged.items()}
+
+
+def _scalars(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in row.items() if not isinstance(value, list)}
+
+
+def _versions() -> dict[str, str]:
+    packages = ("jax", "flax", "optax", "orbax-checkpoint")
+    versions = {package: importlib.metadata.version(package) for package in packages}
+    return {"lpa_jax": lpa_jax.__version__, "python": platform.python_version()} | versions
+
+
+@contextlib.contextmanager
+def _progress(console: Console, name: str, first: int, total: int) -> Iterator[Callable[..., None]]:
+    """Show a progress bar with rate and time left; without a terminal, a line an epoch."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[news]}"),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task(name, total=total, completed=first, rate="", news="")
+        began = time.monotonic()
+
+        def show(step, epoch=None, row=None):
+            rate = (step - first) / max(time.monotonic() - began, 1e-9)
+            bar.update(task, completed=step, rate=f"{rate:.1f} steps/s")
+            if row is None:
+                return
+            parts = [epoch, f"loss {row['train_loss']:.4f}"]
+            if "validation_accuracy" in row:
+                parts.append(f"validation {100 * row['validation_accuracy']:.2f} %")
+            bar.update(task, news=", ".join(parts))
+            if not console.is_terminal:
+                console.print(f"{name}: {', '.join(parts)}, {rate:.1f} steps/s", highlight=False)
+
+        yield show

@@ -1,0 +1,101 @@
+"""What a run leaves in its directory while it goes: JSON lines, TensorBoard, and its own config."""
+
+import json
+import pathlib
+from typing import Any
+
+from ml_collections import config_dict
+
+from lpa_jax.training.config import ConfigError
+
+
+def claim(workdir: pathlib.Path, config: config_dict.ConfigDict) -> None:
+    """Make the work directory this configuration's own, or find that it is.
+
+    Raises:
+      ConfigError: If it holds the run of another configuration, or cannot be written.
+    """
+    path = workdir / "config.json"
+    ours = json.loads(config.to_json_best_effort(sort_keys=True))
+    try:
+        if path.exists():
+            theirs = json.loads(path.read_text())
+            differing = sorted(
+                key
+                for key in _flat(ours) | _flat(theirs)
+                if _flat(ours).get(key) != _flat(theirs).get(key)
+            )
+            if differing:
+                raise ConfigError(
+                    f"{workdir} holds a run of another configuration (it differs in "
+                    f"{', '.join(differing)}): give --workdir another directory, or remove it."
+                )
+        else:
+            workdir.mkdir(parents=True, exist_ok=True)
+            write_json(path, ours)
+    except (OSError, json.JSONDecodeError) as error:
+        raise ConfigError(f"{workdir} cannot serve as work directory: {error}.") from error
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        flat |= _flat(value, f"{name}.") if isinstance(value, dict) and value else {name: value}
+    return flat
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+    """Write a file whole or not at all."""
+    _replace(path, json.dumps(value, indent=2) + "\n")
+
+
+def _replace(path: pathlib.Path, text: str) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    partial.replace(path)
+
+
+class Records:
+    """The metrics of one seed, as `metrics.jsonl` and for TensorBoard.
+
+    Args:
+      directory: Where they go.
+      step: Step the run goes on from; what was recorded after it is taken back, since it will be
+        recorded again.
+    """
+
+    def __init__(self, directory: pathlib.Path, step: int):
+        # Its import costs more than all else here, and only a run needs it.
+        from tensorboardX import SummaryWriter
+
+        directory.mkdir(parents=True, exist_ok=True)
+        self._path = directory / "metrics.jsonl"
+        self.rows = [row for row in read_rows(self._path) if row["step"] <= step]
+        _replace(self._path, "".join(json.dumps(row) + "\n" for row in self.rows))
+        self._writer = SummaryWriter(str(directory / "tensorboard"), purge_step=step)
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Record a row; `row["step"]` says when."""
+        self.rows.append(row)
+        with self._path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        for name, value in row.items():
+            if name != "step":
+                self._writer.add_scalar(name, value, row["step"])
+
+    def close(self) -> None:
+        """Flush what TensorBoard has not yet been given."""
+        self._writer.close()
+
+
+def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
+    """Read `metrics.jsonl`; a last line cut short by a crash is left out."""
+    rows = []
+    if path.exists():
+        for line in filter(None, path.read_text().splitlines()):
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+    return rows

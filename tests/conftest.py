@@ -1,0 +1,26 @@
+"""Shared by all tests: eight host devices, and shapes checked at run time."""
+
+import typing
+
+from beartype import beartype, BeartypeConf
+import jax
+from jaxtyping import install_import_hook
+
+jax.config.update("jax_num_cpu_devices", 8)
+
+
+# An int is welcome where a float is asked for.
+checked = beartype(conf=BeartypeConf(is_pep484_tower=True))
+
+
+def typechecker(function):
+    """Check the arguments of `function`; where they are protocols, that the methods are there."""
+    for hint in getattr(function, "__annotations__", {}).values():
+        # beartype refuses protocols, optax's among them, that are not marked as checkable.
+        if getattr(hint, "_is_protocol", False):
+            typing.runtime_checkable(hint)
+    return checked(function)
+
+
+# Must come before the package is first imported.
+install_import_hook("lpa_jax", f"{__name__}.typechecker")

@@ -1,0 +1,176 @@
+"""The command line, in processes of its own."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from lpa_jax.training import records
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def command(*arguments):
+    return [sys.executable, "-m", "lpa_jax.main", *map(str, arguments)]
+
+
+def call(*arguments, timeout=300):
+    # One CPU device: what a user has.
+    env = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    return subprocess.run(
+        command(*arguments),
+        cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout, check=False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--config=configs/digits.py"),
+        (["--config=configs/digits.py"], "--workdir"),
+        (["--config=configs/nowhere.py", "--workdir=W"], "configs/nowhere.py"),
+        (["--config=configs/digits.py:method=lpq", "--workdir=W"], "did you mean"),
+        (["--config=configs/digits.py", "--config.epoch=3", "--workdir=W"], "epochs"),
+        (["--config=configs/digits.py", "--config.epochs=many", "--workdir=W"], "many"),
+        (["--config=configs/digits.py", "--workdir=W", "--verbos"], "verbos"),
+        (["--config=configs/digits.py", "--workdir=W", "again"], "'again'"),
+        (
+            ["--config=configs/digits.py:method=lpa", "--workdir=W",
+             "--config.perturbation.lpa.epsilon=-1"],
+            "epsilon must be at least 0",
+        ),
+        (
+            ["--config=configs/digits.py:method=lpa", "--workdir=W",
+             "--config.perturbation.lpa.site=grup2"],
+            "near names: group2",
+        ),
+        (
+            ["--config=configs/cifar10.py", "--workdir=W", "--config.dataset=npz:none.npz"],
+            "none.npz",
+        ),
+    ],
+)  # fmt: skip
+def test_a_mistake_ends_in_one_sentence_and_exit_code_2(arguments, message, tmp_path):
+    workdir = tmp_path / "run"
+    done = call(*(a.replace("--workdir=W", f"--workdir={workdir}") for a in arguments))
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith("lpa_jax: ")
+    assert not workdir.exists()
+
+
+def start(*arguments):
+    return subprocess.Popen(
+        command(*arguments),
+        cwd=ROOT, env={**os.environ, "JAX_PLATFORMS": "cpu"}, stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+
+
+def leaves_of_last_checkpoint(seed_directory):
+    with ocp.CheckpointManager(seed_directory / "checkpoints") as manager:
+        restored = manager.restore(manager.latest_step(), args=ocp.args.StandardRestore())
+    return {name: np.asarray(leaf) for name, leaf in restored.items()}
+
+
+def test_a_killed_run_resumes_to_the_same_bits(tmp_path):
+    # Statistics by epoch, moving averages and an unfinished epoch are all in the checkpoint.
+    arguments = [
+        "--config=configs/digits.py:method=lpa+lpl,smoke",
+        "--config.epochs=6",
+        "--config.checkpoint_every=0.4",
+        "--config.perturbation.lpa.split.window=epoch",
+        "--config.num_seeds=2",
+    ]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert call(*arguments, f"--workdir={whole}").returncode == 0
+    process = start(*arguments, f"--workdir={cut}")
+    rows = cut / "seed0" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while len(records.read_rows(rows)) < 2:
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not (cut / "seed0" / "result.json").exists()
+    done = call(*arguments, f"--workdir={cut}")
+    assert done.returncode == 0, done.stderr
+
+    for seed in ("seed0", "seed1"):
+        for name in ("metrics.jsonl", "result.json"):
+            assert (cut / seed / name).read_text() == (whole / seed / name).read_text()
+        ours, theirs = (leaves_of_last_checkpoint(d / seed) for d in (cut, whole))
+        assert ours.keys() == theirs.keys()
+        for name, leaf in ours.items():
+            np.testing.assert_array_equal(leaf, theirs[name])
+
+
+METHODS = (
+    "erm", "lpa", "lpl", "lpg", "lpa+lpl", "lpa+lpl+lpg", "manifold_mixup", "dropout", "sam",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def small_npz(tmp_path_factory):
+    """32x32 images of ten classes that a network can tell apart by brightness."""
+    rng = np.random.default_rng(0)
+    path = tmp_path_factory.mktemp("data") / "small.npz"
+    labels = {"y_train": np.arange(256) % 10, "y_test": np.arange(64) % 10}
+    images = {
+        f"x{name[1:]}": np.clip(
+            rng.normal(25 * y[:, None, None, None], 20, (len(y), 32, 32, 3)), 0, 255
+        ).astype(np.uint8)
+        for name, y in labels.items()
+    }
+    np.savez(path, **images, **{name: y.astype(np.uint8) for name, y in labels.items()})
+    return path
+
+
+def smoke(config, method, workdir, small_npz):
+    extra = [] if config == "digits" else [f"--config.dataset=npz:{small_npz}"]
+    began = time.monotonic()
+    done = call(
+        f"--config=configs/{config}.py:method={method},smoke", f"--workdir={workdir}", *extra
+    )
+    assert done.returncode == 0, done.stderr
+    assert time.monotonic() - began < 60
+    summary = json.loads((workdir / "summary.json").read_text())
+    assert np.isfinite(summary["metrics"]["test_nll"]["mean"])
+    assert "test accuracy %" in done.stdout
+
+
+@pytest.mark.parametrize(("config", "method"), [("digits", "sam"), ("cifar10", "lpa+lpl+lpg")])
+def test_a_smoke_run_finishes(config, method, tmp_path, small_npz):
+    smoke(config, method, tmp_path / "run", small_npz)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("config", ["digits", "cifar10", "cifar100"])
+def test_every_config_and_method_has_a_smoke_run(config, method, tmp_path, small_npz):
+    smoke(config, method, tmp_path / "run", small_npz)
+
+
+def test_importing_the_library_is_quick_and_light():
+    program = """
+import time, sys
+import jax, flax, optax, flax.linen
+began = time.perf_counter()
+import lpa_jax
+seconds = time.perf_counter() - began
+heavy = {"tensorflow_datasets", "sklearn", "matplotlib", "tensorflow", "ml_collections", "PIL"}
+print(seconds, sorted(heavy & set(sys.modules)))
+"""
+    out = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split(maxsplit=1)
+    assert float(out[0]) < 2.0
+    assert out[1].strip() == "[]"

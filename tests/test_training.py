@@ -1,0 +1,247 @@
+"""The trainer, in this process: what a run leaves behind, and what it refuses."""
+
+import io
+import json
+
+import jax
+import jax.numpy as jnp
+from ml_collections import config_dict
+import numpy as np
+import optax
+import pytest
+from rich.console import Console
+
+from configs import digits
+from lpa_jax import losses
+from lpa_jax.evaluation import metrics
+from lpa_jax.perturb import engine
+from lpa_jax.training import checkpoints, loop, mesh, records, report, schedules
+from lpa_jax.training import config as configuration
+
+# tensorboardX and orbax are third parties to these.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:tensorboardX")
+
+
+def smoke(method="lpa", **changes):
+    config = digits.get_config(f"method={method},smoke")
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+def run(config, workdir):
+    console = Console(file=io.StringIO(), width=120)
+    return loop.train_and_evaluate(config, workdir, console), console.file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("finished")
+    traces = []
+    original = engine.Step.__call__
+
+    def counting(self, *args, **kwargs):
+        traces.append(self)
+        return original(self, *args, **kwargs)
+
+    engine.Step.__call__ = counting
+    try:
+        summary, text = run(smoke("lpa+lpl+lpg", num_seeds=2, seed=3), workdir)
+    finally:
+        engine.Step.__call__ = original
+    return workdir, summary, text, traces
+
+
+def test_a_run_leaves_its_results_and_shows_them(finished):
+    workdir, summary, text, _ = finished
+    assert json.loads((workdir / "summary.json").read_text()) == summary
+    for name in ("curves.png", "perturbation.png"):
+        assert (workdir / name).read_bytes().startswith(b"\x89PNG")
+    assert [seed["seed"] for seed in summary["seeds"]] == [3, 4]
+    for seed in (3, 4):
+        rows = records.read_rows(workdir / f"seed{seed}" / "metrics.jsonl")
+        assert [row["epoch"] for row in rows] == [1, 2]
+        assert {"train_loss", "validation_nll", "group2/norm", "logits/sign"} <= set(rows[0])
+        assert list((workdir / f"seed{seed}" / "tensorboard").iterdir())
+    assert "test accuracy %" in text
+    assert "mean ± std" in text
+
+
+def test_mean_and_standard_deviation_are_those_of_the_seeds(finished):
+    _, summary, _, _ = finished
+    values = [seed["test_accuracy"] for seed in summary["seeds"]]
+    assert summary["metrics"]["test_accuracy"]["mean"] == pytest.approx(np.mean(values))
+    assert summary["metrics"]["test_accuracy"]["std"] == pytest.approx(np.std(values, ddof=1))
+    assert values[0] != values[1]
+
+
+def test_the_step_is_traced_once_for_all_seeds(finished):
+    # Once in the first state's, for the shapes of its metrics, and once for the step itself.
+    assert len(finished[3]) == 2
+
+
+def test_a_finished_run_is_shown_again_and_not_trained_again(finished):
+    workdir, summary, _, traces = finished
+    before = len(traces)
+    again, text = run(smoke("lpa+lpl+lpg", num_seeds=2, seed=3), workdir)
+    assert again["seeds"] == summary["seeds"]
+    assert len(traces) == before
+    assert "test accuracy %" in text
+
+
+def test_another_configuration_is_refused_with_the_differing_keys(finished):
+    with pytest.raises(configuration.ConfigError, match=r"differs in batch_size, perturbation\.lpa"):
+        run(
+            smoke(
+                "lpa+lpl+lpg",
+                num_seeds=2,
+                seed=3,
+                batch_size=32,
+                **{"perturbation.lpa.epsilon": 0.3},
+            ),
+            finished[0],
+        )
+
+
+def test_a_non_finite_loss_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
+    config = smoke("erm", **{"schedule.learning_rate": 1e25, "schedule.name": "constant"})
+    config.schedule.warmup_epochs = 1.1
+    config.optimizer.options = config_dict.ConfigDict({})
+    with pytest.raises(loop.NonFiniteLossError, match=r"not finite at step \d+.*lower the learning"):
+        run(config, tmp_path)
+    assert not (tmp_path / "seed0" / "result.json").exists()
+    kept = list((tmp_path / "seed0" / "checkpoints").iterdir())
+    step = 1293 // 64
+    assert [path.name for path in kept] in ([], [str(step)])
+
+
+def test_bfloat16_computes_with_float32_parameters(tmp_path):
+    summary, _ = run(smoke("lpa+lpg", **{"model.dtype": "bfloat16"}), tmp_path)
+    assert np.isfinite(summary["metrics"]["test_nll"]["mean"])
+    assert summary["metrics"]["test_accuracy"]["mean"] > 0.3
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"epochs": 0}, "config.epochs must be at least 1"),
+        ({"batch_size": 5000}, "set a smaller one"),
+        ({"batch_size": 12}, "cannot be shared by 8 devices"),
+        ({"schedule.learning_rate": float("nan")}, "schedule.learning_rate must be at least 0"),
+        ({"checkpoint_every": 0.0}, "checkpoint_every must be above 0"),
+        ({"schedule.name": "stairs"}, "There is no schedule 'stairs'"),
+        ({"optimizer.name": "sgdd"}, "optax has no optimizer 'sgdd'"),
+        ({"optimizer.name": "adam"}, "does not fit optax.adam"),
+        ({"loss": "hinge"}, "There is no loss 'hinge'"),
+        ({"model.name": "wrn_11_1", "model.options": {}}, "11"),
+        ({"model.dtype": "float16"}, "float32 or bfloat16"),
+        ({"perturbation.lpa.epsilon": -0.1}, "epsilon must be at least 0"),
+        ({"perturbation.lpa.epsilon": float("nan")}, "epsilon must be at least 0"),
+        ({"perturbation.lpa.site": "group9"}, "no site 'group9'; near names: group"),
+        ({"perturbation.lpa.split.name": "half"}, "There is no split 'half'"),
+        ({"validation_fraction": 1.5}, "validation_fraction"),
+        ({"dataset": "npz:nowhere.npz"}, "nowhere.npz"),
+    ],
+)
+def test_what_cannot_run_is_refused_before_anything_is_written(changes, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        run(smoke("lpa", **changes), tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_unknown_methods_are_refused_with_near_names():
+    with pytest.raises(configuration.ConfigError, match="no method 'lpx'; did you mean lp"):
+        digits.get_config("method=lpx")
+    with pytest.raises(configuration.ConfigError, match="takes 'method=NAME' and 'smoke'"):
+        digits.get_config("lpa")
+
+
+@pytest.mark.parametrize("name", configuration.TRANSFORMS)
+def test_every_transform_can_be_configured(name):
+    config = digits.get_config(f"method={name}")
+    (perturbation,) = configuration.perturbation(config.perturbation, [10] * 10)
+    assert perturbation.sites
+
+
+def test_a_checkpoint_restores_what_was_saved(tmp_path):
+    sharding = mesh.replicated(mesh.data_mesh(8))
+    state = {"a": jnp.arange(3.0), "b": (jnp.int32(7), jnp.ones((2, 2), jnp.bfloat16))}
+    saved = checkpoints.Checkpoints(tmp_path / "c")
+    assert saved.restore(jax.eval_shape(lambda: state), sharding) is None
+    for step in (1, 2, 3):
+        saved.save(step, jax.tree.map(lambda leaf, step=step: leaf * step, state))
+    saved.close()
+    again = checkpoints.Checkpoints(tmp_path / "c")
+    restored = again.restore(jax.eval_shape(lambda: state), sharding)
+    again.close()
+    jax.tree.map(np.testing.assert_array_equal, restored, jax.tree.map(lambda x: 3 * x, state))
+
+
+def test_records_take_back_what_a_resumed_run_will_record_again(tmp_path):
+    log = records.Records(tmp_path, 0)
+    for step in (10, 20, 30):
+        log.write({"step": step, "loss": 1.0 / step})
+    log.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 40, "lo')
+    again = records.Records(tmp_path, 20)
+    again.write({"step": 30, "loss": 0.5})
+    again.close()
+    rows = records.read_rows(tmp_path / "metrics.jsonl")
+    assert [(row["step"], row["loss"]) for row in rows] == [(10, 0.1), (20, 0.05), (30, 0.5)]
+
+
+@pytest.mark.parametrize("name", ["piecewise", "cosine", "constant"])
+def test_schedules_warm_up_and_keep_their_boundaries(name):
+    rate = schedules.learning_rate(
+        name, 0.4, epochs=10, steps_per_epoch=5, warmup_epochs=2.0, boundaries=(4, 8), factor=0.1
+    )
+    expected = {
+        "piecewise": {0: 0.0, 5: 0.2, 10: 0.4, 19: 0.4, 21: 0.04, 41: 0.004},
+        "cosine": {0: 0.0, 5: 0.2, 10: 0.4, 30: 0.2, 50: 0.0},
+        "constant": {0: 0.0, 5: 0.2, 10: 0.4, 49: 0.4},
+    }[name]
+    for step, value in expected.items():
+        assert float(rate(step)) == pytest.approx(value, abs=1e-7)
+
+
+def test_weight_decay_enters_the_gradient_once():
+    tx = schedules.optimizer("sgd", optax.constant_schedule(0.1), 0.5, {})
+    params = {"w": jnp.array([2.0])}
+    updates, _ = tx.update({"w": jnp.array([1.0])}, tx.init(params), params)
+    np.testing.assert_allclose(updates["w"], [-0.1 * (1.0 + 0.5 * 2.0)])
+
+
+def test_binary_cross_entropy_agrees_with_float64_and_stays_finite():
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(6, 4)) * 4
+    targets = rng.dirichlet(np.ones(4), size=6)
+    p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    expected = -np.mean(targets * np.log(p) + (1 - targets) * np.log(1 - p), axis=1)
+    ours = losses.softmax_binary_cross_entropy(jnp.float32(logits), jnp.float32(targets))
+    np.testing.assert_allclose(ours, expected, rtol=1e-5)
+
+    def total(logits):
+        return losses.softmax_binary_cross_entropy(logits, jnp.float32(targets)).sum()
+
+    for scale in (0.0, 1e2, 1e4):
+        assert np.isfinite(jax.grad(total)(jnp.float32(logits) * scale)).all()
+
+
+def test_metrics_agree_with_scikit_learn():
+    from sklearn.metrics import accuracy_score, log_loss, recall_score
+
+    rng = np.random.default_rng(1)
+    logits, labels = rng.normal(size=(50, 4)).astype(np.float32), rng.integers(0, 3, 50)
+    judged = metrics.metrics(logits, labels, num_classes=4)
+    p = np.asarray(jax.nn.softmax(logits), np.float64)
+    assert judged["accuracy"] == pytest.approx(accuracy_score(labels, logits.argmax(1)))
+    assert judged["nll"] == pytest.approx(
+        log_loss(labels, p / p.sum(1, keepdims=True), labels=range(4)), abs=1e-6
+    )
+    recalls = recall_score(labels, logits.argmax(1), labels=range(3), average=None)
+    np.testing.assert_allclose(judged["class_accuracy"][:3], recalls)
+    assert np.isnan(judged["class_accuracy"][3])
+
+
+def test_one_seed_has_no_standard_deviation():
+    assert report.summarise([{"test_accuracy": 0.5}])["test_accuracy"]["std"] is None
