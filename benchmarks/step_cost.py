@@ -3,8 +3,8 @@
     python benchmarks/step_cost.py [--model=wrn_16_2] [--batch=128] [--steps=3] [--out=FILE.json]
 
 Compiled FLOPs repeat exactly; wall-clock ratios are medians of paired runs (every variant once a
-round, in turn). The last column is the FLOPs of the way forward hooks would do it: a run of the full
-network, forward and back to the site, for each PGD step.
+round, in turn). The last column is the FLOPs of the way forward hooks would do it: a run of the
+full network, forward and back to the site, for each PGD step.
 """
 
 import argparse
@@ -79,6 +79,15 @@ def flops(compiled):
     return compiled.cost_analysis()["flops"]
 
 
+def commit():
+    """Return the commit checked out, empty where there is none."""
+    try:
+        command = ["git", "rev-parse", "HEAD"]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:
+        return ""
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="wrn_16_2")
@@ -88,6 +97,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--out", type=pathlib.Path, help="Write the figures as JSON.")
+    parser.add_argument("--commit", default=commit(), help="To record, outside a git checkout.")
     args = parser.parse_args()
 
     model = models.create(
@@ -112,9 +122,7 @@ def main():
     for name, (run, init) in variants.items():
         states[name] = init(variables, images, labels, **APPLY)
         began = time.perf_counter()
-        compiled[name] = (
-            jax.jit(run).lower(variables, states[name], images, labels, key).compile()
-        )
+        compiled[name] = jax.jit(run).lower(variables, states[name], images, labels, key).compile()
         compile_seconds[name] = time.perf_counter() - began
 
     seconds = {name: [] for name in variants}
@@ -146,7 +154,7 @@ def main():
 
     title = f"{args.model}, {args.dtype}, batch {args.batch}, T = {args.steps}"
     table = Table(title=title)
-    for column in ("step", "GFLOPs", "× plain", "seconds", "× plain", "full network per step"):
+    for column in ("step", "GFLOPs", "x plain", "seconds", "x plain", "full network per step"):
         table.add_column(column, justify="left" if column == "step" else "right")
     for row in rows:
         full = row.get("full_network_flops_ratio")
@@ -160,9 +168,6 @@ def main():
         )
     Console().print(table)
     if args.out:
-        commit = subprocess.run(
-            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-        ).stdout.strip()
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(
             json.dumps(
@@ -171,7 +176,7 @@ def main():
                     f"--batch={args.batch} --steps={args.steps} --dtype={args.dtype}",
                     "device": jax.devices()[0].device_kind,
                     "jax": jax.__version__,
-                    "commit": commit,
+                    "commit": args.commit,
                     "rows": rows,
                 },
                 indent=2,

@@ -1,6 +1,6 @@
-"""CIFAR-10 with WRN-28-10 and the papers' schedule.
+r"""CIFAR-10 with WRN-28-10 and the papers' schedule.
 
-    python -m lpa_jax.main --config=configs/cifar10.py:method=lpa --workdir=runs/cifar10 \\
+    python -m lpa_jax.main --config=configs/cifar10.py:method=lpa --workdir=runs/cifar10 \
         --config.dataset=npz:cifar10.npz
 
 The set is a prepared tensorflow-datasets one (the default; `--config.data_dir=DIR`) or an npz file
@@ -12,7 +12,7 @@ other network is `--config.model.name=resnet_110`.
 Published test error %, WRN-28-10, 200 epochs:
 cross-entropy 3.89, label smoothing 3.82, mixup 3.56, dropout 3.52, DropBlock 3.48, Manifold Mixup
 3.38, LPL 3.28, LPA 3.06 (varied bound) and 3.18 (fixed) in the LPA paper; cross-entropy 3.82, LPL
-3.37 in the LPL paper; cross-entropy 3.99, mixup 2.92, Manifold Mixup 2.55 in the Manifold Mixup paper.
+3.37 in the LPL paper; cross-entropy 3.99, mixup 2.92, Manifold Mixup 2.55 in Manifold Mixup's.
 
 Measured: not yet; a run of 200 epochs needs a GPU.
 """

@@ -1,6 +1,6 @@
-"""CIFAR-100 with WRN-28-10 and the papers' schedule.
+r"""CIFAR-100 with WRN-28-10 and the papers' schedule.
 
-    python -m lpa_jax.main --config=configs/cifar100.py:method=lpa --workdir=runs/cifar100 \\
+    python -m lpa_jax.main --config=configs/cifar100.py:method=lpa --workdir=runs/cifar100 \
         --config.dataset=npz:cifar100.npz
 
 The set is a prepared tensorflow-datasets one (the default; `--config.data_dir=DIR`) or an npz file

@@ -1,6 +1,7 @@
 """The command line: `python -m lpa_jax.main --config=configs/digits.py --workdir=runs/digits`."""
 
 import sys
+from typing import NoReturn
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -37,7 +38,7 @@ def _parse(argv: list[str]) -> list[str]:
     return rest
 
 
-def _fail(error: Exception) -> None:
+def _fail(error: Exception) -> NoReturn:
     sentence = " ".join(str(error.args[0] if isinstance(error, KeyError) else error).split())
     print(f"lpa_jax: {sentence}", file=sys.stderr)
     sys.exit(2)
@@ -51,7 +52,7 @@ def _main(_: list[str]) -> None:
     # Orbax narrates every checkpoint.
     logging.set_verbosity(logging.WARNING)
     try:
-        loop.train_and_evaluate(_CONFIG.value, _WORKDIR.value)
+        loop.train_and_evaluate(_CONFIG.value, str(_WORKDIR.value))
     except (loop.ConfigError, DataError, loop.NonFiniteLossError) as error:
         _fail(error)
     except KeyboardInterrupt:

@@ -89,7 +89,9 @@ def test_a_finished_run_is_shown_again_and_not_trained_again(finished):
 
 
 def test_another_configuration_is_refused_with_the_differing_keys(finished):
-    with pytest.raises(configuration.ConfigError, match=r"differs in batch_size, perturbation\.lpa"):
+    with pytest.raises(
+        configuration.ConfigError, match=r"differs in batch_size, perturbation\.lpa"
+    ):
         run(
             smoke(
                 "lpa+lpl+lpg",
@@ -106,7 +108,9 @@ def test_a_non_finite_loss_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_
     config = smoke("erm", **{"schedule.learning_rate": 1e25, "schedule.name": "constant"})
     config.schedule.warmup_epochs = 1.1
     config.optimizer.options = config_dict.ConfigDict({})
-    with pytest.raises(loop.NonFiniteLossError, match=r"not finite at step \d+.*lower the learning"):
+    with pytest.raises(
+        loop.NonFiniteLossError, match=r"not finite at step \d+.*lower the learning"
+    ):
         run(config, tmp_path)
     assert not (tmp_path / "seed0" / "result.json").exists()
     kept = list((tmp_path / "seed0" / "checkpoints").iterdir())

@@ -1,6 +1,7 @@
 """Top-1 accuracy, by class and over all, and negative log-likelihood."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from lpa_jax import data
 Predict = Callable[[PyTree, UInt8[Array, "batch height width channels"]], Array]
 
 
-def make_predict(apply_fn: Callable[..., Array], sharding: NamedSharding) -> Predict:
+def make_predict(apply_fn: Callable[..., Any], sharding: NamedSharding) -> Predict:
     """Return the jitted function `(variables, uint8 images) -> logits`, in evaluation mode.
 
     Images are split over the devices as `sharding` says.

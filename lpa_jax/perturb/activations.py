@@ -92,7 +92,7 @@ def lpa(
     def update(
         value, *, labels, targets, weights, class_stats, gradient_fn=None, site=None, step=0, **_
     ):
-        sites.require_gradient("lpa", site, gradient_fn)
+        gradient_fn = sites.require_gradient("lpa", site, gradient_fn)
         frozen = jax.lax.stop_gradient(value)
         reduce, copies = _share(sharing, value.shape)
         if granularity == "class":

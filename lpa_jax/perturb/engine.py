@@ -6,6 +6,7 @@ import functools
 from typing import Any, NamedTuple
 
 import jax
+from jax import core
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 import optax
@@ -115,7 +116,7 @@ class Step:
             (sites.PARAM_GRADS,), grads, lambda moved: loss_and_grads(moved)[:2], params
         )
         state = StepState(
-            step=optax.safe_increment(state.step),
+            step=jnp.asarray(optax.safe_increment(state.step)),
             class_stats=statistics.end_batch(walk.extras["class_stats"], walk.members()),
             perturbations=tuple(walk.states),
         )
@@ -280,15 +281,16 @@ class _Walk:
         A perturbation that stands at the labels and elsewhere (mixup) moves the examples
         themselves between classes; one that stands at the labels alone (smoothing) does not.
         """
-        targets = self.perturb((sites.LABELS,), self.extras["targets"])
+        targets: Array = self.perturb((sites.LABELS,), self.extras["targets"])
         for i, site in self.standing((sites.LABELS,)):
             if len(self.chain[i].sites) > 1:
-                labels = _soft(self.extras["labels"], targets.shape[1])
+                labels: Array = _soft(self.extras["labels"], targets.shape[1])
                 key = jax.random.fold_in(self.key, i)
                 extras = {**self.extras, "gradient_fn": None}
-                self.extras["labels"], _ = self.chain[i].update(
+                moved, _ = self.chain[i].update(
                     labels, self.states[i], None, site=site, key=key, **extras
                 )
+                self.extras |= {"labels": moved}
         self.extras["targets"] = targets
 
 
@@ -335,7 +337,7 @@ def _check_labels(labels: membership.Labels, batch: int, num_classes: int) -> No
     if jnp.issubdtype(labels.dtype, jnp.integer):
         if labels.shape != (batch,):
             raise ValueError(f"Integer labels must have shape ({batch},), not {labels.shape}.")
-        if not isinstance(labels, jax.core.Tracer) and labels.size:
+        if not isinstance(labels, core.Tracer) and labels.size:
             low, high = int(labels.min()), int(labels.max())
             if low < 0 or high >= num_classes:
                 raise ValueError(

@@ -84,7 +84,7 @@ def adversarial(
         check_number("step_size", step_size)
 
     def update(value, *, gradient_fn=None, step=0, **_):
-        require_gradient("adversarial", site, gradient_fn)
+        gradient_fn = require_gradient("adversarial", site, gradient_fn)
         start = jax.lax.stop_gradient(value)
         size = at_step(epsilon, step)
         default = size if steps == 1 else 2.5 * size / steps

@@ -66,7 +66,7 @@ def lpl(
     def update(
         value, *, labels, targets, weights, class_stats, gradient_fn=None, site=None, step=0, **_
     ):
-        sites.require_gradient("lpl", site, gradient_fn)
+        gradient_fn = sites.require_gradient("lpl", site, gradient_fn)
         frozen = jax.lax.stop_gradient(value)
         members = membership.by_class(labels, weights, targets.shape[1])
         signs, radii = plan(class_stats, step).rows(members)

@@ -15,7 +15,7 @@ class Tap(NamedTuple):
     Attributes:
       name: Its own name: the site, followed by `[i]` where the site is computed several times.
       site: Name of the site, the path of a module.
-      index: Which call of a shared module, or which layer of a scanned one.
+      number: Which call of a shared module, or which layer of a scanned one.
       length: Number of layers of the scanned module, None for others.
       position: Its place in the order of computation.
       shape: Shape `[B, ...]`.
@@ -24,7 +24,7 @@ class Tap(NamedTuple):
 
     name: str
     site: str
-    index: int
+    number: int
     length: int | None
     position: Position
     shape: tuple[int, ...]

@@ -42,8 +42,8 @@ class Perturbation(optax.GradientTransformationExtraArgs):
     def __new__(
         cls,
         sites: str | Sequence[str],
-        init: optax.TransformInitFn,
-        update: optax.TransformUpdateExtraArgsFn,
+        init: Callable[..., Any],
+        update: Callable[..., Any],
         report: Callable[..., dict[str, Array]] | None = None,
     ) -> "Perturbation":
         """Place the transform `(init, update)` at `sites`."""

@@ -150,11 +150,12 @@ class LinenNetwork:
             raise ValueError("The model must return logits alone; wrap apply_fn to pick them.")
         next(places)
         found = []
-        for key in sorted(captured):
-            found += _taps_of(*key, captured[key], next(places), inputs.shape[0])
-        several = {tap.site for tap in found if tap.index > 0}
+        for site, call in sorted(captured):
+            value = captured[site, call]
+            found += _taps_of(site, call, value, next(places), inputs.shape[0])
+        several = {tap.site for tap in found if tap.number > 0}
         taps = tuple(
-            tap._replace(name=f"{tap.site}[{tap.index}]") if tap.site in several else tap
+            tap._replace(name=f"{tap.site}[{tap.number}]") if tap.site in several else tap
             # At the same place (a module that returns its last child's output) the child is first.
             for tap in sorted(found, key=lambda tap: (tap.position, -tap.site.count("/"), tap.site))
         )
@@ -227,14 +228,14 @@ def _interceptor() -> Callable[..., Any]:
 def _insert(given: tuple[Any, ...], tap: Tap, value: Array) -> tuple[Any, ...]:
     """Add a value to those given to a module: `(value, None)`, or stacks of both for a scan."""
     if tap.length is None:
-        call, entry = tap.index, (value, None)
+        call, entry = tap.number, (value, None)
     else:
         call, entry = 0, given[0] if given else None
         stack, here = entry or (
             jnp.zeros((tap.length, *value.shape), value.dtype),
             jnp.zeros(tap.length, bool),
         )
-        entry = (stack.at[tap.index].set(value), here.at[tap.index].set(True))
+        entry = (stack.at[tap.number].set(value), here.at[tap.number].set(True))
     given = given + (None,) * (call + 1 - len(given))
     return (*given[:call], entry, *given[call + 1 :])
 
@@ -267,8 +268,8 @@ def _taps_of(
 
 def _pick(values: Mapping[tuple[str, int], Array], tap: Tap) -> Array:
     if tap.length is None:
-        return values[tap.site, tap.index]
-    return values[tap.site, 0][tap.index]
+        return values[tap.site, tap.number]
+    return values[tap.site, 0][tap.number]
 
 
 def _places(jaxpr: Any) -> list[tuple[Position, tuple[int, Position] | None]]:

@@ -37,11 +37,15 @@ SPLIT = {
 }
 
 
+# An ml_collections ConfigDict, whose own annotations give every key the union of all types.
+Config = Any
+
+
 class ConfigError(ValueError):
     """A configuration that cannot be run; the message names the remedy."""
 
 
-def default() -> config_dict.ConfigDict:
+def default() -> Config:
     """Return every key of a configuration with its default.
 
     Example:
@@ -94,11 +98,11 @@ def default() -> config_dict.ConfigDict:
 
 
 def choose(
-    config: config_dict.ConfigDict,
+    config: Config,
     argument: str,
     methods: Mapping[str, Mapping[str, Any]],
     smoke: Mapping[str, Any],
-) -> config_dict.ConfigDict:
+) -> Config:
     """Complete a configuration by the argument of its file, `"method=lpa+lpl,smoke"`.
 
     Args:
@@ -167,20 +171,16 @@ def arguments_of(name: str, known: Mapping[str, Any]) -> dict[str, Any]:
     return arguments
 
 
-def perturbation(
-    config: config_dict.ConfigDict, class_counts: list[int]
-) -> tuple[lpa_jax.Perturbation, ...]:
+def perturbation(config: Config, class_counts: list[int]) -> tuple[lpa_jax.Perturbation, ...]:
     """Build the chain that a configuration's `perturbation` describes.
 
     Raises:
       ValueError: If an argument is outside its range.
     """
-    return lpa_jax.chain(*(_transform(*item, class_counts) for item in config.items()))
+    return lpa_jax.chain(*(_transform(name, config[name], class_counts) for name in config))
 
 
-def _transform(
-    name: str, config: config_dict.ConfigDict, class_counts: list[int]
-) -> lpa_jax.Perturbation:
+def _transform(name: str, config: Config, class_counts: list[int]) -> lpa_jax.Perturbation:
     factory = getattr(lpa_jax, name)
     arguments = dict(config)
     if "split" in arguments:
@@ -190,7 +190,7 @@ def _transform(
     return factory(**arguments)
 
 
-def _split(config: config_dict.ConfigDict, class_counts: list[int]) -> splits.Split:
+def _split(config: Config, class_counts: list[int]) -> splits.Split:
     names = ("mean_threshold", "threshold", "tail", "all_positive", "all_negative")
     name = config.name
     if name not in names:
@@ -200,7 +200,7 @@ def _split(config: config_dict.ConfigDict, class_counts: list[int]) -> splits.Sp
     return factory(**{key: known[key] for key in inspect.signature(factory).parameters})
 
 
-def check(config: config_dict.ConfigDict) -> None:
+def check(config: Config) -> None:
     """Raise `ConfigError` unless every number of the trainer lies in its range."""
     positive = ("epochs", "batch_size", "eval_batch_size", "num_seeds", "evaluate_every")
     for key in positive:

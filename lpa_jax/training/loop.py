@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from ml_collections import config_dict
 import numpy as np
 import optax
 from rich.console import Console
@@ -24,7 +23,7 @@ from lpa_jax.perturb.engine import LossFn
 from lpa_jax.training import checkpoints, mesh, records, report, schedules
 from lpa_jax.training import config as configuration
 from lpa_jax.training import step as steps
-from lpa_jax.training.config import ConfigError
+from lpa_jax.training.config import Config, ConfigError
 from lpa_jax.training.state import epoch_means, TrainState
 
 LOSSES = {
@@ -38,7 +37,7 @@ class NonFiniteLossError(RuntimeError):
 
 
 def train_and_evaluate(
-    config: config_dict.ConfigDict, workdir: str | pathlib.Path, console: Console | None = None
+    config: Config, workdir: str | pathlib.Path, console: Console | None = None
 ) -> dict[str, Any]:
     """Train `num_seeds` networks, judge each at its last epoch, and leave the results in `workdir`.
 
@@ -146,7 +145,7 @@ def train_and_evaluate(
                     _stop_if_nonfinite(state, directory)
                     state = steps.end_epoch(perturbed, state)
                     row, _ = epoch_means(state.epoch, steps_per_epoch)
-                    row |= {"learning_rate": float(rate(step - 1))}
+                    row |= {"learning_rate": float(np.asarray(rate(step - 1)))}
                     if len(dataset.validation.labels) and epoch % config.evaluate_every == 0:
                         row |= _named("validation", judge(state.variables, dataset.validation))
                     log.write({"step": step, "epoch": epoch, **_scalars(row)})

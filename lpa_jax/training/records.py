@@ -4,12 +4,10 @@ import json
 import pathlib
 from typing import Any
 
-from ml_collections import config_dict
-
-from lpa_jax.training.config import ConfigError
+from lpa_jax.training.config import Config, ConfigError
 
 
-def claim(workdir: pathlib.Path, config: config_dict.ConfigDict) -> None:
+def claim(workdir: pathlib.Path, config: Config) -> None:
     """Make the work directory this configuration's own, or find that it is.
 
     Raises:

@@ -17,7 +17,7 @@ SHOWN = {
 }
 
 
-def summarise(results: Results) -> dict[str, dict[str, float | int | None]]:
+def summarise(results: Results) -> dict[str, dict[str, Any]]:
     """Return mean, sample standard deviation (None for one seed) and n of each metric.
 
     Example:

@@ -14,14 +14,14 @@ class Totals(NamedTuple):
     """Sums over an epoch, kept on the device.
 
     Attributes:
-      count: Number of examples.
+      examples: Number of examples.
       loss: Sum of training losses, of the perturbed objective.
       correct: Number of examples whose logits, before their own perturbation, were right.
       perturbation: For each site, what is reported of it: `[C]`, summed by example, or summed by
         step where it is a scalar.
     """
 
-    count: Float[Array, ""]
+    examples: Float[Array, ""]
     loss: Float[Array, ""]
     correct: Float[Array, ""]
     perturbation: dict[str, dict[str, Array]]
@@ -74,7 +74,7 @@ def add_to_totals(
 
     weighed = {site: weigh(report) for site, report in metrics.items()}
     return Totals(
-        totals.count + count,
+        totals.examples + count,
         totals.loss + loss * count,
         totals.correct + jnp.sum(correct),
         jax.tree.map(jnp.add, totals.perturbation, weighed),
@@ -96,8 +96,8 @@ def epoch_means(
     """
     totals = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), totals)
     scalars = {
-        "train_loss": float(totals.loss / totals.count),
-        "train_accuracy": float(totals.correct / totals.count),
+        "train_loss": float(totals.loss / totals.examples),
+        "train_accuracy": float(totals.correct / totals.examples),
     }
     by_class = {}
     for site, sums in totals.perturbation.items():
