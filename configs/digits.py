@@ -13,7 +13,7 @@ Measured: see README.md.
 from lpa_jax.training import config as configuration
 
 METHODS = {
-    "lpa": {"site": "group2", "epsilon": 0.2, "radius": "relative"},
+    "lpa": {"site": "group3", "epsilon": 0.05, "radius": "relative"},
     "lpl": {"epsilon": 0.5},
     "lpg": {"epsilon": 0.1},
     "manifold_mixup": {"sites": ("inputs", "group1", "group2"), "alpha": 2.0},

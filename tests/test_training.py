@@ -60,7 +60,7 @@ def test_a_run_leaves_its_results_and_shows_them(finished):
     for seed in (3, 4):
         rows = records.read_rows(workdir / f"seed{seed}" / "metrics.jsonl")
         assert [row["epoch"] for row in rows] == [1, 2]
-        assert {"train_loss", "validation_nll", "group2/norm", "logits/sign"} <= set(rows[0])
+        assert {"train_loss", "validation_nll", "group3/norm", "logits/sign"} <= set(rows[0])
         assert list((workdir / f"seed{seed}" / "tensorboard").iterdir())
     assert "test accuracy %" in text
     assert "mean ± std" in text

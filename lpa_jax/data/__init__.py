@@ -1,0 +1,13 @@
+"""Examples to learn from: where they come from, their batches and their augmentation."""
+
+from lpa_jax.data.augmentation import augment as augment
+from lpa_jax.data.augmentation import random_crop as random_crop
+from lpa_jax.data.augmentation import random_flip as random_flip
+from lpa_jax.data.augmentation import to_float as to_float
+from lpa_jax.data.batching import epoch_order as epoch_order
+from lpa_jax.data.batching import eval_batches as eval_batches
+from lpa_jax.data.batching import train_batches as train_batches
+from lpa_jax.data.examples import DataError as DataError
+from lpa_jax.data.examples import Examples as Examples
+from lpa_jax.data.sources import Dataset as Dataset
+from lpa_jax.data.sources import load as load

@@ -1,0 +1,91 @@
+"""Labelled images, what is required of them, and how some are held out."""
+
+from typing import NamedTuple
+
+from jaxtyping import Int, Int32, UInt8
+import numpy as np
+
+
+class DataError(ValueError):
+    """Examples that cannot be read or used; the message names the remedy."""
+
+
+class Examples(NamedTuple):
+    """Images and their labels.
+
+    Attributes:
+      images: Pixels, uint8 `[N, H, W, C]`.
+      labels: Numbers of classes, int32 `[N]`.
+    """
+
+    images: UInt8[np.ndarray, "n height width channels"]
+    labels: Int32[np.ndarray, "n"]
+
+
+class Source(NamedTuple):
+    """What a source of examples holds, before anything is held out of its training examples."""
+
+    train: Examples
+    test: Examples
+    class_names: tuple[str, ...]
+
+
+def checked(
+    where: str,
+    images: UInt8[np.ndarray, "n height width channels"],
+    labels: Int[np.ndarray, "m"],
+    num_classes: int,
+) -> Examples:
+    """Return images and labels as examples; `where` says in an error which they are.
+
+    Raises:
+      DataError: If there are none, their numbers differ, or a label is outside the classes.
+    """
+    if len(images) != len(labels):
+        raise DataError(
+            f"{where}: there are {len(images)} images but {len(labels)} labels; give each image "
+            "one label."
+        )
+    if not images.size:
+        raise DataError(f"{where}: it is empty; give at least one image.")
+    outside = labels[(labels < 0) | (labels >= num_classes)]
+    if outside.size:
+        raise DataError(
+            f"{where}: the label {outside[0]} is outside the classes 0 to {num_classes - 1}; "
+            "remove its examples or number the classes of all splits from 0 without gaps."
+        )
+    return Examples(images, labels.astype(np.int32))
+
+
+def hold_out(
+    examples: Examples, fraction: float, seed: int, class_names: tuple[str, ...]
+) -> tuple[Examples, Examples]:
+    """Part examples at random into those kept and those held out, class by class.
+
+    Args:
+      examples: Any number of examples.
+      fraction: Share of each class to hold out, in [0, 1), rounded to at least one example
+        unless it is 0.
+      seed: At least 0.
+      class_names: Names for an error.
+
+    Returns:
+      The examples kept and the examples held out, each in the order given.
+
+    Raises:
+      DataError: If a class would have no example left.
+    """
+    images, labels = examples
+    held = np.zeros(len(labels), bool)
+    rng = np.random.default_rng(seed)
+    for label in np.unique(labels) if fraction else ():
+        members = np.flatnonzero(labels == label)
+        count = max(1, round(fraction * len(members)))
+        if count == len(members):
+            raise DataError(
+                f"Holding out a share of {fraction} would leave no training example of class "
+                f"{class_names[label]!r}, which has {len(members)}: give more examples, or a "
+                "smaller validation_fraction (0 holds out none)."
+            )
+        held[rng.permutation(members)[:count]] = True
+    return Examples(images[~held], labels[~held]), Examples(images[held], labels[held])

@@ -1,0 +1,107 @@
+"""Examples in one file that `np.savez` wrote."""
+
+import os
+import zipfile
+import zlib
+
+import numpy as np
+
+from lpa_jax.data.examples import checked, DataError, Source
+
+KEYS = ("x_train", "y_train", "x_test", "y_test")
+# What numpy and zipfile raise on damaged files; RuntimeError: bits that claim encryption.
+DAMAGE = (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error)
+
+
+def read(path: str) -> Source:
+    """Return the examples in a file.
+
+    Args:
+      path: A file with the arrays `x_train` and `x_test`, uint8 `[N, H, W, C]` or `[N, H, W]`,
+        `y_train` and `y_test`, integer `[N]`, and optionally `class_names`, strings `[classes]`;
+        without it the classes are 0 to the largest label in `y_train`.
+
+    Raises:
+      DataError: If the file is missing, damaged, or holds anything else.
+    """
+    arrays = _arrays(os.path.expanduser(path))
+    x_train, x_test = (_images(f"{key} in {path}", arrays[key]) for key in ("x_train", "x_test"))
+    y_train, y_test = (_labels(f"{key} in {path}", arrays[key]) for key in ("y_train", "y_test"))
+    if x_train.shape[1:] != x_test.shape[1:]:
+        raise DataError(
+            f"x_train in {path} holds images of shape {x_train.shape[1:]}, but x_test of shape "
+            f"{x_test.shape[1:]}: save both in one shape."
+        )
+    class_names = _class_names(path, arrays.get("class_names"), y_train)
+    train = checked(f"x_train and y_train in {path}", x_train, y_train, len(class_names))
+    test = checked(f"x_test and y_test in {path}", x_test, y_test, len(class_names))
+    return Source(train, test, class_names)
+
+
+def _arrays(path: str) -> dict[str, np.ndarray]:
+    if not os.path.isfile(path):
+        raise DataError(
+            f"There is no file {path}: write it with np.savez(path, x_train=..., y_train=..., "
+            "x_test=..., y_test=...)."
+        )
+    try:
+        if not zipfile.is_zipfile(path):
+            raise ValueError("it is no zip archive, or its end is missing")
+        # Opened here: numpy leaves the file open where zipfile refuses it.
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
+            missing = [key for key in KEYS if key not in archive.files]
+            wanted = [key for key in (*KEYS, "class_names") if key in archive.files]
+            arrays = {key: np.asarray(archive[key]) for key in wanted}
+            found = ", ".join(archive.files) or "none"
+    except DAMAGE as error:
+        if "Object arrays" in str(error):
+            raise DataError(
+                f"{path} holds arrays of Python objects, which are refused because reading them "
+                "can run code: save uint8 images, integer labels and class names as strings."
+            ) from error
+        raise DataError(
+            f"{path} is truncated, corrupted or no npz file ({error}): write it again with "
+            "np.savez."
+        ) from error
+    if missing:
+        raise DataError(f"{path} lacks {', '.join(missing)} (it has {found}): save all four keys.")
+    return arrays
+
+
+def _images(where: str, array: np.ndarray) -> np.ndarray:
+    if array.dtype != np.uint8:
+        remedy = "x.astype(np.uint8) if the pixels are 0 to 255"
+        if array.dtype.kind == "f":
+            remedy = "np.round(255 * x).astype(np.uint8) if the pixels are 0 to 1, " + remedy
+        raise DataError(f"{where} has dtype {array.dtype}, not uint8: save {remedy}.")
+    if array.ndim not in (3, 4):
+        raise DataError(
+            f"{where} has shape {array.shape}: reshape it to [N, H, W, C] or [N, H, W]."
+        )
+    return array if array.ndim == 4 else array[..., None]
+
+
+def _labels(where: str, array: np.ndarray) -> np.ndarray:
+    if array.dtype.kind not in "iu":
+        raise DataError(f"{where} has dtype {array.dtype}: save integers, y.astype(np.int32).")
+    if array.ndim != 1:
+        raise DataError(
+            f"{where} has shape {array.shape}, not [N]: save y.reshape(-1), or y.argmax(axis=1) "
+            "if it is one-hot."
+        )
+    return array.astype(np.int64)
+
+
+def _class_names(path: str, names: np.ndarray | None, labels: np.ndarray) -> tuple[str, ...]:
+    if names is not None:
+        if names.dtype.kind != "U" or names.ndim != 1:
+            raise DataError(f"class_names in {path} is no list of strings: save np.array([...]).")
+        return tuple(names.tolist())
+    num_classes = 1 + int(labels.max(initial=-1))
+    # Such labels are no numbers of classes, and to name each number in between could take forever.
+    if num_classes > len(labels):
+        raise DataError(
+            f"y_train in {path} has the label {num_classes - 1} among {len(labels)} examples: "
+            "number the classes from 0 without gaps, or save class_names for all of them."
+        )
+    return tuple(str(label) for label in range(num_classes))

@@ -1,0 +1,157 @@
+"""Image sets of tensorflow-datasets that are prepared on disk, read without TensorFlow."""
+
+import difflib
+import io
+import re
+from typing import Any
+
+import numpy as np
+
+from lpa_jax.data.examples import checked, DataError, Source
+
+# Pillow's modes by number of channels.
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+NPZ_REMEDY = "or save the images with np.savez and load 'npz:PATH'"
+
+
+def read(name: str, data_dir: str | None, image_size: int | None) -> Source:
+    """Return the examples of a set that is prepared; nothing is downloaded here.
+
+    Args:
+      name: As tensorflow-datasets writes it: `"cifar10"`, `"cifar100:3.*.*"`, `"name/config"`.
+      data_dir: Where sets are prepared; None is tensorflow-datasets' own default.
+      image_size: Side to scale and crop all images to, or None to leave them as they are.
+
+    Returns:
+      The splits `train` and `test`, or `validation` where there is no `test`.
+
+    Raises:
+      DataError: If the set is unknown, not prepared, damaged, or no set of labelled images.
+    """
+    tfds = _import(name)
+    builder = _open(tfds, name, data_dir)
+    if not _has_labelled_images(tfds, builder.info.features):
+        raise DataError(
+            f"{name!r} has no 8-bit 'image' with a class as its 'label': choose another set, "
+            f"{NPZ_REMEDY}."
+        )
+    height, width, channels = builder.info.features["image"].shape
+    if image_size is not None:
+        height, width = image_size, image_size
+    if height is None or width is None:
+        raise DataError(f"The images of {name!r} may differ in size: give image_size, such as 64.")
+    found = list(builder.info.splits)
+    test = "test" if "test" in found else "validation"
+    if "train" not in found or test not in found:
+        raise DataError(
+            f"{name!r} has the splits {', '.join(found)}, but 'train' and 'test' (or 'validation')"
+            f" are needed: choose another set, {NPZ_REMEDY}."
+        )
+    try:
+        # Decoded here: tensorflow-datasets leaves a JPEG of four channels as it is.
+        decoders = {"image": tfds.decode.SkipDecoding()}
+        sources = builder.as_data_source(["train", test], decoders=decoders)
+        arrays = [_decode(source, (height, width, channels)) for source in sources]
+    except ImportError as error:
+        raise _lacks_package(name, error) from error
+    except NotImplementedError as error:
+        raise DataError(
+            f"{name!r} is prepared in {builder.data_path} in a format that only TensorFlow reads: "
+            f"remove that folder; {_preparation(name, data_dir)}."
+        ) from error
+    except Exception as error:  # Of any kind: the reader's, the parser's and Pillow's.
+        raise DataError(
+            f"{name!r} in {builder.data_path} cannot be read ({_reason(error)}): if its files "
+            f"are truncated or corrupted, remove that folder; {_preparation(name, data_dir)}."
+        ) from error
+    class_names = tuple(builder.info.features["label"].names)
+    train, test = (
+        checked(f"{name!r}, split {split!r}", *pair, len(class_names))
+        for split, pair in zip(("train", test), arrays, strict=True)
+    )
+    return Source(train, test, class_names)
+
+
+def _import(name: str) -> Any:
+    try:
+        import tensorflow_datasets
+    except ImportError as error:
+        raise _lacks_package(name, error) from error
+    return tensorflow_datasets
+
+
+def _lacks_package(name: str, error: ImportError) -> DataError:
+    extras = "tfds,prepare" if error.name == "tensorflow" else "tfds"
+    return DataError(
+        f"{name!r} is neither 'digits' nor 'npz:PATH', and as a set of tensorflow-datasets it "
+        f"needs a package that is missing ({_reason(error)}): pip install 'lpa-jax[{extras}]'."
+    )
+
+
+def _open(tfds: Any, name: str, data_dir: str | None) -> Any:
+    try:
+        builder = tfds.builder(name, data_dir=data_dir)
+        prepared = builder.is_prepared()
+    except tfds.core.DatasetNotFoundError as error:
+        known = ["digits", "npz:PATH", *tfds.list_builders(with_community_datasets=False)]
+        close = difflib.get_close_matches(re.split("[/:]", name)[0], known)
+        hint = f" (did you mean {' or '.join(map(repr, close))}?)" if close else ""
+        raise DataError(
+            f"There is no dataset {name!r}{hint}: give 'digits', 'npz:PATH', or the name of a set "
+            "that tensorflow-datasets knows or that is prepared in data_dir."
+        ) from error
+    except ImportError as error:
+        raise _lacks_package(name, error) from error
+    except Exception as error:  # Of any kind: parsers, assertions and each set's own code.
+        raise DataError(
+            f"tensorflow-datasets cannot open {name!r} ({_reason(error)}): give 'digits', "
+            "'npz:PATH', 'NAME', 'NAME/CONFIG' or 'NAME:VERSION'."
+        ) from error
+    if not prepared:
+        raise DataError(
+            f"{name!r} is not prepared in {builder.data_path}: {_preparation(name, data_dir)}."
+        )
+    return builder
+
+
+def _preparation(name: str, data_dir: str | None) -> str:
+    # Not `tfds build`: it needs apache-beam and mlcroissant besides.
+    return (
+        "preparing needs TensorFlow, so pip install 'lpa-jax[tfds,prepare]' and run python -c "
+        f'"import tensorflow_datasets as tfds; tfds.builder({name!r}, data_dir={data_dir!r}, '
+        f"file_format='array_record').download_and_prepare()\", {NPZ_REMEDY}"
+    )
+
+
+def _has_labelled_images(tfds: Any, features: Any) -> bool:
+    if not isinstance(features, tfds.features.FeaturesDict):
+        return False
+    if not {"image", "label"} <= set(features.keys()):
+        return False
+    image, label = features["image"], features["label"]
+    return (
+        isinstance(image, tfds.features.Image)
+        and image.np_dtype == np.uint8
+        and len(image.shape) == 3
+        and image.shape[2] in MODES
+        and isinstance(label, tfds.features.ClassLabel)
+        and bool(label.num_classes)
+    )
+
+
+def _decode(source: Any, shape: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
+    from PIL import Image, ImageOps
+
+    height, width, channels = shape
+    images = np.empty((len(source), *shape), np.uint8)
+    labels = np.empty(len(source), np.int64)
+    for i, example in enumerate(source):
+        image = Image.open(io.BytesIO(example["image"])).convert(MODES[channels])
+        image = ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR)
+        images[i] = np.asarray(image).reshape(shape)
+        labels[i] = example["label"]
+    return images, labels
+
+
+def _reason(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
