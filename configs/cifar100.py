@@ -37,6 +37,7 @@ METHODS = {
 }
 SMOKE = {
     "model.name": "wrn_10_1",
+    "limit": 1024,
     "epochs": 1,
     "batch_size": 64,
     "schedule.boundaries": (),

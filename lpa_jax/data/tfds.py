@@ -51,7 +51,7 @@ def read(name: str, data_dir: str | None, image_size: int | None) -> Source:
         # Decoded here: tensorflow-datasets leaves a JPEG of four channels as it is.
         decoders = {"image": tfds.decode.SkipDecoding()}
         sources = builder.as_data_source(["train", test], decoders=decoders)
-        arrays = [_decode(source, (height, width, channels)) for source in sources]
+        arrays = [_decode(source, (height, width, channels), image_size) for source in sources]
     except ImportError as error:
         raise _lacks_package(name, error) from error
     except NotImplementedError as error:
@@ -139,16 +139,18 @@ def _has_labelled_images(tfds: Any, features: Any) -> bool:
     )
 
 
-def _decode(source: Any, shape: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
+def _decode(
+    source: Any, shape: tuple[int, int, int], image_size: int | None
+) -> tuple[np.ndarray, np.ndarray]:
     from PIL import Image, ImageOps
 
-    height, width, channels = shape
     images = np.empty((len(source), *shape), np.uint8)
     labels = np.empty(len(source), np.int64)
     for i, example in enumerate(source):
-        image = Image.open(io.BytesIO(example["image"])).convert(MODES[channels])
-        image = ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR)
-        images[i] = np.asarray(image).reshape(shape)
+        image = Image.open(io.BytesIO(example["image"])).convert(MODES[shape[2]])
+        if image_size is not None:
+            image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.BILINEAR)
+        images[i] = np.atleast_3d(np.asarray(image))
         labels[i] = example["label"]
     return images, labels
 

@@ -6,12 +6,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
-from jaxtyping import Array, Float, Int, PyTree, UInt8
+from jaxtyping import Array, Float, Int, PyTree
 import numpy as np
 
 from lpa_jax import data
 
-Predict = Callable[[PyTree, UInt8[Array, "batch height width channels"]], Array]
+Predict = Callable[[PyTree, Any], Array]
 
 
 def make_predict(apply_fn: Callable[..., Any], sharding: NamedSharding) -> Predict:

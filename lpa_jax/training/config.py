@@ -59,6 +59,8 @@ def default() -> Config:
             "data_dir": config_dict.placeholder(str),
             # Side that images of differing size are resized to.
             "image_size": config_dict.placeholder(int),
+            # Use at most that many examples of each split: for trials, not for results.
+            "limit": config_dict.placeholder(int),
             # Share of the training examples held out for tuning, by class.
             "validation_fraction": 0.1,
             # The standard CIFAR augmentation: crops from zero padding, and horizontal flips.
@@ -202,9 +204,9 @@ def _split(config: Config, class_counts: list[int]) -> splits.Split:
 
 def check(config: Config) -> None:
     """Raise `ConfigError` unless every number of the trainer lies in its range."""
-    positive = ("epochs", "batch_size", "eval_batch_size", "num_seeds", "evaluate_every")
+    positive = ("epochs", "batch_size", "eval_batch_size", "num_seeds", "evaluate_every", "limit")
     for key in positive:
-        if config[key] < 1:
+        if config[key] is not None and config[key] < 1:
             raise ConfigError(f"config.{key} must be at least 1, not {config[key]!r}.")
     not_negative = {
         "seed": config.seed,
