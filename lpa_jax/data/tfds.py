@@ -40,12 +40,12 @@ def read(name: str, data_dir: str | None, image_size: int | None) -> Source:
         height, width = image_size, image_size
     if height is None or width is None:
         raise DataError(f"The images of {name!r} may differ in size: give image_size, such as 64.")
-    found = list(builder.info.splits)
+    found = [split for split, info in builder.info.splits.items() if info.num_examples]
     test = "test" if "test" in found else "validation"
     if "train" not in found or test not in found:
         raise DataError(
-            f"{name!r} has the splits {', '.join(found)}, but 'train' and 'test' (or 'validation')"
-            f" are needed: choose another set, {NPZ_REMEDY}."
+            f"{name!r} has examples in the splits {', '.join(found) or 'none'}, but 'train' and "
+            f"'test' (or 'validation') are needed: choose another set, {NPZ_REMEDY}."
         )
     try:
         # Decoded here: tensorflow-datasets leaves a JPEG of four channels as it is.
@@ -81,7 +81,7 @@ def _import(name: str) -> Any:
 
 
 def _lacks_package(name: str, error: ImportError) -> DataError:
-    extras = "tfds,prepare" if error.name == "tensorflow" else "tfds"
+    extras = "tfds,prepare" if "'tensorflow'" in str(error) else "tfds"
     return DataError(
         f"{name!r} is neither 'digits' nor 'npz:PATH', and as a set of tensorflow-datasets it "
         f"needs a package that is missing ({_reason(error)}): pip install 'lpa-jax[{extras}]'."

@@ -1,0 +1,453 @@
+"""Sources of examples and their errors, splits, batches, augmentation."""
+
+import subprocess
+import sys
+import zlib
+
+import jax
+import numpy as np
+import pytest
+from tfds_fixture import png, write_examples, write_tfds
+
+from lpa_jax import data
+from lpa_jax.data import DataError
+
+
+def make_arrays(num_train=40, num_test=8, shape=(6, 5, 3), num_classes=4, seed=0):
+    rng = np.random.default_rng(seed)
+    return {
+        "x_train": rng.integers(0, 256, (num_train, *shape), dtype=np.uint8),
+        "y_train": np.arange(num_train) % num_classes,
+        "x_test": rng.integers(0, 256, (num_test, *shape), dtype=np.uint8),
+        "y_test": np.arange(num_test) % num_classes,
+    }
+
+
+@pytest.fixture
+def npz(tmp_path):
+    """Return a function that writes arrays, some of them replaced, and gives their name."""
+
+    def write(**changes):
+        arrays = {k: v for k, v in (make_arrays() | changes).items() if v is not None}
+        np.savez(tmp_path / "set.npz", **arrays)
+        return f"npz:{tmp_path / 'set.npz'}"
+
+    return write
+
+
+def rows(examples):
+    """Return images as bytes: sets of them can be compared."""
+    return [image.tobytes() for image in examples.images]
+
+
+# Splits
+
+
+def test_digits_are_scikit_learns():
+    from sklearn.datasets import load_digits
+
+    digits = data.load("digits", validation_fraction=0.0)
+    assert digits.train.images.dtype == np.uint8
+    assert digits.train.labels.dtype == np.int32
+    assert digits.validation.images.shape == (0, 8, 8, 1)
+    assert digits.class_names == tuple("0123456789")
+    bunch = load_digits()
+    pixels = np.concatenate([digits.train.images, digits.test.images])[..., 0]
+    labels = np.concatenate([digits.train.labels, digits.test.labels])
+    assert pixels.max() == 255
+    ours = sorted(
+        (x.tobytes(), y) for x, y in zip(np.round(pixels / 255 * 16), labels, strict=True)
+    )
+    theirs = sorted((x.tobytes(), y) for x, y in zip(bunch.images, bunch.target, strict=True))
+    assert ours == theirs
+
+
+def test_the_test_set_is_the_same_for_every_seed_and_on_every_machine():
+    first, second = data.load("digits"), data.load("digits", seed=7, validation_fraction=0.3)
+    np.testing.assert_array_equal(first.test.images, second.test.images)
+    np.testing.assert_array_equal(first.test.labels, second.test.labels)
+    assert zlib.crc32(first.test.images.tobytes()) == 2984794286
+    assert len(first.test.labels) == 359
+
+
+def test_splits_are_disjoint_stratified_and_complete():
+    whole = data.load("digits", validation_fraction=0.0)
+    digits = data.load("digits", validation_fraction=0.1, seed=3)
+    # Some of the images are the same, so that counts of them are compared, not sets.
+    assert sorted(rows(digits.train) + rows(digits.validation)) == sorted(rows(whole.train))
+    counts = [np.bincount(e.labels, minlength=10) for e in (whole.train, digits.validation)]
+    assert counts[1].tolist() == [round(0.1 * int(n)) for n in counts[0]]
+    per_test = np.bincount(whole.test.labels) / (counts[0] + np.bincount(whole.test.labels))
+    np.testing.assert_allclose(per_test, 0.2, atol=0.004)
+
+
+def test_validation_split_is_a_function_of_the_seed(npz):
+    name = npz()
+    first, again, other = (data.load(name, seed=s, validation_fraction=0.2) for s in (5, 5, 6))
+    assert rows(first.validation) == rows(again.validation)
+    assert rows(first.train) == rows(again.train)
+    assert rows(first.validation) != rows(other.validation)
+    assert not set(rows(first.validation)) & set(rows(first.train))
+    assert np.bincount(first.validation.labels).tolist() == [2, 2, 2, 2]
+
+
+def test_a_small_class_has_one_example_held_out(npz):
+    labels = np.array([0] * 37 + [1, 1] + [2])
+    name = npz(y_train=np.minimum(labels, 1), y_test=np.zeros(8, np.uint8))
+    assert np.bincount(data.load(name).validation.labels).tolist() == [4, 1]
+    name = npz(y_train=labels, class_names=np.array(["cat", "dog", "emu", "fox"]))
+    with pytest.raises(DataError, match="no training example of class 'emu', which has 1: give"):
+        data.load(name)
+    assert data.load(name, validation_fraction=0.0).num_classes == 4
+
+
+@pytest.mark.parametrize("fraction", [-0.1, 1.0, float("nan")])
+def test_validation_fraction_outside_its_range(fraction):
+    with pytest.raises(DataError, match=r"validation_fraction is .*: give 0 up to less than 1"):
+        data.load("digits", validation_fraction=fraction)
+
+
+@pytest.mark.parametrize(("size", "message"), [(0, "at least 1"), (16, "no effect on 'digits'")])
+def test_image_size_where_it_means_nothing(size, message):
+    with pytest.raises(DataError, match=f"image_size .*{message}"):
+        data.load("digits", image_size=size)
+
+
+def test_pixel_statistics(npz):
+    loaded = data.load(npz(), validation_fraction=0.2)
+    pixels = loaded.train.images / 255
+    np.testing.assert_allclose(loaded.mean, pixels.mean(axis=(0, 1, 2)), rtol=1e-12)
+    np.testing.assert_allclose(loaded.std, pixels.std(axis=(0, 1, 2)), rtol=1e-9)
+    assert isinstance(loaded.mean[0], float)
+
+
+# Files of arrays
+
+
+def test_npz_is_read_as_it_was_written(npz):
+    arrays = make_arrays()
+    loaded = data.load(npz(), validation_fraction=0.0)
+    np.testing.assert_array_equal(loaded.train.images, arrays["x_train"])
+    np.testing.assert_array_equal(loaded.test.labels, arrays["y_test"])
+    assert loaded.class_names == ("0", "1", "2", "3")
+    grey = npz(x_train=arrays["x_train"][..., 0], x_test=arrays["x_test"][..., 0])
+    assert data.load(grey).test.images.shape == (8, 6, 5, 1)
+    named = npz(class_names=np.array(["a", "b", "c", "d", "e"]))
+    assert data.load(named).class_names == ("a", "b", "c", "d", "e")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"y_test": None}, r"lacks y_test \(it has x_train, y_train, x_test\): save all four"),
+        ({"y_train": np.array([None] * 40)}, "arrays of Python objects.*refused.*integer labels"),
+        ({"x_train": np.zeros((40, 6, 5, 3))}, r"float64, not uint8: save np.round\(255 \* x\)"),
+        ({"x_test": np.zeros((8, 6, 5, 3), int)}, r"x_test .*int64.*save x.astype\(np.uint8\)"),
+        ({"x_train": np.zeros((40, 9), np.uint8)}, r"shape \(40, 9\): reshape it to \[N, H, W"),
+        ({"x_test": np.zeros((8, 6, 6, 3), np.uint8)}, "x_test of shape .*save both in one shape"),
+        ({"y_train": np.zeros(39, int)}, "40 images but 39 labels; give each image one label"),
+        ({"y_train": np.zeros(40)}, r"y_train .* float64: save integers, y.astype\(np.int32\)"),
+        ({"y_train": np.zeros((40, 1), int)}, r"shape \(40, 1\), not \[N\]: save y.reshape\(-1\)"),
+        ({"y_train": np.arange(40) - 1}, "y_train.*label -1 is outside the classes 0 to 38"),
+        ({"y_train": np.full(40, 40)}, "label 40 among 40 examples: number the classes from 0"),
+        ({"y_test": np.full(8, 4)}, "y_test.*label 4 is outside the classes 0 to 3; remove"),
+        ({"class_names": np.array(["a"])}, "y_train.*label 1 is outside the classes 0 to 0"),
+        ({"class_names": np.array(["a"], "S1")}, r"class_names .* strings: save np.array\(\["),
+        (
+            {"x_test": np.zeros((0, 6, 5, 3), np.uint8), "y_test": np.zeros(0, int)},
+            "x_test.*is empty; give at least one image",
+        ),
+        (
+            {"x_train": np.zeros((0, 6, 5, 3), np.uint8), "y_train": np.zeros(0, np.uint64)},
+            "x_train.*is empty; give at least one image",
+        ),
+    ],
+)
+def test_npz_that_cannot_be_used(npz, changes, message):
+    with pytest.raises(DataError, match=message) as error:
+        data.load(npz(**changes))
+    assert "\n" not in str(error.value)
+
+
+def test_npz_that_is_missing(tmp_path):
+    with pytest.raises(DataError, match=r"no file .*none.npz: write it with np.savez\(path, x_tr"):
+        data.load(f"npz:{tmp_path / 'none.npz'}")
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_npz_that_is_damaged(tmp_path, save):
+    path = tmp_path / "set.npz"
+    save(path, **make_arrays())
+    whole = path.read_bytes()
+    flipped = bytearray(whole)
+    flipped[len(whole) // 3] ^= 0xFF
+    pieces = [b"", b"no archive", whole[: len(whole) // 2], whole[:-1], bytes(flipped)]
+    for content in pieces:
+        path.write_bytes(content)
+        with pytest.raises(DataError, match=r"truncated, corrupted or no npz.*write it again"):
+            data.load(f"npz:{path}")
+
+
+def test_a_single_array_is_no_npz(tmp_path):
+    np.save(tmp_path / "x.npy", np.zeros(3))
+    with pytest.raises(DataError, match="no npz file"):
+        data.load(f"npz:{tmp_path / 'x.npy'}")
+
+
+# tensorflow-datasets
+
+
+def write(data_dir, name="tiny_shapes", **options):
+    return write_tfds(data_dir, name, *make_arrays().values(), **options)
+
+
+def test_tfds_is_read_without_tensorflow(tmp_path):
+    imported_by_others = "tensorflow" in sys.modules
+    write(tmp_path)
+    loaded = data.load("tiny_shapes", data_dir=str(tmp_path), validation_fraction=0.0)
+    arrays = make_arrays()
+    for ours, part in ((loaded.train, "train"), (loaded.test, "test")):
+        np.testing.assert_array_equal(ours.images, arrays[f"x_{part}"])
+        np.testing.assert_array_equal(ours.labels, arrays[f"y_{part}"])
+    assert loaded.class_names == ("0", "1", "2", "3")
+    pinned = data.load("tiny_shapes:1.*.*", data_dir=str(tmp_path))
+    assert len(pinned.validation.labels) == 4
+    assert ("tensorflow" in sys.modules) == imported_by_others
+
+
+def test_tfds_set_that_tensorflow_datasets_itself_defines(tmp_path):
+    import tensorflow_datasets as tfds
+
+    arrays = make_arrays(shape=(28, 28, 1))
+    write_tfds(tmp_path, "mnist", *arrays.values(), version=str(tfds.builder_cls("mnist").VERSION))
+    loaded = data.load("mnist", data_dir=str(tmp_path), validation_fraction=0.0)
+    np.testing.assert_array_equal(loaded.train.images, arrays["x_train"])
+
+
+def test_tfds_validation_stands_in_for_a_missing_test_split(tmp_path):
+    write(tmp_path, splits=("train", "validation"))
+    loaded = data.load("tiny_shapes", data_dir=str(tmp_path))
+    np.testing.assert_array_equal(loaded.test.images, make_arrays()["x_test"])
+    write(tmp_path, "tiny_parts", splits=("train", "extra"))
+    with pytest.raises(
+        DataError, match=r"in the splits train, extra, but.*save the images with np"
+    ):
+        data.load("tiny_parts", data_dir=str(tmp_path))
+
+
+def test_tfds_images_that_differ_in_size(tmp_path):
+    plain = np.full((9, 14, 3), 70, np.uint8)
+    halves = np.full((8, 16, 3), 200, np.uint8)
+    halves[:, 8:] = 10
+    write_tfds(tmp_path, "tiny_sizes", [plain, halves], [0, 1], [halves], [1])
+    with pytest.raises(DataError, match="may differ in size: give image_size"):
+        data.load("tiny_sizes", data_dir=str(tmp_path))
+    loaded = data.load("tiny_sizes", data_dir=str(tmp_path), image_size=8, validation_fraction=0.0)
+    assert loaded.train.images.shape == (2, 8, 8, 3)
+    assert (loaded.train.images[0] == 70).all()
+    # The middle of the picture is kept, at its own scale.
+    np.testing.assert_array_equal(loaded.test.images[0], halves[:, 4:12])
+
+
+def test_tfds_name_that_is_unknown(tmp_path):
+    message = r"no dataset 'cifar11' \(did you mean .*'cifar10'.*\?\): give"
+    with pytest.raises(DataError, match=message):
+        data.load("cifar11", data_dir=str(tmp_path))
+    with pytest.raises(DataError, match="did you mean 'digits'"):
+        data.load("digit", data_dir=str(tmp_path))
+    for name in ("no name", "", "cifar10:1.2.*", "cifar10_corrupted/x"):
+        with pytest.raises(
+            DataError, match=r"cannot open .*give 'digits', 'npz:PATH', 'NAME'"
+        ) as e:
+            data.load(name, data_dir=str(tmp_path))
+        assert "\n" not in str(e.value)
+
+
+def test_tfds_set_that_is_not_prepared(tmp_path):
+    with pytest.raises(DataError, match=r"'cifar10' is not prepared in .*TensorFlow") as error:
+        data.load("cifar10", data_dir=str(tmp_path))
+    sentence = str(error.value)
+    assert "pip install 'lpa-jax[tfds,prepare]'" in sentence
+    assert "npz:PATH" in sentence
+    # The command is one that Python can read.
+    command = sentence.partition('python -c "')[2].partition('"')[0]
+    compile(command, "command", "exec")
+    assert f"data_dir={str(tmp_path)!r}, file_format='array_record'" in command
+
+
+def test_tfds_set_in_a_format_of_tensorflows(tmp_path):
+    info = write(tmp_path) / "dataset_info.json"
+    info.write_text(info.read_text().replace("array_record", "tfrecord"))
+    with pytest.raises(DataError, match="only TensorFlow reads: remove that folder; preparing"):
+        data.load("tiny_shapes", data_dir=str(tmp_path))
+
+
+def test_tfds_files_that_are_damaged(tmp_path):
+    folder = write(tmp_path)
+    records = folder / "tiny_shapes-train.array_record-00000"
+    whole = records.read_bytes()
+    for content in (b"", whole[:1000], bytes(len(whole))):
+        records.write_bytes(content)
+        with pytest.raises(DataError, match=r"cannot be read .*truncated or corrupted, remove"):
+            data.load("tiny_shapes", data_dir=str(tmp_path))
+    (folder / "dataset_info.json").write_text("{")
+    with pytest.raises(DataError, match="cannot open 'tiny_shapes'"):
+        data.load("tiny_shapes", data_dir=str(tmp_path))
+
+
+def test_tfds_image_that_is_damaged_or_of_another_size(tmp_path):
+    import tensorflow_datasets as tfds
+
+    features = {
+        "image": tfds.features.Image(shape=(6, 5, 3)),
+        "label": tfds.features.ClassLabel(num_classes=2),
+    }
+    contents = {
+        r"cannot identify image": b"no image",
+        r"could not broadcast .* shape \(5,6,3\)": png(np.zeros((5, 6, 3), np.uint8)),
+    }
+    for i, (message, content) in enumerate(contents.items()):
+        parts = {split: [{"image": content, "label": 0}] for split in ("train", "test")}
+        write_examples(tmp_path, f"tiny_wrong{i}", features, parts)
+        with pytest.raises(DataError, match=rf"cannot be read \({message}"):
+            data.load(f"tiny_wrong{i}", data_dir=str(tmp_path))
+
+
+def test_tfds_set_that_is_empty_or_lacks_labels(tmp_path):
+    import tensorflow_datasets as tfds
+
+    text = {"text": tfds.features.Text()}
+    write_examples(tmp_path, "tiny_text", text, {"train": [{"text": "a"}], "test": []})
+    with pytest.raises(DataError, match="no 8-bit 'image' with a class as its 'label'"):
+        data.load("tiny_text", data_dir=str(tmp_path))
+    arrays = make_arrays(num_test=0)
+    write_tfds(tmp_path, "tiny_empty", *arrays.values())
+    with pytest.raises(DataError, match=r"'tiny_empty' has examples in the splits train, but"):
+        data.load("tiny_empty", data_dir=str(tmp_path))
+
+
+def test_tfds_that_is_not_installed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
+    message = r"neither 'digits' .* missing \(.*\): pip install 'lpa-jax\[tfds\]'"
+    with pytest.raises(DataError, match=message):
+        data.load("cifar10")
+
+
+def test_importing_the_package_imports_no_source():
+    code = (
+        "import sys, lpa_jax.data; "
+        "print([m for m in ('sklearn', 'tensorflow_datasets', 'PIL') if m in sys.modules])"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
+
+
+# Batches
+
+
+def test_epoch_order_is_a_permutation_that_seed_and_epoch_decide():
+    order = data.epoch_order(3, 1, 50)
+    assert order.dtype == np.int64
+    assert sorted(order) == list(range(50))
+    np.testing.assert_array_equal(order, data.epoch_order(3, 1, 50))
+    for other in ((3, 2), (4, 1), (1, 3)):
+        assert (data.epoch_order(*other, 50) != order).any()
+    # Fixed for good: a resumed run must go on where it was, whatever has been updated since.
+    assert data.epoch_order(3, 1, 8).tolist() == [2, 1, 4, 0, 5, 7, 6, 3]
+
+
+def test_train_batches_resume():
+    batches = list(data.train_batches(0, 2, 50, 8))
+    assert len(batches) == 6
+    assert all(b.shape == (8,) and b.dtype == np.int32 for b in batches)
+    np.testing.assert_array_equal(np.concatenate(batches), data.epoch_order(0, 2, 50)[:48])
+    resumed = list(data.train_batches(0, 2, 50, 8, start=4))
+    np.testing.assert_array_equal(resumed, batches[4:])
+    assert list(data.train_batches(0, 2, 50, 8, start=6)) == []
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "start", "message"),
+    [
+        (51, 0, "batch_size is 51, but a batch takes 1 to 50 examples.*choose"),
+        (0, 0, "batch_size is 0"),
+        (8, 7, "start is 7, but an epoch has 6 batches"),
+        (8, -1, "start is -1"),
+    ],
+)
+def test_train_batches_refuse_at_once(batch_size, start, message):
+    with pytest.raises(ValueError, match=message):
+        data.train_batches(0, 0, 50, batch_size, start=start)
+
+
+@pytest.mark.parametrize("num_examples", [0, 1, 8, 19])
+def test_eval_batches_visit_each_example_once(num_examples):
+    batches = list(data.eval_batches(num_examples, 8))
+    assert len(batches) == -(-num_examples // 8)
+    assert all(i.shape == w.shape == (8,) for i, w in batches)
+    assert all((i.dtype, w.dtype) == (np.int32, np.float32) for i, w in batches)
+    assert sum(w.sum() for _, w in batches) == num_examples
+    assert [int(j) for i, w in batches for j in i[w > 0]] == list(range(num_examples))
+    assert all(i.max() < num_examples for i, _ in batches)
+    with pytest.raises(ValueError, match="batch_size is 0: give at least 1"):
+        data.eval_batches(num_examples, 0)
+
+
+# Augmentation
+
+
+@pytest.fixture
+def images():
+    # No zeros: they are the border's.
+    pixels = np.random.default_rng(1).integers(1, 256, (32, 7, 6, 3), dtype=np.uint8)
+    return jax.numpy.asarray(pixels)
+
+
+crop = jax.jit(data.random_crop, static_argnums=2)
+flip = jax.jit(data.random_flip)
+
+
+@pytest.mark.parametrize(("padding", "dtype"), [(0, "uint8"), (3, "uint8"), (3, "float32")])
+def test_random_crop_is_a_window_of_the_padded_image(images, padding, dtype):
+    key = jax.random.key(3)
+    images = images.astype(dtype)
+    crops = np.asarray(crop(key, images, padding))
+    assert crops.dtype == images.dtype
+    draws = np.asarray(jax.random.randint(key, (32, 2), 0, 2 * padding + 1))
+    for image, result, (top, left) in zip(np.asarray(images), crops, draws, strict=True):
+        padded = np.zeros((7 + 2 * padding, 6 + 2 * padding, 3), dtype)
+        padded[padding : padding + 7, padding : padding + 6] = image
+        np.testing.assert_array_equal(result, padded[top : top + 7, left : left + 6])
+    # All places are drawn, the outermost too.
+    assert set(draws.ravel().tolist()) == set(range(2 * padding + 1))
+
+
+def test_random_flip_mirrors_about_half(images):
+    flipped = np.asarray(flip(jax.random.key(0), images))
+    mirrored = 0
+    for image, result in zip(np.asarray(images), flipped, strict=True):
+        is_mirrored = np.array_equal(result, image[:, ::-1])
+        assert is_mirrored or np.array_equal(result, image)
+        mirrored += is_mirrored
+    assert 8 < mirrored < 24
+    twice = flip(jax.random.key(0), jax.numpy.asarray(flipped))
+    np.testing.assert_array_equal(twice, images)
+
+
+def test_augment_is_crop_then_flip_with_independent_keys(images):
+    key = jax.random.key(5)
+    augment = jax.jit(data.augment, static_argnames=("padding", "flip"))
+    crop_key, flip_key = jax.random.split(key)
+    both = np.asarray(flip(flip_key, crop(crop_key, images, 3)))
+    np.testing.assert_array_equal(augment(key, images, padding=3, flip=True), both)
+    assert (np.asarray(augment(jax.random.key(6), images, padding=3, flip=True)) != both).any()
+    cropped = data.augment(key, images, padding=3, flip=False)
+    np.testing.assert_array_equal(cropped, crop(crop_key, images, 3))
+    assert data.augment(key, images, padding=0, flip=False) is images
+
+
+def test_to_float():
+    levels = jax.numpy.arange(256, dtype=jax.numpy.uint8).reshape(2, 8, 16, 1)
+    floats = data.to_float(levels)
+    assert floats.dtype == np.float32
+    np.testing.assert_allclose(floats, np.arange(256).reshape(2, 8, 16, 1) / 255, rtol=1e-6)
