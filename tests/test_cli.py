@@ -13,6 +13,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from lpa_jax.training import records
+from tfds_fixture import write_tfds
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -111,6 +112,36 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path):
         assert ours.keys() == theirs.keys()
         for name, leaf in ours.items():
             np.testing.assert_array_equal(leaf, theirs[name])
+
+
+SHARED = ROOT.parent / "shared" / "data"
+
+
+@pytest.mark.slow
+@pytest.mark.shared_data
+@pytest.mark.skipif(not SHARED.exists(), reason="real images are not beside the repository")
+@pytest.mark.parametrize("source", ["npz", "tfds"])
+def test_real_cifar10_trains_from_either_source(source, tmp_path):
+    path = tmp_path / "cifar10.npz"
+    unpack = [sys.executable, SHARED / "unpack.py", "cifar10", path, "--train-shards=0:5"]
+    subprocess.run(unpack, check=True, capture_output=True)
+    extra = [f"--config.dataset=npz:{path}"]
+    if source == "tfds":
+        with np.load(path) as arrays:
+            write_tfds(
+                tmp_path, "cifar10",
+                arrays["x_train"], arrays["y_train"], arrays["x_test"], arrays["y_test"],
+                version="3.0.2",
+            )  # fmt: skip
+        extra = [f"--config.data_dir={tmp_path}"]
+    done = call(
+        "--config=configs/cifar10.py:method=lpa,smoke", f"--workdir={tmp_path / 'run'}", *extra,
+        "--config.epochs=4", "--config.limit=4096", timeout=900,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    # Chance is 0.1.
+    assert summary["metrics"]["test_accuracy"]["mean"] > 0.25
 
 
 METHODS = (

@@ -26,9 +26,9 @@ def label_smoothing(alpha: sites.Number) -> sites.Perturbation:
     """
     sites.check_number("alpha", alpha, 0.0, 1.0)
 
-    def update(targets, *, step=0, **_):
+    def update(value, *, step=0, **_):
         weight = sites.at_step(alpha, step)
-        return (1.0 - weight) * targets + weight / targets.shape[1]
+        return (1.0 - weight) * value + weight / value.shape[1]
 
     return sites.stateless(sites.LABELS, update)
 
@@ -52,13 +52,13 @@ def disturb_label(rate: sites.Number) -> sites.Perturbation:
     """
     sites.check_number("rate", rate, 0.0, 1.0)
 
-    def update(targets, *, key, step=0, **_):
-        batch, num_classes = targets.shape
+    def update(value, *, key, step=0, **_):
+        batch, num_classes = value.shape
         which_key, class_key = jax.random.split(key)
         disturbed = jax.random.bernoulli(which_key, sites.at_step(rate, step), (batch, 1))
         drawn = jax.random.randint(class_key, (batch,), 0, num_classes)
         return jnp.where(
-            disturbed, jax.nn.one_hot(drawn, num_classes, dtype=targets.dtype), targets
+            disturbed, jax.nn.one_hot(drawn, num_classes, dtype=value.dtype), value
         )
 
     return sites.stateless(sites.LABELS, update)
