@@ -1,0 +1,705 @@
+"""What every perturbation promises, tested for all of them: a new one is a new line of `TABLE`."""
+
+from collections.abc import Callable, Sequence
+import dataclasses
+import functools
+import inspect
+import math
+from typing import Any
+
+import chex
+import flax.linen as nn
+import jax
+from jax import ShapeDtypeStruct
+import jax.numpy as jnp
+import jaxtyping
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+
+import lpa_jax
+from lpa_jax.perturb import statistics
+
+NUM_CLASSES = 6
+BATCH = 16
+COUNTS = [40, 10, 20, 5, 30, 2]
+ALL = lpa_jax.splits.all_positive()
+DOWN = lpa_jax.splits.all_negative()
+# Entries of "first" that share one entry of a perturbation.
+POSITIONS = math.sqrt(16)
+# Tiny programs: what XLA would gain by optimizing them is lost many times over in compiling.
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """A line of the contract table.
+
+    `strength` is the argument of `factory` that makes it the identity where it is 0, `amount` a
+    value at which it is not. `ball` bounds the change of an example, in units of the amount: its
+    `norm`, or with "relative" its share of the class-mean norm of the value.
+    """
+
+    label: str
+    factory: Callable[..., Any]
+    sites: tuple[str, ...]
+    strength: str
+    amount: float
+    arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
+    ball: float | str | None = None
+    norm: float = 2
+    # Whether the strength may be a schedule; optax's own transforms take plain numbers.
+    schedule: bool = True
+
+    @property
+    def mixes(self):
+        return len(self.sites) > 1 and "labels" in self.sites
+
+    def make(self, number):
+        return self.place(self.factory(**self.arguments, **{self.strength: number}))
+
+    def place(self, transform):
+        """Place an optax transform, or what is left of a perturbation after an optax wrapper."""
+        if isinstance(transform, lpa_jax.Perturbation):
+            return transform
+        if len(self.sites) == 1:
+            return lpa_jax.at(self.sites[0], transform)
+        return lpa_jax.Perturbation(self.sites, transform.init, transform.update)
+
+    def wrapped(self, strength):
+        """Make the same through `inject_hyperparams` and `optax.chain`."""
+        # What optax counts are updates, and there is one at every site of a step.
+        schedule = fading(self, strength) if len(self.sites) == 1 else lambda _: strength
+        # Every number that is not static becomes an array, `steps` too.
+        static = set(inspect.signature(self.factory).parameters) - {self.strength}
+        inject = optax.inject_hyperparams(self.factory, static_args=static)
+        transform = inject(**self.arguments, **{self.strength: schedule})
+        return self.place(optax.chain(transform, optax.identity()))
+
+
+def lpa(label, amount=0.3, ball: Any = POSITIONS, site: Any = "first", **arguments):
+    arguments = {"site": site, "steps": 2, "split": ALL} | arguments
+    sites = (site,) if isinstance(site, str) else site
+    return Line(f"lpa-{label}", lpa_jax.lpa, sites, "epsilon", amount, arguments, ball)
+
+
+def logits(factory, strength, amount, *, label="", **arguments):
+    ball = arguments.pop("ball", None)
+    name = factory.__name__ + label
+    return Line(name, factory, ("logits",), strength, amount, arguments, ball)
+
+
+def adversarial(norm, site, **arguments):
+    arguments |= {"site": site, "norm": norm, "steps": 2}
+    order = np.inf if norm == "linf" else 2
+    make = lpa_jax.adversarial
+    return Line(f"adversarial-{norm}", make, (site,), "epsilon", 0.1, arguments, 1.0, order)
+
+
+def adaptive(epsilon):
+    return lpa_jax.adaptive(lpa_jax.lpa(("first", "second"), epsilon, steps=1, split=ALL), every=2)
+
+
+def add_noise(eta):
+    return optax.add_noise(eta, 0.55, key=0)
+
+
+def clip(sharpness):
+    return optax.clip(1.0 / sharpness)
+
+
+TABLE = [
+    lpa("default", split=lpa_jax.splits.mean_threshold("accuracy")),
+    lpa("down", split=DOWN),
+    lpa("raw", direction="raw"),
+    lpa("full", sharing="full", ball=1.0),
+    lpa("relative", radius="relative", ball="relative"),
+    lpa("relative-full", radius="relative", sharing="full", ball="relative"),
+    lpa("low-rank", low_rank=1, sharing="full", ball=1.0),
+    lpa("low-rank-channel", low_rank=2),
+    lpa("norm", objective="norm", split=lpa_jax.splits.mean_threshold(window="epoch")),
+    lpa("norm-down-full", objective="norm", split=DOWN, sharing="full", ball=1.0),
+    lpa("sample", granularity="sample"),
+    lpa("sample-relative", granularity="sample", radius="relative", ball="relative-sample"),
+    lpa("inputs", site="inputs"),
+    lpa("logits", site="logits", ball=1.0, split=lpa_jax.splits.mean_threshold(window="batch")),
+    lpa("several", site=("first", "second")),
+    lpa("loop", site="second", steps=10, ball=1.0, split=lpa_jax.splits.threshold(0.5)),
+    Line("adaptive", adaptive, ("first", "second"), "epsilon", 0.3, {}, POSITIONS),
+    logits(lpa_jax.lpl, "epsilon", 0.3, label="-steps", split=ALL, ball=math.sqrt(2)),
+    logits(lpa_jax.lpl, "epsilon", 0.3, label="-default", ball=math.sqrt(2)),
+    logits(lpa_jax.lpl, "epsilon", 0.3, label="-projected", solver="projected", ball=1.0),
+    Line("lpg", lpa_jax.lpg, ("logit_grads",), "epsilon", 0.3, {}, 1.0),
+    Line(
+        "lpg-iterative",
+        lpa_jax.lpg,
+        ("logit_grads",),
+        "epsilon",
+        0.3,
+        {"solver": "iterative", "split": lpa_jax.splits.tail(2, COUNTS)},
+        1.0,
+    ),
+    Line(
+        "manifold_mixup",
+        lpa_jax.manifold_mixup,
+        ("inputs", "first", "labels"),
+        "alpha",
+        2.0,
+        {"sites": ("inputs", "first")},
+    ),
+    Line("mixup", lpa_jax.mixup, ("inputs", "labels"), "alpha", 2.0),
+    Line("dropout", lpa_jax.dropout, ("first",), "rate", 0.5, {"site": "first"}),
+    Line(
+        "dropblock", lpa_jax.dropblock, ("first",), "rate", 0.3, {"site": "first", "block_size": 2}
+    ),
+    Line("gaussian_noise", lpa_jax.gaussian_noise, ("inputs",), "stddev", 0.3, {"site": "inputs"}),
+    adversarial("linf", "inputs", bounds=(-1.0, 1.0)),
+    adversarial("l2", "second"),
+    Line("label_smoothing", lpa_jax.label_smoothing, ("labels",), "alpha", 0.2),
+    Line("disturb_label", lpa_jax.disturb_label, ("labels",), "rate", 0.5),
+    logits(lpa_jax.logit_adjustment, "tau", 1.0, class_counts=COUNTS),
+    # A margin of 0 is the identity where the scale is 1.
+    logits(lpa_jax.ldam, "max_margin", 0.5, class_counts=COUNTS, scale=1.0),
+    Line("sam", lpa_jax.sam, ("param_grads",), "rho", 0.1),
+    Line("asam", lpa_jax.asam, ("param_grads",), "rho", 0.5),
+    Line("at-add_noise", add_noise, ("first",), "eta", 0.1, schedule=False),
+    Line("at-clip", clip, ("logit_grads",), "sharpness", 20.0, schedule=False),
+]
+LABELS = [line.label for line in TABLE]
+
+
+def each(lines):
+    return pytest.mark.parametrize("line", lines, ids=lambda line: line.label)
+
+
+each_line = each(TABLE)
+each_scheduled_line = each([line for line in TABLE if line.schedule])
+each_bounded_line = each([line for line in TABLE if line.ball is not None])
+
+
+class Net(nn.Module):
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(4, name="first", dtype=self.dtype)(x)
+        x = nn.tanh(x).mean(axis=(1, 2))
+        x = nn.Dense(5, name="second", dtype=self.dtype)(x)
+        return nn.Dense(NUM_CLASSES, name="head", dtype=self.dtype)(nn.tanh(x))
+
+
+def batch():
+    """Return inputs in [-1, 1] and labels among which the last class does not occur."""
+    rng = np.random.default_rng(0)
+    inputs = jnp.asarray(rng.uniform(-1, 1, (BATCH, 4, 4, 2)), jnp.float32)
+    return inputs, jnp.asarray(rng.permutation(np.arange(BATCH) % (NUM_CLASSES - 1)), jnp.int32)
+
+
+def seen():
+    """Return statistics in which classes lie on both sides of every threshold."""
+    confidence = jnp.array([0.9, 0.2, 0.6, 0.7, 0.1, 0.0])
+    sums = statistics.Sums(10 * confidence, 8 * confidence, jnp.array([10.0] * 5 + [0.0]))
+    frequency = jnp.array(COUNTS, jnp.float32)
+    return statistics.init(NUM_CLASSES)._replace(
+        frequency=frequency, ema=sums, epoch=jax.tree.map(jnp.copy, sums)
+    )
+
+
+def watch(sites: Sequence[str]):
+    """Make perturbations that change nothing and keep the value at their site as their state."""
+
+    def keep(value, state, params=None, **_):
+        return value, jax.tree.map(jax.lax.stop_gradient, value)
+
+    def zeros(value):
+        return jax.tree.map(jnp.zeros_like, value)
+
+    return [lpa_jax.Perturbation(site, zeros, keep) for site in sites]
+
+
+def watched(perturbation):
+    sites = perturbation.sites
+    return lpa_jax.chain(*watch(sites), perturbation, *watch(sites))
+
+
+def fading(line, strength):
+    """Return a schedule that is `strength` at step 0 and 0 from step 1."""
+    return optax.linear_schedule(strength, 0.0, 1) if line.schedule else strength
+
+
+NET = Net()
+
+
+def step_of(perturbation, model=NET):
+    return lpa_jax.value_and_grad(model.apply, perturbation, num_classes=NUM_CLASSES)
+
+
+@dataclasses.dataclass
+class Case:
+    """A line, its jitted step, and what it was given and gave at step 0."""
+
+    line: Line
+    call: Callable[..., Any]
+    variables: Any
+    fresh: Any
+    state: Any
+    result: Any
+
+    def run(self, strength=None, state=None, **given):
+        inputs, labels = batch()
+        strength = self.line.amount if strength is None else strength
+        given = {"inputs": inputs, "labels": labels, "weights": jnp.ones(BATCH)} | given
+        state = self.state if state is None else state
+        return self.call(jnp.float32(strength), self.variables, state, **given)
+
+    @property
+    def next_state(self):
+        return self.result[2]
+
+    def before(self, site, result=None):
+        return (result or self.result)[2].perturbations[self.line.sites.index(site)]
+
+    def after(self, site, result=None):
+        at = len(self.line.sites) + 1 + self.line.sites.index(site)
+        return (result or self.result)[2].perturbations[at]
+
+
+@functools.cache
+def variables_of():
+    return jax.jit(NET.init)(jax.random.key(1), batch()[0])
+
+
+@functools.cache
+def plain():
+    @functools.partial(jax.jit, compiler_options=QUICK)
+    def call(step_count, variables, inputs, labels, weights):
+        step = step_of(lpa_jax.chain())
+        state = step.init(variables, inputs, labels)._replace(step=step_count, class_stats=seen())
+        return step(variables, state, inputs, labels, jax.random.key(7), weights=weights)
+
+    return call(jnp.int32(0), variables_of(), *batch(), jnp.ones(BATCH))
+
+
+def jitted(make):
+    @functools.partial(jax.jit, compiler_options=QUICK)
+    def call(strength, variables, state, inputs, labels, weights):
+        step = step_of(watched(make(strength)))
+        return step(variables, state, inputs, labels, jax.random.key(7), weights=weights)
+
+    return call
+
+
+@functools.cache
+def case_of(label):
+    line = TABLE[LABELS.index(label)]
+    call = jitted(lambda strength: line.make(fading(line, strength)))
+    fresh = step_of(watched(line.make(line.amount))).init(variables_of(), *batch())
+    case = Case(line, call, variables_of(), fresh, fresh._replace(class_stats=seen()), None)
+    case.result = case.run()
+    return case
+
+
+def storable(tree):
+    """Replace typed keys, which orbax does not store, by their data."""
+    return jax.tree.map(
+        lambda x: jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x,
+        tree,
+    )
+
+
+def distances(line, before, after):
+    axes = tuple(range(1, before.ndim))
+    change = np.abs(np.asarray(after, np.float64) - np.asarray(before, np.float64))
+    return change.max(axes) if line.norm == np.inf else np.sqrt((change**2).sum(axes))
+
+
+def norms(values):
+    return np.sqrt((np.asarray(values, np.float64).reshape(BATCH, -1) ** 2).sum(1))
+
+
+# ---------------------------------------------------------------- what one step does
+
+
+@each_line
+def test_positive_strength_changes_the_gradient(line):
+    case = case_of(line.label)
+    plain_grads, grads = plain()[1], case.result[1]
+    chex.assert_tree_all_finite(storable(case.result))
+    with pytest.raises(AssertionError):
+        chex.assert_trees_all_close(grads, plain_grads, rtol=1e-4, atol=1e-7)
+
+
+@each_line
+def test_zero_strength_is_plain_training(line):
+    case = case_of(line.label)
+    result = case.run(strength=0.0)
+    (loss, aux), grads, state = result
+    (plain_loss, plain_aux), plain_grads, plain_state = plain()
+    # The value is the same to the last bit, what follows up to the order XLA sums it in.
+    for site in line.sites:
+        chex.assert_trees_all_equal(case.after(site, result), case.before(site, result))
+    got = loss, aux["logits"], grads, state.class_stats
+    expected = plain_loss, plain_aux["logits"], plain_grads, plain_state.class_stats
+    chex.assert_trees_all_close(got, expected, rtol=1e-5, atol=1e-7)
+
+
+@each_scheduled_line
+def test_a_schedule_is_evaluated_at_the_step(line):
+    case = case_of(line.label)
+    # The schedule is 0 at step 1.
+    later = case.state._replace(step=jnp.int32(1))
+    (loss, _), grads, _ = case.run(state=later)
+    plain_result = plain()
+    expected = plain_result[0][0], plain_result[1]
+    chex.assert_trees_all_close((loss, grads), expected, rtol=1e-5, atol=1e-7)
+
+
+@each_bounded_line
+def test_no_example_leaves_its_ball(line):
+    case = case_of(line.label)
+    _, labels = batch()
+    for site in line.sites:
+        before, after = case.before(site), case.after(site)
+        moved = distances(line, before, after)
+        if line.ball == "relative":
+            limit = np.array([norms(before)[labels == label].mean() for label in labels])
+        elif line.ball == "relative-sample":
+            limit = norms(before)
+        elif site == "second":
+            limit = np.ones(BATCH)
+        else:
+            limit = np.full(BATCH, line.ball)
+        limit = line.amount * limit
+        # A float32 sum has lost this much of what was added.
+        lost = 1e-6 * np.abs(before).max() * math.sqrt(before[0].size)
+        assert (moved <= limit * (1 + 1e-5) + lost).all()
+        assert moved.max() > 0.5 * limit.max() or line.label in ("lpa-raw", "adaptive")
+        norm = np.asarray(case.result[0][1]["metrics"][site]["norm"])
+        if line.norm == 2 and line.ball != "relative-sample":
+            bound = max(limit) if line.ball != "relative" else limit.max()
+            assert (norm <= bound * (1 + 1e-5)).all()
+
+
+@each_line
+def test_metrics_are_class_means_of_the_change(line):
+    case = case_of(line.label)
+    metrics = case.result[0][1]["metrics"]
+    assert set(metrics) == set(line.sites)
+    for site in line.sites:
+        if site == "param_grads":
+            norm = optax.tree.norm(case.result[1])
+            chex.assert_trees_all_close(metrics[site]["norm"], norm, rtol=1e-5)
+            continue
+        hard = np.eye(NUM_CLASSES)[np.asarray(batch()[1])]
+        mixed = line.mixes and site not in ("inputs", "labels")
+        shares = np.asarray(case.after("labels")) if mixed else hard
+        before, after = np.asarray(case.before(site)), np.asarray(case.after(site))
+        norm, size = norms(after - before), norms(before)
+        for label in range(NUM_CLASSES):
+            members = [i for i in range(BATCH) if shares[i, label] > 0]
+            count = sum(shares[i, label] for i in members)
+            means = [
+                sum(shares[i, label] * values[i] for i in members) / count if count else 0.0
+                for values in (norm, norm / size)
+            ]
+            got = {
+                name: float(metrics[site][name][label]) for name in ("norm", "relative", "count")
+            }
+            expected = dict(zip(got, [*means, count], strict=True))
+            assert got == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+
+@each_line
+def test_an_absent_class_is_left_alone(line):
+    case = case_of(line.label)
+    metrics = case.result[0][1]["metrics"]
+    for site in set(line.sites) - {"param_grads"}:
+        for name in ("norm", "relative", "count"):
+            assert metrics[site][name][NUM_CLASSES - 1] == 0.0
+            assert metrics[site][name].dtype == jnp.float32
+
+
+@each_line
+def test_padding_may_hold_anything(line):
+    case = case_of(line.label)
+    inputs, labels = batch()
+    weights = jnp.ones(BATCH).at[jnp.array([2, 3, 9])].set(0.0)
+    padding = weights == 0
+    results = []
+    for offset, classes in ((0.0, labels), (50.0, (labels + 2) % NUM_CLASSES)):
+        garbage = jnp.where(padding[:, None, None, None], inputs + offset, inputs)
+        classes = jnp.where(padding, classes, labels)
+        (loss, aux), grads, state = case.run(inputs=garbage, labels=classes, weights=weights)
+        own = storable(state.perturbations[len(line.sites)])
+        values = [
+            jax.tree.map(
+                lambda v: jnp.where(padding.reshape((-1,) + (1,) * (v.ndim - 1)), 0, v),
+                case.after(site, ((loss, aux), grads, state)),
+            )
+            for site in line.sites
+            if site != "param_grads"
+        ]
+        results.append((loss, grads, aux["metrics"], state.class_stats, own, values))
+    chex.assert_tree_all_finite(results)
+    chex.assert_trees_all_equal(*results)
+
+
+# ---------------------------------------------------------------- state and compilation
+
+
+def avals(tree):
+    return jax.tree.map(lambda x: (x.shape, x.dtype, getattr(x, "weak_type", False)), tree)
+
+
+@each_line
+def test_the_state_keeps_its_structure_and_types(line):
+    case = case_of(line.label)
+    second = case.run(state=case.next_state)[2]
+    assert avals(case.fresh) == avals(case.state) == avals(case.next_state) == avals(second)
+    assert [int(state.step) for state in (case.fresh, case.next_state, second)] == [0, 1, 2]
+
+
+@each_line
+def test_a_fresh_state_can_be_donated(line):
+    case = case_of(line.label)
+    # Donating one buffer twice is an error of XLA's at run time.
+    leaves = [leaf for leaf in jax.tree.leaves(storable(case.fresh)) if leaf.size]
+    places = [leaf.unsafe_buffer_pointer() for leaf in leaves]
+    assert len(set(places)) == len(places)
+
+
+@each_line
+def test_a_second_and_third_step_trace_nothing(line):
+    case = case_of(line.label)
+    state = case.run(state=case.next_state)[2]
+    with jax.no_tracing(True):
+        case.run(strength=0.5 * line.amount, state=state)
+
+
+@each_line
+def test_eight_devices_under_optax_wrappers_agree_with_one_without(line):
+    case = case_of(line.label)
+    axes = (jax.sharding.AxisType.Auto,)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=axes)
+    split, whole = (jax.NamedSharding(mesh, jax.P(*axis)) for axis in (("data",), ()))
+    inputs, labels = jax.device_put(batch(), split)
+    weights = jax.device_put(jnp.ones(BATCH), split)
+    call = jitted(line.wrapped)
+    state = step_of(watched(line.wrapped(line.amount))).init(variables_of(), *batch())
+    state = state._replace(class_stats=seen())
+    strength, variables, state = jax.device_put(
+        (jnp.float32(line.amount), variables_of(), state), whole
+    )
+    (loss, aux), grads, new = call(strength, variables, state, inputs, labels, weights)
+    assert len(loss.devices()) == 8
+    ((one_loss, one_aux), one_grads, one_new) = case.result
+    at = len(line.sites)
+    chex.assert_trees_all_close(
+        jax.device_get((loss, aux["logits"], grads, new.class_stats)),
+        jax.device_get((one_loss, one_aux["logits"], one_grads, one_new.class_stats)),
+        rtol=1e-5,
+        atol=1e-6,
+    )
+    seen_values = [s.perturbations[:at] + s.perturbations[at + 1 :] for s in (new, one_new)]
+    chex.assert_trees_all_close(*jax.device_get(seen_values), rtol=1e-5, atol=1e-6)
+    assert avals(state) == avals(new)
+
+
+# ---------------------------------------------------------------- traced, not compiled
+
+
+def direct(line, dtype):
+    """Return the shapes of a site's value and of what `update` makes of it."""
+    perturbation = line.make(line.amount)
+    site = line.sites[0]
+    inputs, labels = batch()
+    known = lpa_jax.list_sites(NET.apply, variables_of(), inputs)
+    if site == "param_grads":
+        value = jax.tree.map(lambda p: ShapeDtypeStruct(p.shape, dtype), variables_of()["params"])
+    else:
+        value = ShapeDtypeStruct(known[site].shape, dtype)
+
+    def losses(value):
+        return jnp.zeros(BATCH), value
+
+    def update(value):
+        return perturbation.update(
+            value,
+            perturbation.init(value),
+            value,
+            site=site,
+            key=jax.random.key(0),
+            step=jnp.int32(0),
+            labels=labels,
+            targets=jax.nn.one_hot(labels, NUM_CLASSES),
+            weights=jnp.ones(BATCH),
+            class_stats=seen(),
+            gradient_fn=losses,
+            never_heard_of="this",
+        )[0]
+
+    return value, jax.eval_shape(update, value)
+
+
+@each_line
+def test_update_keeps_the_type_and_swallows_unknown_arguments(line):
+    # Targets are always float32.
+    for dtype in (jnp.float32,) if line.sites == ("labels",) else (jnp.float32, jnp.bfloat16):
+        value, new = direct(line, dtype)
+        chex.assert_trees_all_equal_shapes_and_dtypes(value, new)
+
+
+@each_line
+def test_a_bfloat16_network_has_float32_losses_and_gradients(line):
+    model = Net(jnp.bfloat16)
+    variables = jax.eval_shape(model.init, jax.random.key(1), batch()[0])
+    step = step_of(watched(line.make(line.amount)), model)
+
+    def run(variables, inputs, labels):
+        state = step.init(variables, inputs, labels)
+        return state, step(variables, state, inputs, labels, jax.random.key(0))
+
+    state, ((loss, _), grads, new) = jax.eval_shape(run, variables, *batch())
+    assert loss.dtype == jnp.float32
+    chex.assert_trees_all_equal_shapes_and_dtypes(grads, variables["params"])
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, new)
+
+
+# ---------------------------------------------------------------- refusals and completeness
+
+
+@pytest.fixture
+def unchecked():
+    """Switch the tests' type checker off, which would refuse before the library does."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+BAD = [-0.1, math.nan, math.inf, -math.inf, True, "0.1", None]
+
+
+@pytest.mark.parametrize("number", BAD, ids=repr)
+@each_scheduled_line
+@pytest.mark.usefixtures("unchecked")
+def test_bad_numbers_are_refused(line, number):
+    with pytest.raises(ValueError, match=r"must be"):
+        line.make(number)
+
+
+def refused(factory, *arguments, **keywords):
+    return pytest.param(factory, arguments, keywords, id=f"{factory.__name__}-{keywords}")
+
+
+@pytest.mark.parametrize(
+    ("factory", "arguments", "keywords"),
+    [
+        *(
+            refused(lpa_jax.lpa, "first", 0.1, **bad)
+            for bad in (
+                {"steps": 0},
+                {"steps": 1.0},
+                {"steps": True},
+                {"direction": "up"},
+                {"sharing": "none"},
+                {"radius": "huge"},
+                {"objective": "profit"},
+                {"granularity": "batch"},
+                {"low_rank": 0},
+                {"delta_epsilon": -1.0},
+                {"delta_epsilon": math.nan},
+            )
+        ),
+        *(
+            refused(lpa_jax.lpl, 0.1, **bad)
+            for bad in (
+                {"solver": "guess"},
+                {"steps": 0},
+                {"step_size": 0.0},
+                {"step_size": 0},
+                {"step_size": -0.1},
+                {"delta_epsilon": math.inf},
+            )
+        ),
+        refused(lpa_jax.lpg, 0.1, solver="guess"),
+        refused(lpa_jax.lpg, 0.1, delta_epsilon=-0.1),
+        refused(lpa_jax.adversarial, "inputs", 0.1, norm="l3"),
+        refused(lpa_jax.adversarial, "inputs", 0.1, steps=0),
+        refused(lpa_jax.adversarial, "inputs", 0.1, step_size=-1.0),
+        refused(lpa_jax.dropblock, "first", 0.1, block_size=0),
+        refused(lpa_jax.dropblock, "first", 1.0, block_size=2),
+        refused(lpa_jax.dropout, "first", rate=1.0),
+        refused(lpa_jax.dropout, "first", rate=1.5),
+        refused(lpa_jax.label_smoothing, alpha=1.1),
+        refused(lpa_jax.disturb_label, rate=1.1),
+        refused(lpa_jax.logit_adjustment, class_counts=[3, 0]),
+        refused(lpa_jax.logit_adjustment, class_counts=[]),
+        refused(lpa_jax.ldam, class_counts=[3, -1]),
+        refused(lpa_jax.ldam, class_counts=[3, 1], scale=-1.0),
+        refused(lpa_jax.asam, 0.1, eta=-0.1),
+        refused(lpa_jax.adaptive, lpa_jax.lpa(("first", "second"), 0.1), every=1),
+        refused(lpa_jax.adaptive, lpa_jax.lpa("first", 0.1), every=2),
+        refused(lpa_jax.lpa, ("first", "second"), (0.1,)),
+        refused(lpa_jax.lpa, ("first", "second"), (0.1, -0.1)),
+        refused(lpa_jax.lpa, ("first", "first"), 0.1),
+        refused(lpa_jax.lpa, (), 0.1),
+        refused(lpa_jax.layer_scale, 0.1, num_sites=0),
+        refused(lpa_jax.layer_scale, 0.1, num_sites=2, beta=1.5),
+        refused(lpa_jax.splits.mean_threshold, statistic="charm"),
+        refused(lpa_jax.splits.mean_threshold, window="year"),
+        refused(lpa_jax.splits.threshold, tau=1.5),
+        refused(lpa_jax.splits.threshold, tau=math.nan),
+        refused(lpa_jax.splits.tail, num_head=-1),
+        refused(lpa_jax.splits.tail, num_head=1.0),
+        refused(lpa_jax.splits.tail, num_head=1, class_counts=[1, 0]),
+    ],
+)
+@pytest.mark.usefixtures("unchecked")
+def test_bad_choices_are_refused(factory, arguments, keywords):
+    with pytest.raises(ValueError, match=r"must|entries|several|twice|at least one"):
+        factory(*arguments, **keywords)
+
+
+def test_the_table_has_a_line_for_every_public_factory():
+    no_perturbation = {
+        "Perturbation",
+        "SiteError",
+        "chain",
+        "layer_scale",
+        "list_sites",
+        "stateless",
+        "value_and_grad",
+    }
+    public = {
+        name
+        for name, value in vars(lpa_jax).items()
+        if callable(value) and not name.startswith("_") and name not in no_perturbation
+    }
+    assert public == {label.split("-")[0] for label in LABELS}
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+@pytest.mark.parametrize(
+    "perturbation",
+    [
+        lpa_jax.chain(lpa_jax.lpa("first", 0.3), lpa_jax.lpg(0.1)),
+        adaptive(0.3),
+        lpa_jax.at("first", optax.add_noise(0.01, 0.55, key=0)),
+        lpa_jax.at("logits", optax.inject_hyperparams(lpa_jax.lpl)(optax.constant_schedule(0.1))),
+    ],
+    ids=["stateless", "adaptive", "add_noise", "inject_hyperparams"],
+)
+def test_the_state_survives_a_checkpoint_bit_for_bit(perturbation, tmp_path):
+    step = step_of(perturbation)
+    state = step.init(variables_of(), *batch())
+    state = storable(state._replace(step=jnp.int32(3), class_stats=seen()))
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "state", state)
+        checkpointer.wait_until_finished()
+        empty = jax.tree.map(jnp.zeros_like, state)
+        restored = checkpointer.restore(tmp_path / "state", empty)
+    chex.assert_trees_all_equal(restored, state)
+    assert avals(restored) == avals(state)

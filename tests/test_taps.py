@@ -1,0 +1,645 @@
+"""Taps into Flax models that know nothing of them: sites, capture, replacement, statistics."""
+
+import functools
+import re
+
+import chex
+from flax.core import DenyList, freeze
+from flax.traverse_util import flatten_dict
+import jax
+import jax.numpy as jnp
+import networks
+import numpy as np
+import pytest
+
+import lpa_jax
+from lpa_jax.perturb import statistics
+
+BATCH, POSITIONS, FEATURES = 8, 3, 5
+INPUTS = jax.random.normal(jax.random.key(1), (BATCH, POSITIONS, FEATURES))
+# Classes of unequal size, and class 3 absent.
+LABELS = np.array([0, 1, 2, 0, 1, 1, 0, 0])
+MEMBERS = [np.flatnonzero(c == LABELS) for c in range(networks.NUM_CLASSES)]
+KEY = jax.random.key(2)
+EPSILON, STEPS = 0.3, 3
+
+# What is known of the classes: below a threshold of 0.5, above it, never seen, below it.
+CONFIDENCE, SEEN = [0.2, 0.9, 0.0, 0.2], [1.0, 1.0, 0.0, 1.0]
+SPLITS = {
+    "all positive": (lpa_jax.splits.all_positive(), (1.0, 1.0, 1.0, 1.0)),
+    "threshold": (lpa_jax.splits.threshold(0.5), (1.0, -1.0, 0.0, 1.0)),
+}
+
+# To compile, not to compute, is what takes the time here.
+compiled = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+def fill(model, inputs=INPUTS, **kwargs):
+    """Return variables of random numbers: no bias is 0 and no scale 1, so that errors show."""
+    keys = {"params": jax.random.key(0), "dropout": jax.random.key(0)}
+    shapes = jax.eval_shape(functools.partial(model.init, **kwargs), keys, inputs)
+    rng = np.random.default_rng(0)
+
+    def draw(path, leaf):
+        values = rng.normal(size=leaf.shape) * 0.6
+        positive = path[-1].key in ("var", "scale")
+        return jnp.asarray(1.0 + values**2 if positive else values, leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+def run_step(model, perturbation, variables, inputs=INPUTS, **kwargs):
+    """Return the result of one step, the classes being known as above."""
+    apply_fn = getattr(model, "apply", model)
+    step = lpa_jax.value_and_grad(apply_fn, perturbation, num_classes=networks.NUM_CLASSES)
+    labels = jnp.asarray(LABELS)
+    state = step.init(variables, inputs, labels, **kwargs)
+    seen = statistics.Sums(*(jnp.array(x) for x in (CONFIDENCE, CONFIDENCE, SEEN)))
+    state = state._replace(class_stats=state.class_stats._replace(ema=seen))
+    run = compiled(functools.partial(step, **kwargs))
+    return run(variables, state, inputs, labels, KEY)
+
+
+def sites_of(model, variables, inputs=INPUTS, **kwargs):
+    """Return names and shapes of the sites inside the network, without the batch dimension."""
+    found = lpa_jax.list_sites(model.apply, variables, inputs, **kwargs)
+    fixed = ("inputs", "labels", "logits", "logit_grads")
+    assert tuple(found)[:2] + tuple(found)[-2:] == fixed
+    assert all(value.shape[0] == BATCH for value in found.values())
+    return {name: value.shape[1:] for name, value in found.items() if name not in fixed}
+
+
+def shift(site, by=1.0, times=1.0):
+    return lpa_jax.stateless(site, lambda value, **_: times * value + by)
+
+
+def probe(site):
+    """Leave the value as it is, and keep it as the state."""
+    return lpa_jax.Perturbation(site, lambda value: value, lambda value, *_, **__: (value, value))
+
+
+# --- Written by hand: the network as functions of one value, and the paper's steps class by class.
+
+
+def dense(params, value):
+    return value @ params["kernel"] + params["bias"]
+
+
+def block(params):
+    return lambda value: jnp.tanh(dense(params["dense"], value))
+
+
+def stem(params):
+    return lambda value: jnp.tanh(dense(params["stem"], value))
+
+
+def head(params):
+    return lambda value: dense(params["fc"], value.mean(1))
+
+
+def stack_parts(params):
+    return [stem(params), block(params["block0"]), block(params["block1"]), head(params)]
+
+
+def reversed_parts(params):
+    return [stem(params), block(params["block1"]), block(params["block0"]), head(params)]
+
+
+def shared_parts(params):
+    return [stem(params), block(params["shared"]), block(params["shared"]), head(params)]
+
+
+def encoder_parts(params):
+    """Take the layer of the transformer as a model of its own."""
+    embed = params["embed"]["embedding"]
+    layer = functools.partial(networks.EncoderLayer().apply, {"params": params["layer0"]})
+    norm = params["norm"]
+
+    def classify(value):
+        value = (value - value.mean(-1, keepdims=True)) / jnp.sqrt(value.var(-1)[..., None] + 1e-6)
+        return head(params)(value * norm["scale"] + norm["bias"])
+
+    return [lambda tokens: embed[tokens], layer, classify]
+
+
+def cross_entropy(logits):
+    return -jax.nn.log_softmax(logits)[jnp.arange(BATCH), LABELS]
+
+
+def delta_by_hand(tail, value, signs, sharing):
+    """Return what LPA adds to each example."""
+    positions = tuple(range(value.ndim - 2)) if sharing == "channel" else ()
+    deltas = [jnp.zeros(value.shape[1:]).sum(positions, keepdims=True) for _ in MEMBERS]
+
+    def of_examples():
+        return jnp.stack([jnp.broadcast_to(d, value.shape[1:]) for d in deltas])[LABELS]
+
+    for _ in range(STEPS):
+        gradient = jax.grad(lambda v: cross_entropy(tail(v)).sum())(value + of_examples())
+        for c, members in enumerate(MEMBERS):
+            if len(members):
+                ascent = gradient[members].mean(0).sum(positions, keepdims=True)
+                ascent = ascent / jnp.sqrt((ascent**2).sum())
+                d = deltas[c] + signs[c] * 2 * EPSILON / STEPS * ascent
+                norm = jnp.sqrt((d**2).sum())
+                deltas[c] = jnp.where(norm > EPSILON, d * EPSILON / norm, d)
+    return of_examples()
+
+
+@functools.partial(compiled, static_argnames=("parts", "perturbed", "sharing"))
+def lpa_by_hand(params, signs, inputs, *, parts, perturbed, sharing):
+    """Return loss and gradients with LPA after each of the parts that are numbered."""
+
+    def compose(functions, value):
+        return functools.reduce(lambda value, function: function(value), functions, value)
+
+    def loss(params):
+        value = inputs
+        frozen = parts(jax.lax.stop_gradient(params))
+        for i, part in enumerate(parts(params)):
+            value = part(value)
+            if i in perturbed:
+                tail = functools.partial(compose, frozen[i + 1 :])
+                delta = delta_by_hand(tail, jax.lax.stop_gradient(value), signs, sharing)
+                value = value + jax.lax.stop_gradient(delta)
+        return cross_entropy(value).mean()
+
+    return jax.value_and_grad(loss)(params)
+
+
+def assert_lpa_is_as_by_hand(
+    model,
+    site,
+    parts,
+    perturbed,
+    *,
+    split="threshold",
+    sharing="channel",
+    params=None,
+    inputs=INPUTS,
+    also=(),
+    **kwargs,
+):
+    """Compare loss and gradients; return the perturbed values at `also`, updates and metrics.
+
+    The `params` are those of the `parts`, if the model's are not the same.
+    """
+    as_model = functools.partial(networks.as_stack, kind=getattr(model, "kind", "plain"))
+    variables = fill(model, inputs) if params is None else {"params": as_model(params)}
+    params = variables["params"] if params is None else params
+    split, signs = SPLITS[split]
+    perturbation = lpa_jax.lpa(site, EPSILON, steps=STEPS, split=split, sharing=sharing)
+    perturbation = lpa_jax.chain(perturbation, *map(probe, also))
+    (loss, aux), grads, state = run_step(model, perturbation, variables, inputs, **kwargs)
+
+    by_hand = functools.partial(lpa_by_hand, parts=parts, perturbed=perturbed, sharing=sharing)
+    expected_loss, expected = by_hand(params, signs, inputs)
+    chex.assert_trees_all_close(loss, expected_loss, atol=1e-5, rtol=1e-5)
+    if jax.tree.structure(expected) != jax.tree.structure(grads):
+        expected = as_model(expected)
+    chex.assert_trees_all_close(grads, expected, atol=1e-5, rtol=1e-5)
+    # The network's own output is what comes of the perturbed values.
+    chex.assert_trees_all_close(cross_entropy(aux["logits"]).mean(), expected_loss, atol=1e-5)
+    return state.perturbations[1:], aux["updates"], aux["metrics"]
+
+
+# --- LPA, against the same written by hand
+
+STACK_PARAMS = fill(networks.Stack("plain"))["params"]
+
+
+@pytest.mark.parametrize("kind", networks.KINDS)
+@pytest.mark.parametrize(("sharing", "split"), [("channel", "threshold"), ("full", "all positive")])
+def test_lpa_at_a_block_is_what_one_would_write_by_hand(kind, sharing, split):
+    model = networks.Stack(kind)
+    site = "block0" if kind in networks.BLOCKS else "layers[0]"
+    _, _, metrics = assert_lpa_is_as_by_hand(
+        model, site, stack_parts, (1,), split=split, sharing=sharing, params=STACK_PARAMS
+    )
+    copies = POSITIONS**0.5 if sharing == "channel" else 1.0
+    moved = [EPSILON * copies, EPSILON * copies, 0.0 if split == "threshold" else EPSILON, 0.0]
+    np.testing.assert_allclose(metrics[site]["norm"], moved, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("sharing", "split"), [("channel", "all positive"), ("full", "threshold")])
+def test_sharing_and_split_are_free_of_each_other(sharing, split):
+    model, options = networks.Stack(), {"split": split, "sharing": sharing}
+    assert_lpa_is_as_by_hand(model, "block1", stack_parts, (2,), params=STACK_PARAMS, **options)
+
+
+@pytest.mark.parametrize("kind", networks.LAYERS)
+@pytest.mark.parametrize(("site", "perturbed"), [("layers", (1, 2)), ("layers[1]", (2,))])
+def test_a_scanned_stack_is_perturbed_at_all_its_layers_or_at_one(kind, site, perturbed):
+    model = networks.Stack(kind)
+    _, _, metrics = assert_lpa_is_as_by_hand(
+        model, site, stack_parts, perturbed, params=STACK_PARAMS
+    )
+    assert list(metrics) == [f"layers[{i - 1}]" for i in perturbed]
+
+
+def test_a_scan_that_runs_backwards_is_perturbed_in_that_order():
+    model = networks.Stack("scan", reverse=True)
+    names = [n for n in sites_of(model, fill(model)) if n.startswith("layers[")]
+    assert names == ["layers[1]", "layers[0]"]
+    assert_lpa_is_as_by_hand(model, "layers", reversed_parts, (1, 2), params=STACK_PARAMS)
+
+
+@pytest.mark.parametrize("kind", ["plain", "remat", "jit", "remat of jit"])
+def test_a_shared_module_is_perturbed_at_each_call(kind):
+    model = networks.Shared(kind)
+    _, _, metrics = assert_lpa_is_as_by_hand(model, "shared", shared_parts, (1, 2))
+    assert list(metrics) == ["shared[0]", "shared[1]"]
+
+
+@pytest.mark.parametrize("call", [0, 1])
+def test_a_shared_module_can_be_perturbed_at_one_call(call):
+    model = networks.Shared("jit")
+    _, _, metrics = assert_lpa_is_as_by_hand(model, f"shared[{call}]", shared_parts, (1 + call,))
+    assert list(metrics) == [f"shared[{call}]"]
+
+
+def test_lpa_serves_a_transformer_of_tokens():
+    tokens = jnp.arange(BATCH * 5).reshape(BATCH, 5) % 11
+    model = networks.Transformer(num_layers=1)
+    assert_lpa_is_as_by_hand(model, "embed", encoder_parts, (0,), inputs=tokens)
+
+
+# --- Sites
+
+
+@pytest.mark.parametrize("kind", networks.BLOCKS)
+def test_sites_bear_the_paths_of_the_modules_whatever_transforms_them(kind):
+    model = networks.Stack(kind)
+    assert list(sites_of(model, fill(model)).items()) == [
+        ("stem", (3, 6)),
+        ("block0/dense", (3, 6)),
+        ("block0", (3, 6)),
+        ("block1/dense", (3, 6)),
+        ("block1", (3, 6)),
+        ("fc", (4,)),
+    ]
+
+
+LAYER_SITES = ["layers/dense", "layers/dense[0]", "layers", "layers[0]"]
+LAYER_SITES += ["layers/dense[1]", "layers[1]"]
+GROUP_SITES = ["block0/dense", "block0", "block1/dense", "block1"]
+HEADS = ["query", "key", "value"]
+LAYER0_SITES = [f"layer0/attention/{name}" for name in [*HEADS, "out"]]
+LAYER0_SITES = ["layer0/norm1", *LAYER0_SITES, "layer0/attention", "layer0/norm2"]
+LAYER0_SITES += ["layer0/up", "layer0/down", "layer0"]
+SITES = {
+    networks.Stack("scan"): ["stem", *LAYER_SITES, "fc"],
+    networks.Stack("scan of remat"): ["stem", *LAYER_SITES, "fc"],
+    networks.Shared(): [
+        *("stem", "shared/dense", "shared/dense[0]", "shared", "shared[0]"),
+        *("shared/dense[1]", "shared[1]", "fc"),
+    ],
+    networks.Inherited(): ["doubled/dense", "doubled", "fc"],
+    networks.Setup(): ["blocks_0/dense", "blocks_0", "blocks_1/dense", "blocks_1", "fc"],
+    networks.BatchNorms(): ["ahead", "block/dense", "block/norm", "block", "after", "fc"],
+    networks.Dropouts(): ["ahead", "block/dense", "block", "after", "fc"],
+    # A child comes ahead of the parent that returns its output; modules that hand on the same value
+    # come in the order of their calls, here "wrapper" first.
+    networks.Identities(): ["wrapper/child", "wrapper", "alone", "fc"],
+    # Modules "inputs" and "logits" give way to the sites of those names.
+    networks.Reserved(): ["out", "perturbation"],
+    networks.Recurrent(): ["rnn", "fc"],
+    networks.Nested(): [
+        *(f"group1/{name}" for name in GROUP_SITES),
+        "group1",
+        *(f"group2/{name}" for name in GROUP_SITES),
+        "group2",
+        "fc",
+    ],
+    networks.Transformer(num_layers=1): ["embed", *LAYER0_SITES, "norm", "fc"],
+}
+
+
+@pytest.mark.parametrize("model", SITES, ids=lambda model: type(model).__name__)
+def test_sites_are_named_in_the_order_of_computation(model):
+    assert list(sites_of(model, fill(model))) == SITES[model]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "near"),
+    [
+        ("blok0", "block0"),
+        ("block0/dens", "block0/dense"),
+        ("block0[1]", "block0"),
+        ("logit", "logits"),
+    ],
+)
+def test_an_unknown_site_is_an_error_that_names_the_near_ones(wrong, near):
+    model = networks.Stack()
+    variables, perturbation = fill(model), lpa_jax.gaussian_noise(wrong, 0.1)
+    step = lpa_jax.value_and_grad(model.apply, perturbation, num_classes=networks.NUM_CLASSES)
+    with pytest.raises(lpa_jax.SiteError, match=rf"no site '{re.escape(wrong)}'.*\b{near}\b"):
+        step.init(variables, INPUTS, jnp.asarray(LABELS))
+
+
+def test_an_unknown_site_is_an_error_also_at_the_step_itself():
+    """The arguments of the network may have changed since `init`."""
+    model = networks.Stack()
+    good, bad = (
+        lpa_jax.value_and_grad(
+            model.apply, lpa_jax.gaussian_noise(site, 0.1), num_classes=networks.NUM_CLASSES
+        )
+        for site in ("block0", "block2")
+    )
+    variables = fill(model)
+    state = good.init(variables, INPUTS, jnp.asarray(LABELS))
+    with pytest.raises(lpa_jax.SiteError, match="block0"):
+        bad(variables, state, INPUTS, jnp.asarray(LABELS), KEY)
+
+
+def test_layers_of_a_scan_that_does_not_carry_the_collection_are_an_error_with_a_hint():
+    model = networks.Stack("scan", scanned=("params",))
+    variables = fill(model)
+    assert list(sites_of(model, variables)) == ["stem", "fc"]
+    step = lpa_jax.value_and_grad(
+        model.apply, lpa_jax.gaussian_noise("layers", 0.1), num_classes=networks.NUM_CLASSES
+    )
+    with pytest.raises(lpa_jax.SiteError, match=r"variable_axes.*'perturbation': 0"):
+        step.init(variables, INPUTS, jnp.asarray(LABELS))
+
+
+# --- Values captured and replaced
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        networks.Stack("remat of jit"),
+        networks.Shared("jit"),
+        networks.Inherited(),
+        networks.Setup(),
+        networks.Identities(),
+        networks.Transformer(num_layers=1),
+        networks.Recurrent(),
+    ],
+    ids=lambda model: type(model).__name__,
+)
+def test_the_values_captured_are_those_flax_captures(model):
+    variables = fill(model)
+    several = {name.split("[")[0] for name in sites_of(model, variables) if "[" in name}
+    names = [name for name in sites_of(model, variables) if name not in several]
+    (_, aux), _, state = run_step(model, lpa_jax.chain(*map(probe, names)), variables)
+
+    capture = functools.partial(model.apply, capture_intermediates=True)
+    logits, collections = compiled(capture)(variables, INPUTS)
+    expected = {}
+    for path, calls in flatten_dict(collections["intermediates"]).items():
+        site = "/".join(path[:-1])
+        # The value of a `super().__call__` comes ahead of the one the module returns.
+        calls = calls if site in several else calls[-1:]
+        for i, value in enumerate(calls):
+            expected[f"{site}[{i}]" if site in several else site] = value
+    captured = dict(zip(names, state.perturbations, strict=True))
+    chex.assert_trees_all_close(captured, {name: expected[name] for name in names}, atol=1e-5)
+    chex.assert_trees_all_close(aux["logits"], logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", networks.KINDS)
+def test_the_values_captured_are_those_of_the_very_block(kind):
+    """Blocks under `nn.jit` share a trace, and those under `nn.scan` a path."""
+    model, scanned = networks.Stack(kind), kind in networks.LAYERS
+    names = ["layers[0]", "layers[1]"] if scanned else ["block0", "block1"]
+    variables = {"params": networks.as_stack(STACK_PARAMS, kind)}
+    _, _, state = run_step(model, lpa_jax.chain(*map(probe, names)), variables)
+    first, *blocks, _ = stack_parts(STACK_PARAMS)
+    expected = [blocks[0](first(INPUTS)), blocks[1](blocks[0](first(INPUTS)))]
+    chex.assert_trees_all_close(list(state.perturbations), expected, atol=1e-5)
+
+
+def logits_of(model, perturbation, variables=None, **kwargs):
+    variables = fill(model) if variables is None else variables
+    (_, aux), _, _ = run_step(model, perturbation, variables, **kwargs)
+    return aux["logits"], variables["params"]
+
+
+def test_a_module_that_calls_its_parent_class_is_one_site():
+    logits, params = logits_of(networks.Inherited(), shift("doubled"))
+    value = 2.0 * block(params["doubled"])(INPUTS) + 1.0
+    chex.assert_trees_all_close(logits, head(params)(value), atol=1e-5)
+
+
+def test_modules_made_in_setup_are_perturbed_when_helpers_call_them():
+    logits, params = logits_of(networks.Setup(), lpa_jax.chain(shift("blocks_0"), shift("fc", 2.0)))
+    value = block(params["blocks_1"])(block(params["blocks_0"])(INPUTS) + 1.0)
+    chex.assert_trees_all_close(logits, head(params)(value) + 2.0, atol=1e-5)
+
+
+def test_modules_that_hand_on_the_same_value_are_perturbed_in_the_order_of_their_calls():
+    perturbation = lpa_jax.chain(
+        shift("alone", by=3.0, times=-1.0), shift("wrapper", times=0.5), shift("wrapper/child")
+    )
+    logits, params = logits_of(networks.Identities(), perturbation)
+    value = dense(params["wrapper"]["child"], INPUTS) + 1.0
+    value = -(0.5 * value + 1.0) + 3.0
+    chex.assert_trees_all_close(logits, head(params)(jnp.tanh(value)), atol=1e-5)
+
+
+def test_modules_named_like_sites_leave_those_sites_as_they_are():
+    perturbation = lpa_jax.chain(shift("out"), shift("perturbation"), probe("logits"))
+    logits, params = logits_of(networks.Reserved(), perturbation)
+    value = jnp.tanh(dense(params["inputs"], INPUTS))
+    value = jnp.tanh(dense(params["out"], value) + 1.0)
+    value = jnp.tanh(dense(params["perturbation"], value) + 1.0)
+    expected = 3.0 * dense(params["logits"], value.mean(1))
+    chex.assert_trees_all_close(logits, expected, atol=1e-5)
+
+
+def test_a_scan_within_which_nothing_can_be_reached_can_be_perturbed_as_a_whole():
+    model = networks.Recurrent()
+    variables = fill(model)
+    logits, params = logits_of(model, shift("rnn"), variables)
+    (_, clean), _, _ = run_step(model, lpa_jax.chain(), variables)
+    expected = clean["logits"] + params["fc"]["kernel"].sum(0)
+    chex.assert_trees_all_close(logits, expected, atol=1e-5)
+
+
+def test_a_module_called_twice_inside_a_scanned_layer_is_never_perturbed_at_the_wrong_call():
+    """Its four values have two names, if any; taking one for another would go unnoticed."""
+    model = networks.Repeated()
+    variables = fill(model)
+    if "layers/inner" in sites_of(model, variables):
+        logits, params = logits_of(model, shift("layers/inner"), variables)
+        value = INPUTS
+        for layer in range(2):
+            inner = jax.tree.map(lambda leaf, i=layer: leaf[i], params["layers"]["inner"])
+            for _ in range(2):
+                value = jnp.tanh(dense(inner, value) + 1.0)
+        chex.assert_trees_all_close(logits, head(params)(value), atol=1e-5)
+    # The layers themselves are sites in either case.
+    assert "layers[1]" in sites_of(model, variables)
+
+
+def test_a_plain_apply_before_and_after_is_not_affected():
+    """What Flax keeps of a trace under `nn.jit` must serve neither for the other."""
+    model = networks.Stack("jit")
+    variables = fill(model)
+    before = model.apply(variables, INPUTS)
+    logits, _ = logits_of(model, shift("block0"), variables)
+    after, updates = model.apply(variables, INPUTS, mutable=["intermediates"])
+    np.testing.assert_array_equal(before, after)
+    assert not updates
+    assert np.abs(logits - after).max() > 1e-2
+
+
+def test_a_wrapped_apply_can_pick_the_logits_of_a_network_with_two_outputs():
+    def apply(*args, **kwargs):
+        (logits, _), updates = networks.Pair().apply(*args, **kwargs)
+        return logits, updates
+
+    variables = fill(networks.Pair())
+    logits, params = logits_of(apply, shift("block"), variables)
+    expected = head(params)(block(params["block"])(INPUTS) + 1.0)
+    chex.assert_trees_all_close(logits, expected, atol=1e-5)
+
+
+def test_frozen_variables_give_frozen_gradients():
+    model = networks.Setup()
+    variables = fill(model)
+    _, grads, _ = run_step(model, shift("blocks_0"), variables)
+    _, frozen, _ = run_step(model, shift("blocks_0"), freeze(variables))
+    assert jax.tree.structure(frozen) == jax.tree.structure(freeze(grads))
+    chex.assert_trees_all_equal(frozen, freeze(grads))
+
+
+# --- Batch statistics
+
+
+def norm(params, value):
+    centred = value - value.mean((0, 1))
+    return centred / jnp.sqrt(value.var((0, 1)) + 1e-5) * params["scale"] + params["bias"]
+
+
+def averages(before, value):
+    """Update running averages as Flax does by default, once."""
+    moments = {"mean": value.mean((0, 1)), "var": value.var((0, 1))}
+    return {name: 0.99 * before[name] + 0.01 * moment for name, moment in moments.items()}
+
+
+def norm_parts(params):
+    return [
+        lambda value: norm(params["ahead"], value),
+        lambda value: norm(params["block"]["norm"], dense(params["block"]["dense"], value)),
+        lambda value: head(params)(jnp.tanh(norm(params["after"], value))),
+    ]
+
+
+def expected_averages(variables, ahead=0.0, block=None):
+    """Return the averages when the output of "ahead" is shifted and that of "block" given."""
+    params, before = variables["params"], variables["batch_stats"]
+    value = norm(params["ahead"], INPUTS) + ahead
+    inner = dense(params["block"]["dense"], value)
+    block = norm(params["block"]["norm"], inner) if block is None else block
+    return {
+        "ahead": averages(before["ahead"], INPUTS),
+        "block": {"norm": averages(before["block"]["norm"], inner)},
+        "after": averages(before["after"], block),
+    }
+
+
+@pytest.mark.parametrize("kind", networks.NORM_BLOCKS)
+def test_batch_statistics_are_clean_ahead_of_the_site_and_perturbed_after_it(kind):
+    model = networks.BatchNorms(kind)
+    kwargs = {"train": True, "mutable": ["batch_stats"]}
+    (value,), updates, _ = assert_lpa_is_as_by_hand(
+        model, "block", norm_parts, (1,), sharing="full", also=["block"], **kwargs
+    )
+    # Each is updated once, from what the network of the training loss computes: the passes in which
+    # LPA looks for its perturbation leave no trace.
+    variables = fill(model)
+    expected = expected_averages(variables, block=value)
+    chex.assert_trees_all_close(updates, {"batch_stats": expected}, atol=1e-6, rtol=1e-5)
+    clean = expected_averages(variables)
+    assert np.abs(expected["after"]["mean"] - clean["after"]["mean"]).max() > 1e-5
+
+
+def test_with_a_bound_of_zero_the_batch_statistics_are_those_of_a_plain_pass():
+    model = networks.BatchNorms()
+    variables, kwargs = fill(model), {"train": True, "mutable": ["batch_stats"]}
+    perturbation = lpa_jax.lpa("block", 0.0, split=lpa_jax.splits.all_positive())
+    (_, aux), _, _ = run_step(model, perturbation, variables, **kwargs)
+    logits, updates = compiled(functools.partial(model.apply, **kwargs))(variables, INPUTS)
+    chex.assert_trees_all_close(
+        (aux["logits"], aux["updates"]), (logits, updates), rtol=1e-6, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize(
+    "mutable",
+    [["batch_stats"], ("batch_stats",), {"batch_stats"}, "batch_stats", True, DenyList("params")],
+    ids=repr,
+)
+def test_statistics_come_back_however_the_collections_are_named(mutable):
+    """Two sites, so that every module's statistics come from a pass of their own."""
+    model = networks.BatchNorms()
+    variables = fill(model)
+    perturbation = lpa_jax.chain(shift("block", 2.0), shift("ahead"))
+    (_, aux), _, _ = run_step(model, perturbation, variables, train=True, mutable=mutable)
+    updates = dict(aux["updates"])
+    if mutable is True:
+        chex.assert_trees_all_equal(updates.pop("params"), variables["params"])
+    value = norm(variables["params"]["ahead"], INPUTS) + 1.0
+    value = norm_parts(variables["params"])[1](value) + 2.0
+    expected = expected_averages(variables, ahead=1.0, block=value)
+    chex.assert_trees_all_close(updates, {"batch_stats": expected}, rtol=1e-5, atol=1e-6)
+
+
+def test_without_mutable_nothing_comes_back():
+    model = networks.BatchNorms()
+    (_, aux), _, _ = run_step(model, shift("block"), fill(model))
+    assert aux["updates"] == {}
+
+
+def test_layers_of_a_scan_have_each_its_own_batch_statistics():
+    model = networks.ScannedNorms()
+    variables, kwargs = fill(model), {"train": True, "mutable": ["batch_stats"]}
+    (_, aux), _, _ = run_step(model, shift("layers[0]"), variables, **kwargs)
+    value, expected = INPUTS, []
+    for i in range(2):
+        params, before = jax.tree.map(
+            lambda leaf, i=i: leaf[i],
+            (variables["params"]["layers"], variables["batch_stats"]["layers"]["norm"]),
+        )
+        inner = dense(params["dense"], value)
+        expected.append({"norm": averages(before, inner)})
+        value = norm(params["norm"], inner) + (1.0 if i == 0 else 0.0)
+    expected = {"layers": jax.tree.map(lambda *leaves: jnp.stack(leaves), *expected)}
+    chex.assert_trees_all_close(aux["updates"], {"batch_stats": expected}, rtol=1e-5, atol=1e-6)
+    chex.assert_trees_all_close(aux["logits"], head(variables["params"])(value), atol=1e-5)
+
+
+# --- Dropout
+
+DROPOUT = {"train": True, "rngs": {"dropout": jax.random.key(7)}}
+
+
+def test_dropout_draws_the_same_masks_in_every_pass():
+    model = networks.Dropouts()
+    variables = fill(model)
+    _, kept = model.apply(variables, INPUTS, capture_intermediates=True, **DROPOUT)
+    kept = kept["intermediates"]
+    masks = {name: kept[name]["__call__"][0] != 0 for name in ("ahead", "after")}
+    assert all(0.2 < mask.mean() < 0.8 for mask in masks.values())
+
+    def parts(params):
+        return [
+            lambda value: jnp.where(masks["ahead"], 2.0 * value, 0.0),
+            block(params["block"]),
+            lambda value: head(params)(jnp.where(masks["after"], 2.0 * value, 0.0)),
+        ]
+
+    assert_lpa_is_as_by_hand(model, "block", parts, (1,), **DROPOUT)
+
+
+def test_with_a_bound_of_zero_dropout_is_exactly_that_of_a_plain_pass():
+    model = networks.Dropouts()
+    variables = fill(model)
+    perturbation = lpa_jax.lpa("block", 0.0, split=lpa_jax.splits.all_positive())
+    (loss, aux), _, _ = run_step(model, perturbation, variables, **DROPOUT)
+    logits = compiled(functools.partial(model.apply, **DROPOUT))(variables, INPUTS)
+    np.testing.assert_array_equal(aux["logits"], logits)
+    np.testing.assert_allclose(loss, cross_entropy(logits).mean(), rtol=1e-6)
