@@ -1,11 +1,11 @@
 """Agreement with other people's implementations: foolbox's attacks, optax's SAM and smoothing."""
 
 import functools
+import warnings
 
 import chex
 import eagerpy
 import flax.linen as nn
-import foolbox
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,9 +15,16 @@ import pytest
 
 import lpa_jax
 
+with warnings.catch_warnings():
+    # foolbox imports from where SciPy kept its filters once.
+    message = "Please import `gaussian_filter` from the `scipy.ndimage` namespace"
+    warnings.filterwarnings("ignore", message, DeprecationWarning)
+    import foolbox
+
 NUM_CLASSES = 4
 LABELS = jnp.array([0, 1, 2, 3, 0, 1, 2], jnp.int32)
 BOUNDS = (0.0, 1.0)
+close = functools.partial(chex.assert_trees_all_close, rtol=1e-5, atol=1e-5)
 
 
 class Net(nn.Module):
@@ -41,16 +48,10 @@ def losses(params, inputs):
     return optax.softmax_cross_entropy_with_integer_labels(logits, LABELS)
 
 
-@functools.cache
-def gradient_fn():
+def gradient_fn(inputs):
     params = setting()[1]["params"]
-
-    @quick_jit
-    def gradient(inputs):
-        loss, pullback = jax.vjp(functools.partial(losses, params), inputs)
-        return loss, pullback(jnp.ones_like(loss))[0]
-
-    return gradient
+    loss, pullback = jax.vjp(functools.partial(losses, params), inputs)
+    return loss, pullback(jnp.ones_like(loss))[0]
 
 
 def ours(epsilon, **options):
@@ -58,7 +59,7 @@ def ours(epsilon, **options):
     inputs = setting()[2]
     update = quick_jit(
         lambda inputs: perturbation.update(
-            inputs, perturbation.init(inputs), gradient_fn=gradient_fn()
+            inputs, perturbation.init(inputs), gradient_fn=gradient_fn
         )[0]
     )
     return update(inputs)
@@ -107,11 +108,10 @@ def test_the_attack_takes_place_in_the_training_step():
     (loss, aux), grads, _ = quick_jit(step)(variables, state, inputs, LABELS, jax.random.key(0))
     attacked = ours(0.05, steps=3, step_size=0.02)
 
-    @quick_jit
     def mean_loss(params):
         return jnp.mean(losses(params, attacked))
 
-    close((loss, grads), jax.value_and_grad(mean_loss)(variables["params"]))
+    close((loss, grads), quick_jit(jax.value_and_grad(mean_loss))(variables["params"]))
     close(aux["logits"], jax.jit(model.apply)(variables, attacked))
 
 
@@ -121,23 +121,22 @@ def test_label_smoothing_is_that_of_optax():
     close(smooth.update(targets, smooth.init(targets))[0], optax.smooth_labels(targets, 0.3))
 
 
-@pytest.mark.parametrize("rho", [0.05, 2.0])
-def test_sam_steps_are_those_of_optax(rho):
+def test_sam_steps_are_those_of_optax():
     # A whole training run: three steps of SGD with momentum around the perturbed gradient.
     model, variables, inputs = setting()
     params = variables["params"]
     tx = optax.sgd(0.5, momentum=0.9)
-    adversary = optax.chain(optax.contrib.normalize(), optax.sgd(rho))
+    adversary = optax.chain(optax.contrib.normalize(), optax.sgd(0.5))
     reference = optax.contrib.sam(tx, adversary, sync_period=2, opaque_mode=True)
-    step = lpa_jax.value_and_grad(model.apply, lpa_jax.sam(rho), num_classes=NUM_CLASSES)
+    step = lpa_jax.value_and_grad(model.apply, lpa_jax.sam(0.5), num_classes=NUM_CLASSES)
 
     def gradient(params, _=0):
         return jax.grad(lambda params: jnp.mean(losses(params, inputs)))(params)
 
     @quick_jit
-    def advance(ours, theirs):
+    def advance(ours, theirs, labels):
         params, state, opt_state = ours
-        _, grads, state = step({"params": params}, state, inputs, LABELS, jax.random.key(0))
+        _, grads, state = step({"params": params}, state, inputs, labels, jax.random.key(0))
         updates, opt_state = tx.update(grads, opt_state, params)
         ours = optax.apply_updates(params, updates), state, opt_state
         params, state = theirs
@@ -147,8 +146,5 @@ def test_sam_steps_are_those_of_optax(rho):
     ours = params, step.init(variables, inputs, LABELS), tx.init(params)
     theirs = params, reference.init(params)
     for _ in range(3):
-        ours, theirs = advance(ours, theirs)
+        ours, theirs = advance(ours, theirs, LABELS)
     close(ours[0], theirs[0])
-
-
-close = functools.partial(chex.assert_trees_all_close, rtol=1e-5, atol=1e-5)

@@ -57,8 +57,6 @@ def disturb_label(rate: sites.Number) -> sites.Perturbation:
         which_key, class_key = jax.random.split(key)
         disturbed = jax.random.bernoulli(which_key, sites.at_step(rate, step), (batch, 1))
         drawn = jax.random.randint(class_key, (batch,), 0, num_classes)
-        return jnp.where(
-            disturbed, jax.nn.one_hot(drawn, num_classes, dtype=value.dtype), value
-        )
+        return jnp.where(disturbed, jax.nn.one_hot(drawn, num_classes, dtype=value.dtype), value)
 
     return sites.stateless(sites.LABELS, update)

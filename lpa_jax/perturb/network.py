@@ -15,8 +15,8 @@ class Tap(NamedTuple):
     Attributes:
       name: Its own name: the site, followed by `[i]` where the site is computed several times.
       site: Name of the site, the path of a module.
-      number: Which call of a shared module, or which layer of a scanned one.
-      length: Number of layers of the scanned module, None for others.
+      call: Which call of the module.
+      layer: Which layer of a scanned stack, and their number; None outside of one.
       position: Its place in the order of computation.
       shape: Shape `[B, ...]`.
       dtype: Data type, a floating one.
@@ -24,8 +24,8 @@ class Tap(NamedTuple):
 
     name: str
     site: str
-    number: int
-    length: int | None
+    call: int
+    layer: tuple[int, int] | None
     position: Position
     shape: tuple[int, ...]
     dtype: Any

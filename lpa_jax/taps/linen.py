@@ -6,6 +6,7 @@ interceptor is the same for every pass and compares no paths: Flax's lifted tran
 values would leak, or be shared by siblings that are traced once.
 """
 
+import collections
 from collections.abc import Callable, Iterable, Mapping, Sequence
 import dataclasses
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 from flax import linen as nn
 from flax.core.scope import union_filters
 import jax
+from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 import optax
@@ -153,12 +155,15 @@ class LinenNetwork:
         for site, call in sorted(captured):
             value = captured[site, call]
             found += _taps_of(site, call, value, next(places), inputs.shape[0])
-        several = {tap.site for tap in found if tap.number > 0}
-        taps = tuple(
-            tap._replace(name=f"{tap.site}[{tap.number}]") if tap.site in several else tap
-            # At the same place (a module that returns its last child's output) the child is first.
-            for tap in sorted(found, key=lambda tap: (tap.position, -tap.site.count("/"), tap.site))
-        )
+        calls = collections.Counter(site for site, _ in captured)
+        several = {tap.site for tap in found if tap.call or (tap.layer and tap.layer[1] > 1)}
+
+        def named(tap):
+            layer = tap.layer[0] if tap.layer else 0
+            number = layer * calls[tap.site] + tap.call
+            return tap._replace(name=f"{tap.site}[{number}]") if tap.site in several else tap
+
+        taps = tuple(named(tap) for tap in sorted(found, key=lambda tap: tap.position))
         positions = tuple(position for position, _ in places)
         assert len(positions) == len(jax.tree.leaves(updates))
         return Trace(taps, logits, positions)
@@ -214,7 +219,8 @@ def _interceptor() -> Callable[..., Any]:
         if len(leaves) != 1 or not module.is_mutable_collection(COLLECTION):
             return output
         earlier = module.get_variable(COLLECTION, _OUT, ())
-        module.put_variable(COLLECTION, _OUT, (*earlier, leaves[0]))
+        # The name, an identity, gives every output an equation of its own to be ordered by.
+        module.put_variable(COLLECTION, _OUT, (*earlier, checkpoint_name(leaves[0], COLLECTION)))
         given = module.get_variable(COLLECTION, _IN, ())
         entry = given[len(earlier)] if len(earlier) < len(given) else None
         if entry is None:
@@ -227,17 +233,16 @@ def _interceptor() -> Callable[..., Any]:
 
 def _insert(given: tuple[Any, ...], tap: Tap, value: Array) -> tuple[Any, ...]:
     """Add a value to those given to a module: `(value, None)`, or stacks of both for a scan."""
-    if tap.length is None:
-        call, entry = tap.number, (value, None)
-    else:
-        call, entry = 0, given[0] if given else None
-        stack, here = entry or (
-            jnp.zeros((tap.length, *value.shape), value.dtype),
-            jnp.zeros(tap.length, bool),
+    given = given + (None,) * (tap.call + 1 - len(given))
+    entry = (value, None)
+    if tap.layer is not None:
+        layer, length = tap.layer
+        stack, here = given[tap.call] or (
+            jnp.zeros((length, *value.shape), value.dtype),
+            jnp.zeros(length, bool),
         )
-        entry = (stack.at[tap.number].set(value), here.at[tap.number].set(True))
-    given = given + (None,) * (call + 1 - len(given))
-    return (*given[:call], entry, *given[call + 1 :])
+        entry = (stack.at[layer].set(value), here.at[layer].set(True))
+    return (*given[: tap.call], entry, *given[tap.call + 1 :])
 
 
 def _leaves(captured: Mapping[str, Any], path: str = "") -> Iterable[tuple[tuple[str, int], Array]]:
@@ -259,24 +264,24 @@ def _taps_of(
         return
     if scan is None:
         yield Tap(site, site, call, None, position, shape, value.dtype)
-    else:
-        length, inner = scan
-        for layer in range(length):
-            at = (*position, layer, *inner)
-            yield Tap(site, site, layer, length, at, shape, value.dtype)
+        return
+    length, reverse, inner = scan
+    for layer in range(length):
+        turn = length - 1 - layer if reverse else layer
+        at = (*position, turn, *inner)
+        yield Tap(site, site, call, (layer, length), at, shape, value.dtype)
 
 
 def _pick(values: Mapping[tuple[str, int], Array], tap: Tap) -> Array:
-    if tap.length is None:
-        return values[tap.site, tap.number]
-    return values[tap.site, 0][tap.number]
+    value = values[tap.site, tap.call]
+    return value if tap.layer is None else value[tap.layer[0]]
 
 
-def _places(jaxpr: Any) -> list[tuple[Position, tuple[int, Position] | None]]:
+def _places(jaxpr: Any) -> list[tuple[Position, tuple[int, bool, Position] | None]]:
     """Find where a jaxpr computes each of its outputs.
 
     Returns for each its position, and where it is a stack of layers that comes out of a scan, their
-    number and the position inside the scan.
+    number, whether the last comes first, and the position inside the scan.
     """
     made = {
         id(var): (i, k) for i, eqn in enumerate(jaxpr.eqns) for k, var in enumerate(eqn.outvars)
@@ -296,7 +301,9 @@ def _places(jaxpr: Any) -> list[tuple[Position, tuple[int, Position] | None]]:
         position, scan = inside[index][output]
         if equation.primitive.name != "scan":
             return (index, *position), scan
-        stacked = output >= equation.params["num_carry"]
-        return (index,), (equation.params["length"], position) if stacked else None
+        parameters = equation.params
+        if output < parameters["num_carry"]:
+            return (index,), None
+        return (index,), (parameters["length"], parameters["reverse"], position)
 
     return [place(var) for var in jaxpr.outvars]
