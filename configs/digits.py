@@ -7,7 +7,17 @@ joined by `+`; `smoke` for a run of seconds. Any number can be set, for example
 `--config.perturbation.lpa.epsilon=0.5`.
 
 Published: nothing; the papers do not use this set.
-Measured: see README.md.
+Measured test accuracy % and NLL of the last epoch, 5 seeds, 359 images:
+
+    erm             99.39 ± 0.36   0.024 ± 0.005
+    lpa             99.22 ± 0.12   0.027 ± 0.005
+    lpl             99.22 ± 0.23   0.024 ± 0.005
+    lpg             98.94 ± 0.36   0.051 ± 0.021
+    lpa+lpl         99.28 ± 0.15   0.028 ± 0.006
+    lpa+lpl+lpg     98.55 ± 0.36   0.065 ± 0.042
+    manifold_mixup  99.00 ± 0.25   0.116 ± 0.004
+    dropout         99.55 ± 0.32   0.021 ± 0.006
+    sam             99.44 ± 0.20   0.024 ± 0.003
 """
 
 from lpa_jax.training import config as configuration
