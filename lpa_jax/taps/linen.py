@@ -296,14 +296,15 @@ def _places(jaxpr: Any) -> list[tuple[Position, tuple[int, bool, Position] | Non
         inner = equation.params.get("jaxpr")
         if inner is None:
             return (index,), None
+        inner = getattr(inner, "jaxpr", inner)
         if index not in inside:
-            inside[index] = _places(getattr(inner, "jaxpr", inner))
+            inside[index] = _places(inner)
         position, scan = inside[index][output]
         if equation.primitive.name != "scan":
             return (index, *position), scan
-        parameters = equation.params
-        if output < parameters["num_carry"]:
+        # What a scan stacks has one axis more outside than inside; what it carries has not.
+        if var.aval.ndim == inner.outvars[output].aval.ndim:
             return (index,), None
-        return (index,), (parameters["length"], parameters["reverse"], position)
+        return (index,), (equation.params["length"], equation.params["reverse"], position)
 
     return [place(var) for var in jaxpr.outvars]
