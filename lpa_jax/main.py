@@ -56,7 +56,9 @@ def _main(_: list[str]) -> None:
     except (loop.ConfigError, DataError, loop.NonFiniteLossError) as error:
         _fail(error)
     except KeyboardInterrupt:
-        print("lpa_jax: stopped; the same command goes on from here.", file=sys.stderr)
+        print(
+            "lpa_jax: stopped; the same command goes on from the last checkpoint.", file=sys.stderr
+        )
         sys.exit(130)
 
 

@@ -5,9 +5,34 @@ from typing import Any
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+import lpa_jax
 
 NUM_CLASSES = 4
 WIDTH = 6
+
+
+def fill(model: nn.Module, inputs: jax.Array) -> Any:
+    """Return variables of random numbers: no bias is 0 and no scale 1, so that errors show."""
+    keys = {"params": jax.random.key(0), "dropout": jax.random.key(0)}
+    rng = np.random.default_rng(0)
+
+    def draw(path, leaf):
+        values = 0.6 * rng.normal(size=leaf.shape)
+        positive = path[-1].key in ("var", "scale")
+        return jnp.asarray(1.0 + values**2 if positive else values, leaf.dtype)
+
+    # An initialisation by Flax would have to be compiled.
+    return jax.tree_util.tree_map_with_path(draw, jax.eval_shape(model.init, keys, inputs))
+
+
+def shift(site: str, by: float = 1.0) -> lpa_jax.Perturbation:
+    return lpa_jax.stateless(site, lambda value, **_: value + by)
+
+
+def scale(site: str, by: float = 2.0) -> lpa_jax.Perturbation:
+    return lpa_jax.stateless(site, lambda value, **_: by * value)
 
 
 class Block(nn.Module):
@@ -30,7 +55,6 @@ BLOCKS = {
     "remat": nn.remat(Block),
     "jit": nn.jit(Block),
     "remat of jit": nn.remat(nn.jit(Block)),
-    "jit of remat": nn.jit(nn.remat(Block)),
 }
 LAYERS = {"scan": Layer, "scan of remat": nn.remat(Layer)}
 KINDS = (*BLOCKS, *LAYERS)
@@ -139,12 +163,7 @@ class NormBlock(nn.Module):
         return nn.BatchNorm(use_running_average=not self.train, name="norm")(x)
 
 
-NORM_BLOCKS = {
-    "plain": NormBlock,
-    "remat": nn.remat(NormBlock),
-    "jit": nn.jit(NormBlock),
-    "remat of jit": nn.remat(nn.jit(NormBlock)),
-}
+NORM_BLOCKS = {"plain": NormBlock, "remat of jit": nn.remat(nn.jit(NormBlock))}
 
 
 class ScannedNorms(nn.Module):
@@ -278,6 +297,16 @@ class Twice(nn.Module):
         return jnp.tanh(inner(jnp.tanh(inner(x)))), None
 
 
+class Skip(nn.Module):
+    """What comes after `"branch"` depends on more than its value."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = Block(name="trunk")(x)
+        x = x + Block(name="branch")(x)
+        return nn.Dense(NUM_CLASSES, name="fc")(jnp.tanh(x).mean(1))
+
+
 class Nested(nn.Module):
     """A group of blocks, so that sites lie inside a site."""
 
@@ -295,10 +324,10 @@ class Group(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Deep and narrow enough that where a pass begins and ends shows in its operations."""
+    """So wide that the operations of a step are those of its layers."""
 
     depth: int = 6
-    width: int = 64
+    width: int = 512
     norm: bool = False
 
     @nn.compact

@@ -353,8 +353,11 @@ def check(result, batch, **done):
 
 
 def test_logit_adjustment_adds_the_log_prior():
-    result, batch = one_step(lpa_jax.logit_adjustment(FREQUENCIES, 0.7))
+    adjustment = lpa_jax.logit_adjustment(FREQUENCIES, 0.7)
+    result, batch = one_step(adjustment)
     shift = [0.7 * math.log(f / sum(FREQUENCIES)) for f in FREQUENCIES]
+    before, after = before_and_after(adjustment, result[2])
+    close(flat(after) - flat(before), np.array([shift] * BATCH))
     check(result, batch, logits=[shift] * BATCH)
 
 

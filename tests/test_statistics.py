@@ -129,6 +129,14 @@ def test_a_class_at_the_mean_and_one_never_seen_are_left_alone():
     assert fixed.signs(stats).tolist() == [1, 0, -1, 0]
 
 
+@pytest.mark.parametrize("number", [3, 7, 10])
+def test_classes_learned_equally_well_are_all_left_alone(number):
+    # In float32 the sum of seven thirds is not seven times a third.
+    sums = statistics.Sums(jnp.ones(number), jnp.ones(number), jnp.full(number, 3.0))
+    stats = statistics.init(number)._replace(ema=sums)
+    assert lpa_jax.splits.mean_threshold().signs(stats).tolist() == [0] * number
+
+
 def test_nothing_is_known_at_the_first_step():
     stats = statistics.init(4)
     for split in (

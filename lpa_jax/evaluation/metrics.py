@@ -30,7 +30,7 @@ def make_predict(apply_fn: Callable[..., Any], sharding: NamedSharding) -> Predi
 
 def evaluate(
     predict: Predict, variables: PyTree, examples: data.Examples, num_classes: int, batch_size: int
-) -> dict[str, float | list[float]]:
+) -> dict[str, Any]:
     """Judge a network on examples.
 
     Args:
@@ -42,7 +42,7 @@ def evaluate(
 
     Returns:
       `"accuracy"` in [0, 1], `"nll"` (mean negative log-likelihood in nats, at least 0), and
-      `"class_accuracy"`, C numbers, NaN for a class without examples.
+      `"class_accuracy"`, C numbers, None for a class without examples.
     """
     rows = []
     for indices, weights in data.eval_batches(len(examples.labels), batch_size):
@@ -52,7 +52,7 @@ def evaluate(
 
 def metrics(
     logits: Float[np.ndarray, "n classes"], labels: Int[np.ndarray, "n"], num_classes: int
-) -> dict[str, float | list[float]]:
+) -> dict[str, Any]:
     """Return what `evaluate` does, from logits.
 
     Example:
@@ -68,5 +68,5 @@ def metrics(
     return {
         "accuracy": float(np.mean(correct)),
         "nll": float(-np.mean(log_p[np.arange(len(labels)), labels])),
-        "class_accuracy": [float(np.mean(c)) if len(c) else float("nan") for c in by_class],
+        "class_accuracy": [float(np.mean(c)) if len(c) else None for c in by_class],
     }

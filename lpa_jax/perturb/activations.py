@@ -56,7 +56,7 @@ def lpa(
       low_rank: Keep the part of the gradient in its top-k right singular directions, `[positions,
         channels]` (eq 12; *ours*: of the gradient map, a single vector has rank 1).
       objective: `"norm"` expands (+1) or contracts (-1) the class-mean activation instead, in
-        closed form, to test conjectures 1 and 2.
+        closed form, to test conjectures 1 and 2. *Ours*: a contraction stops at the origin.
       granularity: `"sample"` gives each example its own perturbation (beyond the paper).
 
     Returns:
@@ -74,6 +74,9 @@ def lpa(
       Learning Perturbations of Activations, arXiv:2605.29525.
     """
     names = (site,) if isinstance(site, str) else tuple(site)
+    for name in (sites.LABELS, sites.LOGIT_GRADS, sites.PARAM_GRADS):
+        if name in names:
+            sites.require_gradient("lpa", name, None)
     epsilons = bounds.per_site(epsilon, names, "epsilon")
     sites.check_number("delta_epsilon", delta_epsilon)
     sites.check_count("steps", steps)
@@ -92,7 +95,8 @@ def lpa(
     def update(
         value, *, labels, targets, weights, class_stats, gradient_fn=None, site=None, step=0, **_
     ):
-        gradient_fn = sites.require_gradient("lpa", site, gradient_fn)
+        if objective == "loss":
+            gradient_fn = sites.require_gradient("lpa", site, gradient_fn)
         frozen = jax.lax.stop_gradient(value)
         reduce, copies = _share(sharing, value.shape)
         if granularity == "class":
@@ -103,8 +107,12 @@ def lpa(
         if radius == "relative":
             radii *= members.mean(pgd.norms(frozen)) / math.sqrt(copies)
 
+        start = jnp.zeros_like(members.mean(reduce(frozen)))
+
         def ascent(delta):
-            _, gradient = gradient_fn(frozen + members.spread(delta).astype(frozen.dtype))
+            # At the start nothing is added, and the class statistics' pass is shared.
+            moved = frozen + members.spread(delta).astype(frozen.dtype)
+            _, gradient = gradient_fn(value if delta is start else moved)
             if low_rank is None:
                 gradient = members.mean(reduce(gradient))
             else:
@@ -114,7 +122,6 @@ def lpa(
         if objective == "norm":
             delta = pgd.stretch(members.mean(reduce(frozen)) / copies, signs, radii)
         else:
-            start = jnp.zeros_like(members.mean(reduce(frozen)))
             delta = pgd.ascend(ascent, start, signs, radii, steps)
         return value + jax.lax.stop_gradient(members.spread(delta)).astype(value.dtype)
 
@@ -248,7 +255,8 @@ def dropout(site: str, rate: sites.Number) -> sites.Perturbation:
     def update(value, *, key, step=0, **_):
         keep = 1.0 - sites.at_step(rate, step)
         kept = jax.random.bernoulli(key, keep, value.shape)
-        return jnp.where(kept, value / keep.astype(value.dtype), 0)
+        # The floor keeps the gradient defined for a schedule that reaches 1.
+        return jnp.where(kept, value / jnp.maximum(keep, 1e-6).astype(value.dtype), 0)
 
     return sites.stateless(site, update)
 

@@ -1,5 +1,6 @@
 """One training step with perturbations: capture, perturb, replace, back-propagate."""
 
+import collections
 from collections.abc import Callable, Mapping
 import dataclasses
 import functools
@@ -9,6 +10,7 @@ import jax
 from jax import core
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
+import numpy as np
 import optax
 
 from lpa_jax.perturb import membership, pgd, sites, statistics
@@ -80,113 +82,130 @@ class Step:
         """Return `((loss, aux), grads, state)`; see `lpa_jax.value_and_grad`."""
         batch = inputs.shape[0]
         _check_labels(labels, batch, self.num_classes)
-        weights = jnp.ones(batch, jnp.float32) if weights is None else jnp.asarray(weights)
-        if weights.shape != (batch,):
-            raise ValueError(f"weights must have shape ({batch},), not {weights.shape}.")
+        if weights is None:
+            weights = jnp.ones(batch, jnp.float32)
+        else:
+            weights = jnp.asarray(weights, jnp.float32)
+            if weights.shape != (batch,):
+                raise ValueError(f"weights must have shape ({batch},), not {weights.shape}.")
+            # Padding may hold anything, NaN included, which a weight of 0 would not keep out.
+            inputs = jnp.where(pgd.column(weights > 0, inputs), inputs, 0)
         start = _Walk(
             chain=self.chain,
             key=jax.random.fold_in(key, state.step),
-            states=list(state.perturbations),
-            extras={
-                "step": state.step,
-                "class_stats": state.class_stats,
-                "labels": labels,
-                "targets": _soft(labels, self.num_classes),
-                "weights": weights,
-            },
-            metrics={},
+            states=state.perturbations,
+            step=state.step,
+            class_stats=state.class_stats,
+            labels=labels,
+            targets=_soft(labels, self.num_classes),
+            weights=weights,
         )
 
         def loss_and_grads(params):
             def to_logits(params):
-                walk = start.copy()
-                perturbed, raw, updates = self._forward(
-                    walk, {**variables, "params": params}, inputs, apply_kwargs
-                )
-                return perturbed, (walk.contents(), raw, updates)
+                return self._forward(start, {**variables, "params": params}, inputs, apply_kwargs)
 
-            logits, pullback, (contents, raw, updates) = jax.vjp(to_logits, params, has_aux=True)
-            walk = start.copy(**contents)
+            logits, pullback, (walk, raw, updates) = jax.vjp(to_logits, params, has_aux=True)
             loss, cotangent = self._loss(walk, logits)
             return loss, pullback(cotangent)[0], walk, raw, updates
 
         params = variables["params"]
         loss, grads, walk, raw, updates = loss_and_grads(params)
         grads = walk.perturb(
-            (sites.PARAM_GRADS,), grads, lambda moved: loss_and_grads(moved)[:2], params
+            (sites.PARAM_GRADS,), grads, lambda moved: loss_and_grads(moved)[:2], params=params
         )
         state = StepState(
             step=jnp.asarray(optax.safe_increment(state.step)),
-            class_stats=statistics.end_batch(walk.extras["class_stats"], walk.members()),
-            perturbations=tuple(walk.states),
+            class_stats=statistics.end_batch(walk.class_stats, walk.members()),
+            perturbations=walk.states,
         )
         return (loss, {"logits": raw, "updates": updates, "metrics": walk.metrics}), grads, state
 
     def _forward(
-        self, walk: "_Walk", variables: PyTree, inputs: Array, kwargs: Mapping[str, Any]
-    ) -> tuple[Array, Array, PyTree]:
-        """Walk to the logits; return them perturbed and as computed, and the mutated variables."""
+        self, start: "_Walk", variables: PyTree, inputs: Array, kwargs: Mapping[str, Any]
+    ) -> tuple[Array, tuple["_Walk", Array, PyTree]]:
+        """Walk to the logits; return them perturbed, and the walk, them raw, and the mutated."""
+        walk = dataclasses.replace(start, metrics={})
         trace = self.network.trace(variables, inputs, kwargs)
+        taps = self._taps(trace)
         frozen = jax.lax.stop_gradient(variables)
 
-        def gradient_through(tail):
-            """Make the `gradient_fn` of a site out of the network beyond it."""
-            targets, real = walk.extras["targets"], walk.extras["weights"] > 0
+        def perturb(names, value, tail, time=0):
+            """Perturb the value at a site, the network beyond which is `tail`."""
 
             def total(value):
-                losses = jnp.where(real, self.loss_fn(tail(value), targets), 0.0)
-                return jnp.sum(losses), losses
+                logits = tail(value)
+                losses = jnp.where(walk.weights > 0, self._losses(logits, walk.targets), 0.0)
+                return jnp.sum(losses), (losses, logits)
 
-            def gradient_fn(value):
-                gradient, losses = jax.grad(total, has_aux=True)(jax.lax.stop_gradient(value))
-                return losses, gradient
+            def evaluate(value):
+                gradient, seen = jax.grad(total, has_aux=True)(jax.lax.stop_gradient(value))
+                return (seen[0], gradient), seen[1]
 
-            return gradient_fn
+            first = None
+            if walk.reads_statistics(names):
+                first, logits = evaluate(value)
+                walk.measure(logits)
 
-        def network_from_inputs(value):
-            return self._run(frozen, value, {}, (), kwargs)[0]
+            def gradient_fn(moved):
+                # The statistics and a transform that starts from the value share one pass.
+                return first if first and moved is value else evaluate(moved)[0]
 
-        def network_from(tap, inputs, earlier, value):
-            return self._run(frozen, inputs, {**earlier, tap: value}, (), kwargs)[0]
+            return walk.perturb(names, value, gradient_fn, time=time)
 
         if walk.standing((sites.INPUTS,)):
-            walk.measure(network_from_inputs(inputs))
-            inputs = walk.perturb((sites.INPUTS,), inputs, gradient_through(network_from_inputs))
+            inputs = perturb(
+                (sites.INPUTS,), inputs, lambda value: self._run(frozen, value, {}, (), kwargs)[0]
+            )
         walk.perturb_targets()
 
         replaced: dict[Tap, Array] = {}
         passes: list[tuple[Position, PyTree]] = []
-        for tap in self._taps(trace):
+        times: collections.Counter[str] = collections.Counter()
+        for tap in taps:
             # This pass costs the segment up to the tap: XLA drops what nothing uses.
-            logits, (value,), updates = self._run(variables, inputs, replaced, (tap,), kwargs)
+            _, (value,), updates = self._run(variables, inputs, replaced, (tap,), kwargs)
             passes.append((tap.position, updates))
-            walk.measure(logits)
             earlier = {tap: jax.lax.stop_gradient(value) for tap, value in replaced.items()}
-            tail = functools.partial(network_from, tap, jax.lax.stop_gradient(inputs), earlier)
-            replaced[tap] = walk.perturb((tap.name, tap.site), value, gradient_through(tail))
+            tail = functools.partial(
+                self._run_from, frozen, jax.lax.stop_gradient(inputs), earlier, tap, kwargs
+            )
+            replaced[tap] = perturb((tap.name, tap.site), value, tail, times[tap.site])
+            times[tap.site] += 1
 
         raw, _, updates = self._run(variables, inputs, replaced, (), kwargs)
+        logits = perturb((sites.LOGITS,), raw, lambda value: value)
         walk.measure(raw)
-        logits = walk.perturb((sites.LOGITS,), raw, gradient_through(lambda value: value))
-        return logits, raw, _earliest(trace.updates, passes, updates)
+        return logits, (walk, raw, _earliest(trace.updates, passes, updates))
+
+    def _run_from(self, variables, inputs, earlier, tap, kwargs, value):
+        return self._run(variables, inputs, {**earlier, tap: value}, (), kwargs)[0]
 
     def _run(self, *arguments: Any) -> tuple[Array, list[Array], PyTree]:
         logits, values, updates = self.network.run(*arguments)
         return logits.astype(jnp.float32), values, updates
 
+    def _losses(self, logits: Array, targets: Array) -> Array:
+        losses = self.loss_fn(logits, targets)
+        if losses.shape != logits.shape[:1]:
+            raise ValueError(
+                f"loss_fn must return one loss for each example, of shape {logits.shape[:1]}, not "
+                f"{losses.shape}."
+            )
+        return losses
+
     def _loss(self, walk: "_Walk", logits: Array) -> tuple[Array, Array]:
         """Return the weighted mean loss and its perturbed gradient at the logits."""
-        weights, targets = walk.extras["weights"], walk.extras["targets"]
 
         def total(logits):
-            losses = self.loss_fn(logits, targets)
+            losses = self._losses(logits, walk.targets)
             return jnp.sum(losses), losses
 
         grads, losses = jax.grad(total, has_aux=True)(logits)
         grads = walk.perturb((sites.LOGIT_GRADS,), grads)
         # The floor serves a batch that is all padding: its loss and gradient are 0.
-        share = weights / jnp.maximum(jnp.sum(weights), 1e-12)
-        real = weights > 0
+        share = walk.weights / jnp.maximum(jnp.sum(walk.weights), 1e-12)
+        real = walk.weights > 0
         loss = jnp.sum(jnp.where(real, losses * share, 0.0))
         return loss, jnp.where(real[:, None], grads * share[:, None], 0.0)
 
@@ -198,6 +217,11 @@ class Step:
                 "its output must be logits [batch, num_classes]."
             )
         wanted = {site for perturbation in self.chain for site in perturbation.sites}
+        if sites.INPUTS in wanted and not jnp.issubdtype(trace.inputs.dtype, jnp.floating):
+            raise sites.SiteError(
+                f"The inputs are {trace.inputs.dtype}, and perturbations need floats: scale pixels "
+                "to [0, 1] first, or name a module."
+            )
         known = dict.fromkeys([*FIXED, *(n for tap in trace.taps for n in (tap.site, tap.name))])
         for site in sorted(wanted):
             if site not in known:
@@ -206,92 +230,156 @@ class Step:
                     "lpa_jax.list_sites names them all (layers of an nn.scan are sites only if "
                     "its variable_axes have 'perturbation': 0)."
                 )
-        return tuple(tap for tap in trace.taps if wanted & ({tap.site, tap.name} - set(FIXED)))
+        taps = tuple(tap for tap in trace.taps if wanted & ({tap.site, tap.name} - set(FIXED)))
+        self._check_mixing(taps)
+        return taps
+
+    def _check_mixing(self, taps: tuple[Tap, ...]) -> None:
+        """Raise `SiteError` where examples and targets would not be mixed alike."""
+        order = [sites.INPUTS, *(tap.name for tap in taps)]
+        at = {name: [order.index(name)] for name in order}
+        for tap in taps:
+            if tap.name != tap.site:
+                at.setdefault(tap.site, []).append(order.index(tap.name))
+
+        def places(perturbation):
+            return [place for site in perturbation.sites for place in at.get(site, [])]
+
+        for mixing in self.chain:
+            if sites.LABELS not in mixing.sites or len(mixing.sites) == 1:
+                continue
+            for site in mixing.sites:
+                if len(at.get(site, [])) > 1:
+                    raise sites.SiteError(
+                        f"{site!r} is computed several times, and mixing more than once would not "
+                        f"fit the targets; name one, such as '{site}[0]'."
+                    )
+            for other in self.chain:
+                early = [p for p in places(other) if p < max(places(mixing), default=0)]
+                if other.report and early:
+                    raise sites.SiteError(
+                        f"A class-level perturbation at {order[early[0]]!r} would see targets that "
+                        f"are mixed before the examples are, at {mixing.sites}; place it after "
+                        "the last of them."
+                    )
 
 
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=[
+        "key", "states", "step", "class_stats", "labels", "targets", "weights", "metrics",
+    ],
+    meta_fields=["chain", "measured"],
+)  # fmt: skip
 @dataclasses.dataclass
 class _Walk:
     """What is handed from site to site during one pass; it lives no longer than the trace."""
 
     chain: sites.Chain
     key: Array
-    states: list[PyTree]
-    extras: dict[str, Any]
-    metrics: dict[str, dict[str, Array]]
-
-    def contents(self) -> dict[str, Any]:
-        return {"states": self.states, "extras": self.extras, "metrics": self.metrics}
-
-    def copy(self, **contents: Any) -> "_Walk":
-        fresh = {name: type(value)(value) for name, value in self.contents().items()}
-        return dataclasses.replace(self, **(fresh | contents))
+    states: tuple[PyTree, ...]
+    step: Array
+    class_stats: statistics.ClassStats
+    labels: membership.Labels
+    targets: Array
+    weights: Array
+    metrics: dict[str, dict[str, Array]] = dataclasses.field(default_factory=dict)
+    measured: bool = False
 
     def members(self) -> membership.Membership:
-        targets = self.extras["targets"]
-        return membership.by_class(self.extras["labels"], self.extras["weights"], targets.shape[1])
+        return membership.by_class(self.labels, self.weights, self.targets.shape[1])
 
     def measure(self, logits: Array) -> None:
-        """Take the present batch's statistics from logits of which this site is not yet part."""
-        stats = statistics.observe_batch(self.extras["class_stats"], logits, self.members())
-        self.extras["class_stats"] = stats
+        """Take the batch's statistics, once, from logits that no class-level work has moved."""
+        if not self.measured:
+            self.class_stats = statistics.observe_batch(self.class_stats, logits, self.members())
+            self.measured = True
 
     def standing(self, names: tuple[str, ...]) -> list[tuple[int, str]]:
-        """Return index and site of each perturbation at a site of one of these names."""
-        found = [(i, n) for i, p in enumerate(self.chain) for n in names if n in p.sites]
-        return list(dict(found).items())
+        """Return index and site of each perturbation at a site; its own name comes first."""
+        return [
+            (i, next(name for name in names if name in perturbation.sites))
+            for i, perturbation in enumerate(self.chain)
+            if not set(names).isdisjoint(perturbation.sites)
+        ]
+
+    def reads_statistics(self, names: tuple[str, ...]) -> bool:
+        """Return whether class-level work is first met at a site."""
+        return not self.measured and any(self.chain[i].report for i, _ in self.standing(names))
 
     def perturb(
         self,
         names: tuple[str, ...],
         value: PyTree,
         gradient_fn: Callable[[PyTree], tuple[Array, PyTree]] | None = None,
+        *,
         params: PyTree = None,
+        time: int = 0,
     ) -> PyTree:
         """Let the transforms at a site have its value, in the order of the chain."""
         standing = self.standing(names)
         if not standing:
             return value
-        before, report, targets = value, {}, self.extras["targets"]
+        before, report = value, {}
         for i, site in standing:
-            perturbation = self.chain[i]
-            value, self.states[i] = perturbation.update(
-                value,
-                self.states[i],
-                params,
-                site=site,
-                # The same key at all sites of a perturbation: its draws agree without a state.
-                key=jax.random.fold_in(self.key, i),
-                gradient_fn=gradient_fn,
-                **self.extras,
-            )
-            if perturbation.report is not None:
-                stats, step = self.extras["class_stats"], self.extras["step"]
-                report |= perturbation.report(site, stats, step)
+            value, state = self._update(i, site, value, gradient_fn, params, time)
+            self.states = (*self.states[:i], state, *self.states[i + 1 :])
+            if self.chain[i].report is not None:
+                report |= self.chain[i].report(site, self.class_stats, self.step)
+            if names == (sites.INPUTS,) and sites.LABELS in self.chain[i].sites:
+                self._mix(i)
         if names == (sites.PARAM_GRADS,):
             self.metrics[names[0]] = {"norm": optax.tree.norm(value)}
         else:
-            self.metrics[names[0]] = (
-                _change(before, value, self.members(), targets.shape[1]) | report
-            )
+            change = _change(before, value, self.members(), self.targets.shape[1])
+            self.metrics[names[0]] = change | report
         return value
 
     def perturb_targets(self) -> None:
-        """Perturb the targets, and move the membership with the examples.
+        """Perturb the targets, unless that was done at the inputs."""
+        before = self.targets
+        standing = self.standing((sites.LABELS,))
+        for i, site in standing:
+            if sites.INPUTS in self.chain[i].sites:
+                continue
+            if len(self.chain[i].sites) > 1:
+                self._mix(i)
+            else:
+                self.targets, state = self._update(i, site, self.targets, None, None, 0)
+                self.states = (*self.states[:i], state, *self.states[i + 1 :])
+        if standing:
+            change = _change(before, self.targets, self.members(), before.shape[1])
+            self.metrics[sites.LABELS] = change
+
+    def _mix(self, index: int) -> None:
+        """Move targets and membership with the examples.
 
         A perturbation that stands at the labels and elsewhere (mixup) moves the examples
         themselves between classes; one that stands at the labels alone (smoothing) does not.
         """
-        targets: Array = self.perturb((sites.LABELS,), self.extras["targets"])
-        for i, site in self.standing((sites.LABELS,)):
-            if len(self.chain[i].sites) > 1:
-                labels: Array = _soft(self.extras["labels"], targets.shape[1])
-                key = jax.random.fold_in(self.key, i)
-                extras = {**self.extras, "gradient_fn": None}
-                moved, _ = self.chain[i].update(
-                    labels, self.states[i], None, site=site, key=key, **extras
-                )
-                self.extras |= {"labels": moved}
-        self.extras["targets"] = targets
+        labels = _soft(self.labels, self.targets.shape[1])
+        moved, _ = self._update(index, sites.LABELS, labels, None, None, 0)
+        self.targets, state = self._update(index, sites.LABELS, self.targets, None, None, 0)
+        self.labels = moved
+        self.states = (*self.states[:index], state, *self.states[index + 1 :])
+
+    def _update(self, index, site, value, gradient_fn, params, time):
+        # The same key at all sites of a perturbation: its draws agree without a state.
+        key = jax.random.fold_in(self.key, index)
+        return self.chain[index].update(
+            value,
+            self.states[index],
+            params,
+            site=site,
+            # Several calls of one module draw anew.
+            key=jax.random.fold_in(key, time),
+            step=self.step,
+            labels=self.labels,
+            targets=self.targets,
+            weights=self.weights,
+            class_stats=self.class_stats,
+            gradient_fn=gradient_fn,
+        )
 
 
 def _soft(labels: membership.Labels, num_classes: int) -> Float[Array, "batch classes"]:
@@ -332,13 +420,18 @@ def _earliest(
     return jax.tree.unflatten(treedef, leaves)
 
 
+def _is_here(labels: Array) -> bool:
+    return getattr(labels, "is_fully_addressable", True)
+
+
 def _check_labels(labels: membership.Labels, batch: int, num_classes: int) -> None:
     """Raise `ValueError` unless the labels fit; values are checked where they are known."""
     if jnp.issubdtype(labels.dtype, jnp.integer):
         if labels.shape != (batch,):
             raise ValueError(f"Integer labels must have shape ({batch},), not {labels.shape}.")
-        if not isinstance(labels, core.Tracer) and labels.size:
-            low, high = int(labels.min()), int(labels.max())
+        if not isinstance(labels, core.Tracer) and labels.size and _is_here(labels):
+            # Not by jax: within a jit its operations are traced, on constants too.
+            low, high = np.asarray(labels).min(), np.asarray(labels).max()
             if low < 0 or high >= num_classes:
                 raise ValueError(
                     f"Labels must lie in [0, {num_classes}), but range from {low} to {high}."

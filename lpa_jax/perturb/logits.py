@@ -80,13 +80,15 @@ def lpl(
         else:
             alpha = sites.at_step(step_size, step)
             # A hair above, so that 0.5 / 0.01 makes 50 steps also where it rounds to 49.999996.
-            counts = jnp.floor(radii / alpha * (1 + 1e-6)).astype(jnp.int32)
+            safe = jnp.where(alpha > 0, alpha, 1.0)
+            moving = (alpha > 0) & (signs != 0)
+            counts = jnp.where(moving, jnp.floor(radii / safe * (1 + 1e-6)), 0).astype(jnp.int32)
             counts = counts if steps is None else jnp.minimum(counts, steps)
             stride = signs * alpha
 
             def body(t, delta):
-                moving = jnp.where(t < counts, stride, 0.0)
-                return delta + pgd.column(moving, delta) * gradient(delta)
+                length = jnp.where(t < counts, stride, 0.0)
+                return delta + pgd.column(length, delta) * gradient(delta)
 
             delta = pgd.repeat(body, start, jnp.max(counts))
         return value + jax.lax.stop_gradient(members.spread(delta)).astype(value.dtype)

@@ -36,12 +36,14 @@ class Trace(NamedTuple):
 
     Attributes:
       taps: All taps, in the order in which they are computed.
-      logits: Shape and dtype of the network's output.
+      inputs: Shape and dtype of the network's input.
+      logits: Shape and dtype of its output.
       updates: Position at which each leaf of the mutated variables is computed, in the order of
         `jax.tree.leaves`.
     """
 
     taps: tuple[Tap, ...]
+    inputs: jax.ShapeDtypeStruct
     logits: jax.ShapeDtypeStruct
     updates: tuple[Position, ...]
 

@@ -32,7 +32,7 @@ def sam(rho: sites.Number) -> sites.Perturbation:
     References:
       Foret et al., Sharpness-Aware Minimization, ICLR 2021, arXiv:2010.01412.
     """
-    return _sharpness_aware("rho", rho, lambda params: jax.tree.map(jnp.ones_like, params))
+    return _sharpness_aware("sam", rho, lambda weight: 1.0)
 
 
 def asam(rho: sites.Number, eta: float = 0.01) -> sites.Perturbation:
@@ -55,30 +55,27 @@ def asam(rho: sites.Number, eta: float = 0.01) -> sites.Perturbation:
       paper's text; its code leaves biases unscaled.
     """
     sites.check_number("eta", eta)
-    return _sharpness_aware(
-        "rho", rho, lambda params: jax.tree.map(lambda w: jnp.abs(w) + eta, params)
-    )
+    return _sharpness_aware("asam", rho, lambda weight: jnp.abs(weight) + eta)
 
 
 def _sharpness_aware(
-    name: str, rho: sites.Number, scale: Callable[[Any], Any]
+    name: str, rho: sites.Number, unit: Callable[[Any], Any]
 ) -> sites.Perturbation:
-    sites.check_number(name, rho)
+    sites.check_number("rho", rho)
 
     def update(grads, *, params, gradient_fn=None, site=sites.PARAM_GRADS, step=0, **_):
-        if gradient_fn is None or params is None:
+        if gradient_fn is None or jax.tree.structure(params) != jax.tree.structure(grads):
             raise sites.SiteError(
-                f"sam needs the gradient at moved parameters, which only 'param_grads' has, "
-                f"not {site!r}."
+                f"{name} needs the gradient at moved parameters, all of them: it stands at "
+                f"'param_grads', not {site!r}, and not behind optax.masked."
             )
-        units = scale(params)
-        scaled = jax.tree.map(jnp.multiply, units, grads)
+        scaled = jax.tree.map(lambda weight, grad: unit(weight) * grad, params, grads)
         norm = optax.tree.norm(scaled)
         length = sites.at_step(rho, step) / jnp.where(norm > 0, norm, 1.0)
 
-        def move(weight, unit, gradient):
-            return weight + (length * unit * gradient).astype(weight.dtype)
+        def move(weight, grad):
+            return weight + (length * unit(weight) * grad).astype(weight.dtype)
 
-        return gradient_fn(jax.tree.map(move, params, units, scaled))[1]
+        return gradient_fn(jax.tree.map(move, params, scaled))[1]
 
     return sites.stateless(sites.PARAM_GRADS, update)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 import difflib
 import math
+import numbers
 from typing import Any
 
 import jax
@@ -56,6 +57,9 @@ class Perturbation(optax.GradientTransformationExtraArgs):
             raise SiteError(f"A perturbation names a site twice: {self.sites}.")
         return self
 
+    def __getnewargs__(self) -> tuple[Any, ...]:
+        return (self.sites, *self, self.report)
+
     def __repr__(self) -> str:
         return f"Perturbation(sites={self.sites})"
 
@@ -86,12 +90,15 @@ def stateless(
     return Perturbation(sites, optax.init_empty_state, stateful, report)
 
 
-def at(site: str, transform: optax.GradientTransformation) -> Perturbation:
+def at(site: str | Sequence[str], transform: optax.GradientTransformation) -> Perturbation:
     """Place any optax transform at a site.
+
+    Optax's wrappers take perturbations as they take any transform. `optax.inject_hyperparams`
+    needs to be told what is not a number to inject: the arguments that count or choose.
 
     Args:
       site: `"inputs"`, `"labels"`, the path of a Flax module, `"logits"`, `"logit_grads"` or
-        `"param_grads"`.
+        `"param_grads"`; or the sites of a perturbation of several that was wrapped.
       transform: What to apply to the value at the site, taken as optax's *updates*.
 
     Returns:
@@ -104,6 +111,9 @@ def at(site: str, transform: optax.GradientTransformation) -> Perturbation:
       >>> import lpa_jax, optax
       >>> lpa_jax.at("logit_grads", optax.clip(0.5))
       Perturbation(sites=('logit_grads',))
+      >>> injected = optax.inject_hyperparams(lpa_jax.lpa, static_args=("steps", "low_rank"))
+      >>> lpa_jax.at("group3", injected("group3", epsilon=optax.linear_schedule(0.0, 0.2, 100)))
+      Perturbation(sites=('group3',))
     """
     if not isinstance(transform, optax.GradientTransformation):
         raise TypeError(f"at({site!r}, ...) takes an optax transform, not {transform!r}.")
@@ -168,7 +178,7 @@ def check_number(name: str, number: Number, low: float = 0.0, high: float = math
     """Raise `ValueError` unless `number` lies in `[low, high]`; schedules and arrays pass."""
     if callable(number) or isinstance(number, jax.Array):
         return
-    if isinstance(number, bool) or not isinstance(number, (int, float)):
+    if isinstance(number, bool) or not isinstance(number, numbers.Real):
         raise ValueError(f"{name} must be a number or an optax schedule, not {number!r}.")
     if not low <= number <= high or math.isinf(number):
         span = f"at least {low:g}" if math.isinf(high) else f"between {low:g} and {high:g}"
@@ -177,7 +187,7 @@ def check_number(name: str, number: Number, low: float = 0.0, high: float = math
 
 def check_count(name: str, number: int, low: int = 1) -> None:
     """Raise `ValueError` unless `number` is a whole number of at least `low`."""
-    if isinstance(number, bool) or not isinstance(number, int) or number < low:
+    if isinstance(number, bool) or not isinstance(number, numbers.Integral) or number < low:
         raise ValueError(f"{name} must be a whole number of at least {low}, not {number!r}.")
 
 

@@ -38,7 +38,9 @@ def _threshold(tau: float | None, statistic: Statistic, window: Window) -> Split
         seen = sums.weight > 0
         mean = sums.mean(statistic)
         middle = jnp.sum(mean) / jnp.maximum(jnp.sum(seen), 1) if tau is None else tau
-        return jnp.where(seen, middle - mean, 0.0)
+        # Equal statistics may differ from their mean by a rounding.
+        offset = jnp.where(jnp.abs(middle - mean) > 1e-6, middle - mean, 0.0)
+        return jnp.where(seen, offset, 0.0)
 
     return Split(lambda stats: jnp.sign(offset(stats)), lambda stats: jnp.abs(offset(stats)))
 
@@ -74,6 +76,8 @@ def threshold(tau: float, statistic: Statistic = "confidence", window: Window = 
 
     The other arguments, the bound and the errors are those of `mean_threshold`.
     """
+    if callable(tau):
+        raise ValueError("tau must be a number: a split is a function of the statistics alone.")
     sites.check_number("tau", tau, 0.0, 1.0)
     return _threshold(tau, statistic, window)
 

@@ -97,8 +97,9 @@ def list_sites(
     """Name the sites of a model with their shapes, in the order in which they are computed.
 
     A module called several times, and a layer stack under `nn.scan`, is one site for all its calls
-    and one for each, `"layers[0]"`, `"layers[1]"`... The site `"param_grads"`, a tree like the
-    parameters, is there as well. Nothing is computed.
+    and one for each, `"layers[0]"`, `"layers[1]"`... The site `"param_grads"`, whose value is a
+    tree like the parameters, is not listed. A module that has the name of another site, such as
+    `"logits"`, is no site of its own. Nothing is computed.
 
     Args:
       apply_fn: `model.apply` of a Flax linen model that returns logits.
@@ -124,11 +125,14 @@ def list_sites(
     """
     trace = LinenNetwork(apply_fn).trace(variables, inputs, apply_kwargs)
     logits = jax.ShapeDtypeStruct(trace.logits.shape, jnp.float32)
-    first = {sites.INPUTS: jax.ShapeDtypeStruct(inputs.shape, inputs.dtype), sites.LABELS: logits}
-    values = {
-        n: jax.ShapeDtypeStruct(t.shape, t.dtype) for t in trace.taps for n in (t.site, t.name)
-    }
-    return first | values | {sites.LOGITS: logits, sites.LOGIT_GRADS: logits}
+    taps = {name: _shape(tap) for tap in trace.taps for name in (tap.site, tap.name)}
+    taps = {name: shape for name, shape in taps.items() if name not in engine.FIXED}
+    ends = {sites.LOGITS: logits, sites.LOGIT_GRADS: logits}
+    return {sites.INPUTS: trace.inputs, sites.LABELS: logits, **taps, **ends}
+
+
+def _shape(value: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(value.shape, value.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,7 +170,7 @@ class LinenNetwork:
         taps = tuple(named(tap) for tap in sorted(found, key=lambda tap: tap.position))
         positions = tuple(position for position, _ in places)
         assert len(positions) == len(jax.tree.leaves(updates))
-        return Trace(taps, logits, positions)
+        return Trace(taps, _shape(inputs), logits, positions)
 
     def run(
         self,

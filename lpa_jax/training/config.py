@@ -89,6 +89,8 @@ def default() -> Config:
             "epochs": 200,
             "batch_size": 128,
             "eval_batch_size": 500,
+            # Which examples are held out, the same for all seeds.
+            "data_seed": 0,
             # Seeds seed, seed + 1, ... each draw their own parameters, batches and perturbations.
             "seed": 0,
             "num_seeds": 1,
@@ -132,11 +134,11 @@ def choose(
             raise ConfigError(
                 f"The configuration takes 'method=NAME' and 'smoke' after its colon, not {word!r}."
             )
+    names = [] if method == "erm" else method.split("+")
+    if len(set(names)) < len(names):
+        raise ConfigError(f"The method {method!r} names a transform twice.")
     config.method = method
-    config.perturbation = {
-        name: arguments_of(name, methods.get(name, {}))
-        for name in ([] if method == "erm" else method.split("+"))
-    }
+    config.perturbation = {name: arguments_of(name, methods.get(name, {})) for name in names}
     return config
 
 
@@ -174,12 +176,15 @@ def arguments_of(name: str, known: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def perturbation(config: Config, class_counts: list[int]) -> tuple[lpa_jax.Perturbation, ...]:
-    """Build the chain that a configuration's `perturbation` describes.
+    """Build the chain of a configuration, in the order in which `method` names its transforms.
 
     Raises:
       ValueError: If an argument is outside its range.
     """
-    return lpa_jax.chain(*(_transform(name, config[name], class_counts) for name in config))
+    names = [] if config.method == "erm" else config.method.split("+")
+    return lpa_jax.chain(
+        *(_transform(name, config.perturbation[name], class_counts) for name in names)
+    )
 
 
 def _transform(name: str, config: Config, class_counts: list[int]) -> lpa_jax.Perturbation:
@@ -210,6 +215,7 @@ def check(config: Config) -> None:
             raise ConfigError(f"config.{key} must be at least 1, not {config[key]!r}.")
     not_negative = {
         "seed": config.seed,
+        "data_seed": config.data_seed,
         "augment.padding": config.augment.padding,
         "optimizer.weight_decay": config.optimizer.weight_decay,
         "schedule.learning_rate": config.schedule.learning_rate,

@@ -68,7 +68,7 @@ def train_and_evaluate(
         config.dataset,
         data_dir=config.data_dir,
         validation_fraction=config.validation_fraction,
-        seed=config.seed,
+        seed=config.data_seed,
         image_size=config.image_size,
     )
     if config.limit is not None:
@@ -95,7 +95,7 @@ def train_and_evaluate(
         )
         perturbed = lpa_jax.value_and_grad(
             model.apply,
-            configuration.perturbation(config.perturbation, class_counts),
+            configuration.perturbation(config, class_counts),
             num_classes=dataset.num_classes,
             loss_fn=_loss_named(config.loss),
         )
@@ -116,7 +116,7 @@ def train_and_evaluate(
     predict = metrics.make_predict(model.apply, mesh.batched(devices))
     eval_batch_size = -(-config.eval_batch_size // devices.size) * devices.size
     checkpoint_every = max(1, round(config.checkpoint_every * steps_per_epoch))
-    records.claim(workdir, config)
+    records.claim(workdir, config.to_dict())
 
     def judge(variables, examples):
         return metrics.evaluate(predict, variables, examples, dataset.num_classes, eval_batch_size)
@@ -179,7 +179,7 @@ def train_and_evaluate(
         "seconds": round(time.monotonic() - began, 1),
         "device": f"{devices.size} x {jax.devices()[0].device_kind}",
         "versions": _versions(),
-        "config": json.loads(config.to_json_best_effort()),
+        "config": config.to_dict(),
     }
     records.write_json(workdir / "summary.json", summary)
     title = f"{config.method} on {dataset.name}, {config.model.name}, {config.epochs} epochs"

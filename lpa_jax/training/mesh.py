@@ -1,4 +1,4 @@
-"""Where arrays live: one mesh over the local devices, batches split along `data`."""
+"""Where arrays live: one mesh over all devices, batches split along `data`."""
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec

@@ -4,26 +4,23 @@ import json
 import pathlib
 from typing import Any
 
-from lpa_jax.training.config import Config, ConfigError
+from lpa_jax.training.config import ConfigError
 
 
-def claim(workdir: pathlib.Path, config: Config) -> None:
+def claim(workdir: pathlib.Path, config: dict[str, Any]) -> None:
     """Make the work directory this configuration's own, or find that it is.
 
     Raises:
       ConfigError: If it holds the run of another configuration, or cannot be written.
     """
     path = workdir / "config.json"
-    ours = json.loads(config.to_json_best_effort(sort_keys=True))
+    ours = json.loads(json.dumps(config))
     try:
         if path.exists():
-            theirs = json.loads(path.read_text())
-            differing = sorted(
-                key
-                for key in _flat(ours) | _flat(theirs)
-                if _flat(ours).get(key) != _flat(theirs).get(key)
-            )
-            if differing:
+            new, old = _flat(ours), _flat(json.loads(path.read_text()))
+            differing = sorted(key for key in new | old if new.get(key) != old.get(key))
+            # More seeds may be asked for later: those there are stay as they are.
+            if set(differing) - {"num_seeds"}:
                 raise ConfigError(
                     f"{workdir} holds a run of another configuration (it differs in "
                     f"{', '.join(differing)}): give --workdir another directory, or remove it."
@@ -45,7 +42,7 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def write_json(path: pathlib.Path, value: Any) -> None:
     """Write a file whole or not at all."""
-    _replace(path, json.dumps(value, indent=2) + "\n")
+    _replace(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
 def _replace(path: pathlib.Path, text: str) -> None:
@@ -71,7 +68,7 @@ class Records:
         self._path = directory / "metrics.jsonl"
         self.rows = [row for row in read_rows(self._path) if row["step"] <= step]
         _replace(self._path, "".join(json.dumps(row) + "\n" for row in self.rows))
-        self._writer = SummaryWriter(str(directory / "tensorboard"), purge_step=step)
+        self._writer = SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1)
 
     def write(self, row: dict[str, Any]) -> None:
         """Record a row; `row["step"]` says when."""

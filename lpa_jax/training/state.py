@@ -70,7 +70,7 @@ def add_to_totals(
 
     def weigh(report):
         members = report.get("count", 1.0)
-        return {k: v if k == "count" else v * members for k, v in report.items()}
+        return {k: v * members if v.ndim and k != "count" else v for k, v in report.items()}
 
     weighed = {site: weigh(report) for site, report in metrics.items()}
     return Totals(
@@ -102,9 +102,11 @@ def epoch_means(
     by_class = {}
     for site, sums in totals.perturbation.items():
         count = sums.get("count", np.float64(num_steps))
-        rest = {name: value for name, value in sums.items() if name != "count"}
-        means = {name: (value / np.maximum(count, 1e-12)).tolist() for name, value in rest.items()}
-        by_class[site] = means
-        for name, value in rest.items():
-            scalars[f"{site}/{name}"] = float(value.sum() / count.sum())
+        by_class[site] = {}
+        for name, value in sums.items():
+            if name == "count":
+                continue
+            weight = count if value.ndim else np.float64(num_steps)
+            by_class[site][name] = (value / np.maximum(weight, 1e-12)).tolist()
+            scalars[f"{site}/{name}"] = float(value.sum() / weight.sum())
     return scalars, by_class
