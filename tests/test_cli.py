@@ -11,9 +11,9 @@ import time
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from tfds_fixture import write_tfds
 
 from lpa_jax.training import records
-from tfds_fixture import write_tfds
 
 ROOT = pathlib.Path(__file__).parent.parent
 

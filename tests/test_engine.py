@@ -313,8 +313,8 @@ def test_class_statistics_are_those_of_the_logits_that_come_back():
     assert not stats.epoch.weight.any()
 
 
-def test_a_split_by_the_present_batch_sees_the_network_before_the_site_is_perturbed():
-    """And after the earlier ones were: signs are those of the logits without its own change."""
+def test_a_split_by_the_present_batch_sees_the_network_before_any_class_was_moved():
+    """But after the sites ahead were perturbed; what outlasts the batch is taken from there too."""
     split = lpa_jax.splits.mean_threshold(window="batch")
     perturbation = lpa_jax.chain(
         scale("group1", -1.0),
@@ -322,20 +322,29 @@ def test_a_split_by_the_present_batch_sees_the_network_before_the_site_is_pertur
         scale("group2", -1.0),
         lpa_jax.lpl(0.5, split=split, solver="projected"),
     )
-    aux, _ = forward(perturbation)
+
+    def keep(result):
+        (_, aux), _, state = result
+        return aux, state.class_stats.running.confidence
+
+    aux, running = run_step(perturbation, keep=keep)
     params = VARIABLES["params"]
-    clean = head(params, group(params["group2"], -group(params["group1"], INPUTS)))
+    unmoved = head(params, group(params["group2"], -group(params["group1"], INPUTS)))
+
+    def confidence(logits):
+        own = jax.nn.softmax(logits)[jnp.arange(BATCH), LABELS]
+        return np.array([own[c == LABELS].sum() for c in range(CLASSES)])
 
     def signs(logits):
-        confidence = jax.nn.softmax(logits)[jnp.arange(BATCH), LABELS]
-        means = np.array([confidence[c == LABELS].mean() for c in range(3)])
+        means = confidence(logits)[:3] / np.array([4, 3, 1])
         return [*np.sign(means.mean() - means), 0.0]
 
-    np.testing.assert_array_equal(aux["metrics"]["group2"]["sign"], signs(clean))
-    np.testing.assert_array_equal(aux["metrics"]["logits"]["sign"], signs(aux["logits"]))
-    # The two would else be the same whichever logits were taken.
-    assert signs(clean) != signs(MODEL.apply(VARIABLES, INPUTS))
-    assert signs(clean) != signs(aux["logits"])
+    for site in ("group2", "logits"):
+        np.testing.assert_array_equal(aux["metrics"][site]["sign"], signs(unmoved))
+    np.testing.assert_allclose(running, confidence(unmoved), rtol=1e-5)
+    # The signs would else be the same whichever logits were taken.
+    assert signs(unmoved) != signs(MODEL.apply(VARIABLES, INPUTS))
+    assert signs(unmoved) != signs(aux["logits"])
 
 
 def test_batch_statistics_come_back_with_sam_as_without():

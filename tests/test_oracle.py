@@ -316,10 +316,6 @@ def test_13_the_library_agrees_with_loops(name):
         close((flat(after) - flat(before))[real], np.array(added)[real])
         close(float(loss), expected[0])
         agree(grads, expected[1])
-        if site == "hidden":
-            # The statistics that outlast the batch are those of the perturbed network.
-            moved = [oracle.add(a, d) for a, d in zip(batch.values, added, strict=True)]
-            stats.observe([network.logits(a) for a in moved], shares, batch.weights)
         stats.end_batch()
         if count == EPOCH_ENDS_AFTER:
             state, _ = step.end_epoch(state), stats.end_epoch()

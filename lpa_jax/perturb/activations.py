@@ -74,9 +74,7 @@ def lpa(
       Learning Perturbations of Activations, arXiv:2605.29525.
     """
     names = (site,) if isinstance(site, str) else tuple(site)
-    for name in (sites.LABELS, sites.LOGIT_GRADS, sites.PARAM_GRADS):
-        if name in names:
-            sites.require_gradient("lpa", name, None)
+    sites.check_climbable("lpa", names)
     epsilons = bounds.per_site(epsilon, names, "epsilon")
     sites.check_number("delta_epsilon", delta_epsilon)
     sites.check_count("steps", steps)
@@ -95,8 +93,6 @@ def lpa(
     def update(
         value, *, labels, targets, weights, class_stats, gradient_fn=None, site=None, step=0, **_
     ):
-        if objective == "loss":
-            gradient_fn = sites.require_gradient("lpa", site, gradient_fn)
         frozen = jax.lax.stop_gradient(value)
         reduce, copies = _share(sharing, value.shape)
         if granularity == "class":
@@ -110,9 +106,10 @@ def lpa(
         start = jnp.zeros_like(members.mean(reduce(frozen)))
 
         def ascent(delta):
+            climb = sites.require_gradient("lpa", site, gradient_fn)
             # At the start nothing is added, and the class statistics' pass is shared.
             moved = frozen + members.spread(delta).astype(frozen.dtype)
-            _, gradient = gradient_fn(value if delta is start else moved)
+            _, gradient = climb(value if delta is start else moved)
             if low_rank is None:
                 gradient = members.mean(reduce(gradient))
             else:

@@ -89,7 +89,7 @@ class Step:
             if weights.shape != (batch,):
                 raise ValueError(f"weights must have shape ({batch},), not {weights.shape}.")
             # Padding may hold anything, NaN included, which a weight of 0 would not keep out.
-            inputs = jnp.where(pgd.column(weights > 0, inputs), inputs, 0)
+            inputs = jnp.where(pgd.column(weights, inputs) > 0, inputs, 0)
         start = _Walk(
             chain=self.chain,
             key=jax.random.fold_in(key, state.step),
@@ -264,13 +264,6 @@ class Step:
                     )
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=[
-        "key", "states", "step", "class_stats", "labels", "targets", "weights", "metrics",
-    ],
-    meta_fields=["chain", "measured"],
-)  # fmt: skip
 @dataclasses.dataclass
 class _Walk:
     """What is handed from site to site during one pass; it lives no longer than the trace."""
@@ -324,8 +317,8 @@ class _Walk:
         for i, site in standing:
             value, state = self._update(i, site, value, gradient_fn, params, time)
             self.states = (*self.states[:i], state, *self.states[i + 1 :])
-            if self.chain[i].report is not None:
-                report |= self.chain[i].report(site, self.class_stats, self.step)
+            if (describe := self.chain[i].report) is not None:
+                report |= describe(site, self.class_stats, self.step)
             if names == (sites.INPUTS,) and sites.LABELS in self.chain[i].sites:
                 self._mix(i)
         if names == (sites.PARAM_GRADS,):
@@ -363,7 +356,7 @@ class _Walk:
         self.labels = moved
         self.states = (*self.states[:index], state, *self.states[index + 1 :])
 
-    def _update(self, index, site, value, gradient_fn, params, time):
+    def _update(self, index, site, value, gradient_fn, params, time) -> tuple[Any, Any]:
         # The same key at all sites of a perturbation: its draws agree without a state.
         key = jax.random.fold_in(self.key, index)
         return self.chain[index].update(
@@ -380,6 +373,15 @@ class _Walk:
             class_stats=self.class_stats,
             gradient_fn=gradient_fn,
         )
+
+
+jax.tree_util.register_dataclass(
+    _Walk,
+    data_fields=[
+        "key", "states", "step", "class_stats", "labels", "targets", "weights", "metrics",
+    ],
+    meta_fields=["chain", "measured"],
+)  # fmt: skip
 
 
 def _soft(labels: membership.Labels, num_classes: int) -> Float[Array, "batch classes"]:

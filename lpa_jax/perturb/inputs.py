@@ -10,6 +10,7 @@ from lpa_jax.perturb import pgd
 from lpa_jax.perturb.sites import (
     at_step,
     check_choice,
+    check_climbable,
     check_count,
     check_number,
     INPUTS,
@@ -80,6 +81,7 @@ def adversarial(
     check_number("epsilon", epsilon)
     check_count("steps", steps)
     check_choice("norm", norm, ("linf", "l2"))
+    check_climbable("adversarial", [site])
     if step_size is not None:
         check_number("step_size", step_size)
 
@@ -119,7 +121,8 @@ def manifold_mixup(sites: str | Sequence[str], alpha: Number) -> Perturbation:
 
     Each example is paired with the one before it in the batch (*ours*; batches are shuffled, and
     on many devices a shift is one neighbour's exchange where a permutation is a gather of all). An
-    example next to padding stays as it is. Gradients flow through both partners.
+    example next to padding stays as it is. Gradients flow through both partners. Class-level
+    perturbations must stand after the last of the sites, where examples and targets agree.
 
     Args:
       sites: The layers to draw from with equal chance, module paths or `"inputs"`. The targets are

@@ -10,10 +10,11 @@ Labels = Int[Array, "batch"] | Float[Array, "batch classes"]
 
 
 class Membership(NamedTuple):
-    """The batch seen by class: one *row* for each class present, at most `batch` rows.
+    """The batch seen by class, in *rows*.
 
-    Integer labels are served by gather and segment-sum, soft labels (after mixup) by matrix
-    products. Under `jit` over a sharded batch all means are over the global batch.
+    Integer labels are served by gather and segment-sum, with at most `batch` rows; soft labels
+    (after mixup) by matrix products, with a row for every class. Under `jit` over a sharded batch
+    all means are over the global batch.
 
     Attributes:
       rows: The row of each example (int `[B]`), or its share in every row (float `[B, R]`).

@@ -164,6 +164,13 @@ def at_step(number: Number, step: Any) -> Float[Array, ""]:
     return jnp.asarray(number(step) if callable(number) else number, jnp.float32)
 
 
+def check_climbable(name: str, sites: Sequence[str]) -> None:
+    """Raise `SiteError` unless the loss of an example has a gradient at each of the sites."""
+    for site in sites:
+        if site in (LABELS, LOGIT_GRADS, PARAM_GRADS):
+            require_gradient(name, site, None)
+
+
 def require_gradient(name: str, site: str | None, gradient_fn: Any) -> Any:
     """Return `gradient_fn`, or raise `SiteError` where the site has none to offer."""
     if gradient_fn is None:

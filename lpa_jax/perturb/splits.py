@@ -51,8 +51,9 @@ def mean_threshold(statistic: Statistic = "confidence", window: Window = "ema") 
     Args:
       statistic: Mean true-class probability (LPL) or accuracy (LPA) of the class.
       window: A moving average, the last finished epoch (LPA's Algorithm 1; no perturbation until
-        one has finished, see `step.end_epoch`) or the present batch (LPL's released code; costs a
-        forward pass through the rest of the network). *Ours*: the moving average.
+        one has finished, see `step.end_epoch`) or the present batch (LPL's released code). *Ours*:
+        the moving average. All are taken before class-level work moves any value, in the pass
+        through the rest of the network that LPA's first gradient needs anyway.
 
     Returns:
       The split. Classes never seen have sign 0 and take no part in the mean (*ours*); the varied

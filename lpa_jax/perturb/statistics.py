@@ -38,7 +38,7 @@ class ClassStats(NamedTuple):
       ema: Exponentially decayed sums (the default window).
       epoch: Sums over the last finished epoch, frozen during the present one.
       running: Sums over the present epoch so far; `end_epoch` moves them to `epoch`.
-      batch: Sums over the present batch, measured before the value at the site is perturbed.
+      batch: Sums over the present batch, measured before class-level work moves any value.
     """
 
     frequency: Float[Array, "classes"]
