@@ -40,6 +40,9 @@ def _parse(argv: list[str]) -> list[str]:
 
 def _fail(error: Exception) -> NoReturn:
     sentence = " ".join(str(error.args[0] if isinstance(error, KeyError) else error).split())
+    # What a configuration file raises arrives with its traceback in the text.
+    if "Traceback" in sentence:
+        sentence = sentence.rpartition("Error: ")[2]
     print(f"lpa_jax: {sentence}", file=sys.stderr)
     sys.exit(2)
 

@@ -37,7 +37,10 @@ def call(*arguments, timeout=300):
         ([], "--config=configs/digits.py"),
         (["--config=configs/digits.py"], "--workdir"),
         (["--config=configs/nowhere.py", "--workdir=W"], "configs/nowhere.py"),
-        (["--config=configs/digits.py:method=lpq", "--workdir=W"], "did you mean"),
+        (
+            ["--config=configs/digits.py:method=lpq", "--workdir=W"],
+            "lpa_jax: There is no method 'lpq'; did you mean",
+        ),
         (["--config=configs/digits.py", "--config.epoch=3", "--workdir=W"], "epochs"),
         (["--config=configs/digits.py", "--config.epochs=many", "--workdir=W"], "many"),
         (["--config=configs/digits.py", "--workdir=W", "--verbos"], "verbos"),

@@ -226,7 +226,7 @@ def _stop_if_nonfinite(state: TrainState, directory: pathlib.Path) -> None:
     if (step := int(state.nonfinite_step)) >= 0:
         raise NonFiniteLossError(
             f"The loss was not finite at step {step}: lower the learning rate or the strength of "
-            f"the perturbation. The last good checkpoint is in {directory}."
+            f"the perturbation. What was saved before that is kept in {directory}."
         )
 
 
