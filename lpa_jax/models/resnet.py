@@ -105,7 +105,9 @@ class ResNet(nn.Module):
         super().__post_init__()
 
     @nn.compact
-    def __call__(self, inputs: Float[Array, "B H W C"], *, train: bool) -> Float32[Array, "B K"]:
+    def __call__(
+        self, inputs: Float[Array, "B H W C"], *, train: bool = False
+    ) -> Float32[Array, "B K"]:
         """Return the logits, float32 `[B, num_classes]`.
 
         Args:

@@ -59,7 +59,9 @@ class SmallCNN(nn.Module):
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, inputs: Float[Array, "B H W C"], *, train: bool) -> Float32[Array, "B K"]:
+    def __call__(
+        self, inputs: Float[Array, "B H W C"], *, train: bool = False
+    ) -> Float32[Array, "B K"]:
         """Return the logits, float32 `[B, num_classes]`.
 
         Args:
