@@ -127,18 +127,29 @@ class Setup(nn.Module):
 
     def setup(self):
         self.blocks = [Block(), Block()]
-        self.fc = nn.Dense(NUM_CLASSES)
+        self.fc = Head()
 
     def encode(self, x):
         for block in self.blocks:
             x = block(x)
         return x
 
-    def classify(self, x):
-        return self.fc(x.mean(1))
+    def __call__(self, x):
+        return self.fc(self.fc.pool(self.encode(x)))
+
+
+class Head(nn.Module):
+    """A module of which another method than its call is called from outside, too."""
+
+    def setup(self):
+        self.dense = nn.Dense(NUM_CLASSES)
+        self.gate = nn.Dense(WIDTH)
+
+    def pool(self, x):
+        return jnp.tanh(self.gate(x)).mean(1)
 
     def __call__(self, x):
-        return self.classify(self.encode(x))
+        return self.dense(x)
 
 
 class BatchNorms(nn.Module):

@@ -207,12 +207,13 @@ CASES = {
         lambda stats: ([-1.0] * NUM_CLASSES, [0.0] * NUM_CLASSES),
         lpa(low_rank=2),
     ),
-    "lpa norm": Case(hidden(objective="norm"), ema(), lpa(objective="norm"), epsilon=0.3),
+    # Further than the mean is long: what contracts stops at the origin.
+    "lpa norm": Case(hidden(objective="norm"), ema(), lpa(objective="norm"), epsilon=5.0),
     "lpa norm and full": Case(
         hidden(objective="norm", sharing="full", split=splits.mean_threshold("accuracy", "batch")),
         window("batch", "accuracy"),
         lpa(objective="norm", shared=False),
-        epsilon=5.0,
+        epsilon=0.6,
     ),
     "lpa by example": Case(
         hidden(granularity="sample", sharing="full", radius="relative"), ema(), lpa_by_example

@@ -284,7 +284,11 @@ SITES = {
         *("shared/dense[1]", "shared[1]", "fc"),
     ],
     networks.Inherited(): ["doubled/dense", "doubled", "fc"],
-    networks.Setup(): ["blocks_0/dense", "blocks_0", "blocks_1/dense", "blocks_1", "fc"],
+    # Only calls make a site: "fc" is one, though its method "pool" runs before it.
+    networks.Setup(): [
+        *("blocks_0/dense", "blocks_0", "blocks_1/dense", "blocks_1"),
+        *("fc/gate", "fc/dense", "fc"),
+    ],
     networks.BatchNorms(): ["ahead", "block/dense", "block/norm", "block", "after", "fc"],
     networks.Dropouts(): ["ahead", "block/dense", "block", "after", "fc"],
     # A child comes ahead of the parent that returns its output; modules that hand on the same value
@@ -415,7 +419,8 @@ def test_a_module_that_calls_its_parent_class_is_one_site():
 def test_modules_made_in_setup_are_perturbed_when_helpers_call_them():
     logits, params = logits_of(networks.Setup(), lpa_jax.chain(shift("blocks_0"), shift("fc", 2.0)))
     value = block(params["blocks_1"])(block(params["blocks_0"])(INPUTS) + 1.0)
-    chex.assert_trees_all_close(logits, head(params)(value) + 2.0, atol=1e-5)
+    value = jnp.tanh(dense(params["fc"]["gate"], value)).mean(1)
+    chex.assert_trees_all_close(logits, dense(params["fc"]["dense"], value) + 2.0, atol=1e-5)
 
 
 def test_modules_that_hand_on_the_same_value_are_perturbed_in_the_order_of_their_calls():

@@ -298,7 +298,7 @@ class _Walk:
 
     def reads_statistics(self, names: tuple[str, ...]) -> bool:
         """Return whether class-level work is first met at a site."""
-        return not self.measured and any(self.chain[i].report for i, _ in self.standing(names))
+        return not self.measured and any(self.chain[i].class_level for i, _ in self.standing(names))
 
     def perturb(
         self,
@@ -313,7 +313,7 @@ class _Walk:
         standing = self.standing(names)
         if not standing:
             return value
-        before, report = value, {}
+        before, members, report = value, self.members(), {}
         for i, site in standing:
             value, state = self._update(i, site, value, gradient_fn, params, time)
             self.states = (*self.states[:i], state, *self.states[i + 1 :])
@@ -324,7 +324,7 @@ class _Walk:
         if names == (sites.PARAM_GRADS,):
             self.metrics[names[0]] = {"norm": optax.tree.norm(value)}
         else:
-            change = _change(before, value, self.members(), self.targets.shape[1])
+            change = _change(before, value, members, self.targets.shape[1])
             self.metrics[names[0]] = change | report
         return value
 

@@ -26,8 +26,8 @@ def sam(rho: sites.Number) -> sites.Perturbation:
       >>> sharp = lpa_jax.sam(rho=0.5)
       >>> loss_and_gradient = lambda w: (0.5 * w**2, w)
       >>> w = jnp.array(2.0)
-      >>> sharp.update(w, sharp.init(w), w, gradient_fn=loss_and_gradient)[0]
-      Array(2.5, dtype=float32, weak_type=True)
+      >>> float(sharp.update(w, sharp.init(w), w, gradient_fn=loss_and_gradient)[0])
+      2.5
 
     References:
       Foret et al., Sharpness-Aware Minimization, ICLR 2021, arXiv:2010.01412.

@@ -76,9 +76,9 @@ def ascend(
     Example:
       >>> import jax.numpy as jnp
       >>> uphill = lambda d: jnp.ones_like(d)
-      >>> ascend(uphill, jnp.zeros((2, 1)), jnp.array([1.0, -1.0]), jnp.array([0.5, 0.2]), 3)
-      Array([[ 0.5],
-             [-0.2]], dtype=float32)
+      >>> signs, radii = jnp.array([1.0, -1.0]), jnp.array([0.5, 0.2])
+      >>> ascend(uphill, jnp.zeros((2, 1)), signs, radii, steps=3).tolist()
+      [[0.5], [-0.2]]
     """
     stride = signs * 2.0 * radii / steps
 

@@ -35,10 +35,12 @@ class Perturbation(optax.GradientTransformationExtraArgs):
         threaded through them in the order in which they are computed.
       report: What to show of the perturbation at a site, `report(site, class_stats, step)`, a dict
         of arrays; None if there is nothing beyond the change of the value.
+      class_level: Whether it may read the class statistics, which are then measured before it.
     """
 
     sites: tuple[str, ...]
     report: Callable[..., dict[str, Array]] | None
+    class_level: bool
 
     def __new__(
         cls,
@@ -46,10 +48,12 @@ class Perturbation(optax.GradientTransformationExtraArgs):
         init: Callable[..., Any],
         update: Callable[..., Any],
         report: Callable[..., dict[str, Array]] | None = None,
+        class_level: bool = False,
     ) -> "Perturbation":
         """Place the transform `(init, update)` at `sites`."""
         self = super().__new__(cls, init, update)
         self.report = report
+        self.class_level = class_level or report is not None
         self.sites = (sites,) if isinstance(sites, str) else tuple(sites)
         if not self.sites or not all(isinstance(site, str) and site for site in self.sites):
             raise SiteError(f"A perturbation needs the name of at least one site, not {sites!r}.")
@@ -58,7 +62,7 @@ class Perturbation(optax.GradientTransformationExtraArgs):
         return self
 
     def __getnewargs__(self) -> tuple[Any, ...]:
-        return (self.sites, *self, self.report)
+        return (self.sites, *self, self.report, self.class_level)
 
     def __repr__(self) -> str:
         return f"Perturbation(sites={self.sites})"
@@ -117,7 +121,10 @@ def at(site: str | Sequence[str], transform: optax.GradientTransformation) -> Pe
     """
     if not isinstance(transform, optax.GradientTransformation):
         raise TypeError(f"at({site!r}, ...) takes an optax transform, not {transform!r}.")
-    return Perturbation(site, transform.init, optax.with_extra_args_support(transform).update)
+    # A wrapper does not tell what it wraps, but without extra arguments nothing is class-level.
+    extra = isinstance(transform, optax.GradientTransformationExtraArgs)
+    update = optax.with_extra_args_support(transform).update
+    return Perturbation(site, transform.init, update, class_level=extra)
 
 
 def chain(*perturbations: "Perturbation | Chain") -> Chain:

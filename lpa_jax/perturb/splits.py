@@ -101,8 +101,8 @@ def tail(num_head: int, class_counts: Sequence[float] | None = None) -> Split:
     Example:
       >>> from lpa_jax.perturb import statistics
       >>> split = tail(1, class_counts=[10, 40, 20])
-      >>> split.signs(statistics.init(3)), split.spread(statistics.init(3))
-      (Array([ 1., -1.,  1.], dtype=float32), Array([1. , 1. , 0.5], dtype=float32))
+      >>> split.signs(statistics.init(3)).tolist(), split.spread(statistics.init(3)).tolist()
+      ([1.0, -1.0, 1.0], [1.0, 1.0, 0.5])
     """
     sites.check_count("num_head", num_head, low=0)
     if class_counts is not None and not all(count > 0 for count in class_counts):

@@ -179,7 +179,7 @@ def train_and_evaluate(
         "seconds": round(time.monotonic() - began, 1),
         "device": f"{devices.size} x {jax.devices()[0].device_kind}",
         "versions": _versions(),
-        "config": config.to_dict(),
+        "config": json.loads(json.dumps(config.to_dict())),
     }
     records.write_json(workdir / "summary.json", summary)
     title = f"{config.method} on {dataset.name}, {config.model.name}, {config.epochs} epochs"
