@@ -477,7 +477,7 @@ def test_eight_devices_under_optax_wrappers_agree_with_one_without(line):
         atol=1e-6,
     )
     # A wrapper hides whether the statistics are read; those nothing reads may be taken later.
-    if getattr(line.make(line.amount), "report", None) is not None:
+    if getattr(line.make(line.amount), "report", None) is not None and at == 1:
         stats = jax.device_get((new.class_stats, one_new.class_stats))
         chex.assert_trees_all_close(*stats, rtol=1e-5, atol=1e-6)
     seen_values = [s.perturbations[:at] + s.perturbations[at + 1 :] for s in (new, one_new)]
