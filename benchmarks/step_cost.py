@@ -10,8 +10,10 @@ full network, forward and back to the site, for each PGD step.
 import argparse
 import json
 import pathlib
+import shlex
 import statistics
 import subprocess
+import sys
 import time
 
 import jax
@@ -83,7 +85,10 @@ def commit():
     """Return the commit checked out, empty where there is none."""
     try:
         command = ["git", "rev-parse", "HEAD"]
-        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+        done = subprocess.run(
+            command, cwd=pathlib.Path(__file__).parent, capture_output=True, text=True, check=False
+        )
+        return done.stdout.strip()
     except OSError:
         return ""
 
@@ -172,8 +177,7 @@ def main():
         args.out.write_text(
             json.dumps(
                 {
-                    "command": f"python benchmarks/step_cost.py --model={args.model} "
-                    f"--batch={args.batch} --steps={args.steps} --dtype={args.dtype}",
+                    "command": shlex.join(["python", *sys.argv]),
                     "device": jax.devices()[0].device_kind,
                     "jax": jax.__version__,
                     "commit": args.commit,

@@ -19,22 +19,7 @@ Measured: not yet; a run of 200 epochs needs a GPU.
 
 from lpa_jax.training import config as configuration
 
-METHODS = {
-    "lpa": {"site": "group3", "epsilon": 0.1, "radius": "relative"},
-    "lpl": {"epsilon": 0.4},
-    "lpg": {"epsilon": 0.1},
-    "manifold_mixup": {"sites": ("inputs", "group1", "group2"), "alpha": 2.0},
-    "mixup": {"alpha": 1.0},
-    "dropout": {"site": "group3", "rate": 0.3},
-    "dropblock": {"site": "group3", "rate": 0.1, "block_size": 3},
-    "gaussian_noise": {"site": "inputs", "stddev": 0.05},
-    "adversarial": {"site": "inputs", "epsilon": 8 / 255, "bounds": (0.0, 1.0)},
-    "label_smoothing": {"alpha": 0.1},
-    "disturb_label": {"rate": 0.1},
-    "ldam": {"scale": 1.0},
-    "sam": {"rho": 0.1},
-    "asam": {"rho": 1.0},
-}
+METHODS = {"sam": {"rho": 0.1}, "asam": {"rho": 1.0}}
 SMOKE = {
     "model.name": "wrn_10_1",
     "limit": 1024,
@@ -48,4 +33,4 @@ def get_config(argument=""):
     """Return the configuration that `argument`, `"method=NAME,smoke"`, asks for."""
     config = configuration.default()
     config.dataset = "cifar100"
-    return configuration.choose(config, argument, METHODS, SMOKE)
+    return configuration.choose(config, argument, SMOKE, METHODS)

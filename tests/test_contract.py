@@ -107,24 +107,18 @@ def clip(sharpness):
 
 TABLE = [
     lpa("default", split=lpa_jax.splits.mean_threshold("accuracy")),
-    lpa("down", split=DOWN),
-    lpa("raw", direction="raw"),
+    lpa("raw", direction="raw", split=DOWN),
     lpa("full", sharing="full", ball=1.0),
     lpa("relative", radius="relative", ball="relative"),
-    lpa("relative-full", radius="relative", sharing="full", ball="relative"),
     lpa("low-rank", low_rank=1, sharing="full", ball=1.0),
-    lpa("low-rank-channel", low_rank=2),
     lpa("norm", objective="norm", split=lpa_jax.splits.mean_threshold(window="epoch")),
-    lpa("norm-down-full", objective="norm", split=DOWN, sharing="full", ball=1.0),
-    lpa("sample", granularity="sample"),
-    lpa("sample-relative", granularity="sample", radius="relative", ball="relative-sample"),
+    lpa("sample", granularity="sample", radius="relative", ball="relative-sample"),
     lpa("inputs", site="inputs"),
     lpa("logits", site="logits", ball=1.0, split=lpa_jax.splits.mean_threshold(window="batch")),
     lpa("several", site=("first", "second")),
     lpa("loop", site="second", steps=10, ball=1.0, split=lpa_jax.splits.threshold(0.5)),
     Line("adaptive", adaptive, ("first", "second"), "epsilon", 0.3, {}, POSITIONS),
-    logits(lpa_jax.lpl, "epsilon", 0.3, label="-steps", split=ALL, ball=math.sqrt(2)),
-    logits(lpa_jax.lpl, "epsilon", 0.3, label="-default", ball=math.sqrt(2)),
+    logits(lpa_jax.lpl, "epsilon", 0.3, label="-steps", ball=math.sqrt(2)),
     logits(lpa_jax.lpl, "epsilon", 0.3, label="-projected", solver="projected", ball=1.0),
     Line("lpg", lpa_jax.lpg, ("logit_grads",), "epsilon", 0.3, {}, 1.0),
     Line(
@@ -367,8 +361,8 @@ def test_metrics_are_class_means_of_the_change(line):
     assert set(metrics) == set(line.sites)
     for site in line.sites:
         if site == "param_grads":
-            norm = optax.tree.norm(case.result[1])
-            chex.assert_trees_all_close(metrics[site]["norm"], norm, rtol=1e-5)
+            squares = [np.sum(np.square(leaf)) for leaf in jax.tree.leaves(case.result[1])]
+            assert float(metrics[site]["norm"]) == pytest.approx(math.sqrt(sum(squares)), rel=1e-5)
             continue
         hard = np.eye(NUM_CLASSES)[np.asarray(batch()[1])]
         mixed = line.mixes and site not in ("inputs", "labels")
@@ -477,7 +471,7 @@ def test_eight_devices_under_optax_wrappers_agree_with_one_without(line):
         atol=1e-6,
     )
     # A wrapper hides whether the statistics are read; those nothing reads may be taken later.
-    if getattr(line.make(line.amount), "report", None) is not None and at == 1:
+    if getattr(line.make(line.amount), "report", None) is not None:
         stats = jax.device_get((new.class_stats, one_new.class_stats))
         chex.assert_trees_all_close(*stats, rtol=1e-5, atol=1e-6)
     seen_values = [s.perturbations[:at] + s.perturbations[at + 1 :] for s in (new, one_new)]

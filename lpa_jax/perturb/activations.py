@@ -75,8 +75,10 @@ def lpa(
     """
     names = (site,) if isinstance(site, str) else tuple(site)
     sites.check_climbable("lpa", names)
-    epsilons = bounds.per_site(epsilon, names, "epsilon")
-    sites.check_number("delta_epsilon", delta_epsilon)
+    plans = {
+        name: classwise.planner(number, delta_epsilon, split)
+        for name, number in bounds.per_site(epsilon, names).items()
+    }
     sites.check_count("steps", steps)
     sites.check_choice("direction", direction, ("normalized", "raw"))
     sites.check_choice("sharing", sharing, ("channel", "full"))
@@ -85,10 +87,6 @@ def lpa(
     sites.check_choice("granularity", granularity, ("class", "sample"))
     if low_rank is not None:
         sites.check_count("low_rank", low_rank)
-    split = splits.mean_threshold() if split is None else split
-
-    def plan(site, stats, step):
-        return classwise.plan(split, epsilons[site], delta_epsilon, stats, step)
 
     def update(
         value, *, labels, targets, weights, class_stats, gradient_fn=None, site=None, step=0, **_
@@ -99,7 +97,7 @@ def lpa(
             members = membership.by_class(labels, weights, targets.shape[1])
         else:
             members = membership.by_example(labels, weights)
-        signs, radii = plan(site or names[0], class_stats, step).rows(members)
+        signs, radii = plans[site or names[0]](class_stats, step).rows(members)
         if radius == "relative":
             radii *= members.mean(pgd.norms(frozen)) / math.sqrt(copies)
 
@@ -123,7 +121,7 @@ def lpa(
         return value + jax.lax.stop_gradient(members.spread(delta)).astype(value.dtype)
 
     def report(site, stats, step):
-        return plan(site, stats, step)._asdict()
+        return plans[site](stats, step)._asdict()
 
     return sites.stateless(names, update, report)
 

@@ -44,11 +44,9 @@ def layer_scale(epsilon: float, num_sites: int, beta: float = 0.7) -> tuple[floa
     return tuple(epsilon * beta**after for after in reversed(range(num_sites)))
 
 
-def per_site(number: Any, names: Sequence[str], argument: str) -> dict[str, sites.Number]:
+def per_site(number: Any, names: Sequence[str]) -> dict[str, sites.Number]:
     """Give each site its own bound: one number for all of them, or a sequence with one each."""
     numbers = list(number) if isinstance(number, (tuple, list)) else [number] * len(names)
     if len(numbers) != len(names):
-        raise ValueError(f"{argument} has {len(numbers)} entries for {len(names)} sites.")
-    for entry in numbers:
-        sites.check_number(argument, entry)
+        raise ValueError(f"epsilon has {len(numbers)} entries for {len(names)} sites.")
     return dict(zip(names, numbers, strict=True))

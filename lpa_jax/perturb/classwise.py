@@ -1,5 +1,6 @@
 """What LPA, LPL and LPG share: the sign and the bound of every class, and their rows."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -26,13 +27,19 @@ class Plan(NamedTuple):
         return sign, jnp.where(present, members.take_class(self.radius), 0.0)
 
 
-def plan(
-    split: splits.Split,
-    epsilon: sites.Number,
-    delta_epsilon: sites.Number,
-    stats: statistics.ClassStats,
-    step: Any,
-) -> Plan:
-    """Decide the sign and the bound of every class from what is known of it."""
-    radius = bounds.radii(epsilon, delta_epsilon, split, stats, step)
-    return Plan(split.signs(stats), radius)
+def planner(
+    epsilon: sites.Number, delta_epsilon: sites.Number, split: splits.Split | None
+) -> Callable[[statistics.ClassStats, Any], Plan]:
+    """Return the function of the statistics and the step that decides what happens to each class.
+
+    Raises:
+      ValueError: If a number is outside its range.
+    """
+    sites.check_number("epsilon", epsilon)
+    sites.check_number("delta_epsilon", delta_epsilon)
+    split = splits.mean_threshold() if split is None else split
+
+    def plan(stats, step):
+        return Plan(split.signs(stats), bounds.radii(epsilon, delta_epsilon, split, stats, step))
+
+    return plan

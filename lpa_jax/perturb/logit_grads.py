@@ -45,13 +45,8 @@ def lpg(
     References:
       Learning Perturbations of Logit Gradients, arXiv:2605.29494.
     """
-    sites.check_number("epsilon", epsilon)
-    sites.check_number("delta_epsilon", delta_epsilon)
+    plan = classwise.planner(epsilon, delta_epsilon, split)
     sites.check_choice("solver", solver, ("closed_form", "iterative"))
-    split = splits.mean_threshold() if split is None else split
-
-    def plan(stats, step):
-        return classwise.plan(split, epsilon, delta_epsilon, stats, step)
 
     def update(value, *, labels, targets, weights, class_stats, step=0, **_):
         members = membership.by_class(labels, weights, targets.shape[1])

@@ -50,18 +50,13 @@ def lpl(
     References:
       Li et al., Logit Perturbation, AAAI 2022; arXiv:2209.05668.
     """
-    sites.check_number("epsilon", epsilon)
-    sites.check_number("delta_epsilon", delta_epsilon)
+    plan = classwise.planner(epsilon, delta_epsilon, split)
     sites.check_number("step_size", step_size)
     sites.check_choice("solver", solver, ("steps", "projected"))
     if not callable(step_size) and not isinstance(step_size, jax.Array) and step_size == 0:
         raise ValueError("step_size must be above 0.")
     if steps is not None:
         sites.check_count("steps", steps)
-    split = splits.mean_threshold() if split is None else split
-
-    def plan(stats, step):
-        return classwise.plan(split, epsilon, delta_epsilon, stats, step)
 
     def update(
         value, *, labels, targets, weights, class_stats, gradient_fn=None, site=None, step=0, **_

@@ -28,6 +28,23 @@ TRANSFORMS = (
     "mixup",
     "sam",
 )
+# For each transform, the arguments that have no default or another one here: those for CIFAR.
+METHODS = {
+    "lpa": {"site": "group3", "epsilon": 0.1, "radius": "relative"},
+    "lpl": {"epsilon": 0.4},
+    "lpg": {"epsilon": 0.1},
+    "manifold_mixup": {"sites": ("inputs", "group1", "group2"), "alpha": 2.0},
+    "mixup": {"alpha": 1.0},
+    "dropout": {"site": "group3", "rate": 0.3},
+    "dropblock": {"site": "group3", "rate": 0.1, "block_size": 3},
+    "gaussian_noise": {"site": "inputs", "stddev": 0.05},
+    "adversarial": {"site": "inputs", "epsilon": 8 / 255, "bounds": (0.0, 1.0)},
+    "label_smoothing": {"alpha": 0.1},
+    "disturb_label": {"rate": 0.1},
+    "ldam": {"scale": 1.0},
+    "sam": {"rho": 0.05},
+    "asam": {"rho": 0.5},
+}
 SPLIT = {
     "name": "mean_threshold",
     "statistic": "confidence",
@@ -104,25 +121,24 @@ def default() -> Config:
 def choose(
     config: Config,
     argument: str,
-    methods: Mapping[str, Mapping[str, Any]],
     smoke: Mapping[str, Any],
+    methods: Mapping[str, Mapping[str, Any]],
 ) -> Config:
     """Complete a configuration by the argument of its file, `"method=lpa+lpl,smoke"`.
 
     Args:
       config: The configuration for plain training.
       argument: What stands after the colon of `--config=FILE:ARGUMENT`.
-      methods: For each transform, the arguments that have no default or another one on this data.
       smoke: Keys, dotted where nested, that make a run of seconds.
+      methods: What differs on this data from `METHODS`, the arguments of each transform.
 
     Raises:
       ConfigError: If the argument or the method is unknown.
 
     Example:
-      >>> methods = {"lpl": {"epsilon": 0.5}, "sam": {"rho": 0.1}}
-      >>> config = choose(default(), "method=lpl+sam", methods, smoke={})
+      >>> config = choose(default(), "method=lpl+sam", smoke={}, methods={"sam": {"rho": 0.1}})
       >>> config.perturbation.lpl.epsilon, config.perturbation.sam.rho
-      (0.5, 0.1)
+      (0.4, 0.1)
     """
     method = "erm"
     for word in filter(None, argument.split(",")):
@@ -138,7 +154,10 @@ def choose(
     if len(set(names)) < len(names):
         raise ConfigError(f"The method {method!r} names a transform twice.")
     config.method = method
-    config.perturbation = {name: arguments_of(name, methods.get(name, {})) for name in names}
+    config.perturbation = {
+        name: arguments_of(name, {**METHODS.get(name, {}), **methods.get(name, {})})
+        for name in names
+    }
     return config
 
 

@@ -176,7 +176,7 @@ def train_and_evaluate(
         "seeds": results,
         "num_train": num_train,
         "num_test": len(dataset.test.labels),
-        "seconds": round(time.monotonic() - began, 1),
+        "session_seconds": round(time.monotonic() - began, 1),
         "device": f"{devices.size} x {jax.devices()[0].device_kind}",
         "versions": _versions(),
         "config": json.loads(json.dumps(config.to_dict())),
