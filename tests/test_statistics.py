@@ -123,10 +123,10 @@ def known(confidence, weight):
 def test_a_class_at_the_mean_and_one_never_seen_are_left_alone():
     stats = known([0.2, 0.5, 0.8, 0.9], [3.0, 5.0, 2.0, 0.0])
     split = lpa_jax.splits.mean_threshold()
-    assert split.signs(stats).tolist() == [1, 0, -1, 0]
-    assert split.spread(stats).tolist() == pytest.approx([0.3, 0, 0.3, 0])
+    assert split.signs(stats, jnp.arange(4)).tolist() == [1, 0, -1, 0]
+    assert split.spread(stats, jnp.arange(4)).tolist() == pytest.approx([0.3, 0, 0.3, 0])
     fixed = lpa_jax.splits.threshold(0.5)
-    assert fixed.signs(stats).tolist() == [1, 0, -1, 0]
+    assert fixed.signs(stats, jnp.arange(4)).tolist() == [1, 0, -1, 0]
 
 
 @pytest.mark.parametrize("number", [3, 7, 10])
@@ -134,7 +134,7 @@ def test_classes_learned_equally_well_are_all_left_alone(number):
     # In float32 the sum of seven thirds is not seven times a third.
     sums = statistics.Sums(jnp.ones(number), jnp.ones(number), jnp.full(number, 3.0))
     stats = statistics.init(number)._replace(ema=sums)
-    assert lpa_jax.splits.mean_threshold().signs(stats).tolist() == [0] * number
+    assert lpa_jax.splits.mean_threshold().signs(stats, jnp.arange(number)).tolist() == [0] * number
 
 
 def test_nothing_is_known_at_the_first_step():
@@ -144,15 +144,15 @@ def test_nothing_is_known_at_the_first_step():
         lpa_jax.splits.threshold(0.5),
         lpa_jax.splits.tail(2),
     ):
-        assert split.signs(stats).tolist() == [0] * 4
-        assert split.spread(stats).tolist() == [0] * 4
+        assert split.signs(stats, jnp.arange(4)).tolist() == [0] * 4
+        assert split.spread(stats, jnp.arange(4)).tolist() == [0] * 4
 
 
 def test_constant_splits_have_one_bound():
     stats = statistics.init(4)
     for split, sign in ((lpa_jax.splits.all_positive(), 1), (lpa_jax.splits.all_negative(), -1)):
-        assert split.signs(stats).tolist() == [sign] * 4
-        assert split.spread(stats).tolist() == [0] * 4
+        assert split.signs(stats, jnp.arange(4)).tolist() == [sign] * 4
+        assert split.spread(stats, jnp.arange(4)).tolist() == [0] * 4
 
 
 # ---------------------------------------------------------------- projected steps

@@ -97,7 +97,7 @@ def lpa(
             members = membership.by_class(labels, weights, targets.shape[1])
         else:
             members = membership.by_example(labels, weights)
-        signs, radii = plans[site or names[0]](class_stats, step).rows(members)
+        signs, radii = plans[site or names[0]].of(members, class_stats, step)
         if radius == "relative":
             radii *= members.mean(pgd.norms(frozen)) / math.sqrt(copies)
 
@@ -121,7 +121,7 @@ def lpa(
         return value + jax.lax.stop_gradient(members.spread(delta)).astype(value.dtype)
 
     def report(site, stats, step):
-        return plans[site](stats, step)._asdict()
+        return plans[site].report(stats, step)
 
     return sites.stateless(names, update, report)
 

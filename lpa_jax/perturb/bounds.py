@@ -6,22 +6,17 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from lpa_jax.perturb import sites, splits, statistics
+from lpa_jax.perturb import sites
 
 
 def radii(
-    epsilon: sites.Number,
-    delta_epsilon: sites.Number,
-    split: splits.Split,
-    stats: statistics.ClassStats,
-    step: Any,
-) -> Float[Array, "classes"]:
-    """Return the bound of every class, `epsilon + delta_epsilon * spread_c`, at least 0.
+    epsilon: sites.Number, delta_epsilon: sites.Number, spread: Float[Array, "rows"], step: Any
+) -> Float[Array, "rows"]:
+    """Return the bound of each class, `epsilon + delta_epsilon * spread_c`, at least 0.
 
     Fixed where `delta_epsilon` is 0; varied (LPL eq 13, LPA eq 14) with a threshold split; by
     frequency (LPL eq 14) with `splits.tail`.
     """
-    spread = split.spread(stats)
     bound = sites.at_step(epsilon, step) + sites.at_step(delta_epsilon, step) * spread
     return jnp.maximum(bound, 0.0)
 

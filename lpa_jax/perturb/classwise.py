@@ -1,45 +1,62 @@
-"""What LPA, LPL and LPG share: the sign and the bound of every class, and their rows."""
+"""What LPA, LPL and LPG share: the sign and the bound of every class."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
-from lpa_jax.perturb import bounds, membership, pgd, sites, splits, statistics
+from lpa_jax.perturb import bounds, membership, sites, splits, statistics
 
 
 class Plan(NamedTuple):
-    """What is to happen to each class at this step.
+    """What is to happen to each of some classes at this step.
 
     Attributes:
-      sign: +1 (raise the loss), -1 (lower it) or 0 (leave alone), float32 `[C]`.
-      radius: The bound, float32 `[C]`, at least 0.
+      sign: +1 (raise the loss), -1 (lower it) or 0 (leave alone), float32 `[R]`.
+      radius: The bound, float32 `[R]`, at least 0.
     """
 
-    sign: Float[Array, "classes"]
-    radius: Float[Array, "classes"]
+    sign: Float[Array, "rows"]
+    radius: Float[Array, "rows"]
 
-    def rows(self, members: membership.Membership) -> tuple[pgd.PerRow, pgd.PerRow]:
-        """Return signs and bounds by row, `[R]`; both are 0 for a row without members."""
-        present = members.counts > 0
-        sign = jnp.where(present, members.take_class(self.sign), 0.0)
-        return sign, jnp.where(present, members.take_class(self.radius), 0.0)
+
+class Planner(NamedTuple):
+    """Decides what happens to each class, from what is known of it.
+
+    Attributes:
+      epsilon: The bound.
+      delta_epsilon: The varied bound.
+      split: Which classes are pushed out and which pulled in.
+    """
+
+    epsilon: sites.Number
+    delta_epsilon: sites.Number
+    split: splits.Split
+
+    def of(self, members: membership.Membership, stats: statistics.ClassStats, step: Any) -> Plan:
+        """Return the plan for each row; a row without members has sign and bound 0."""
+        return self._plan(stats, step, members.classes, members.counts > 0)
+
+    def report(self, stats: statistics.ClassStats, step: Any) -> dict[str, Array]:
+        """Return the plan for all classes, float32 `[C]` each."""
+        classes = jnp.arange(stats.frequency.shape[0])
+        return self._plan(stats, step, classes, jnp.ones_like(classes, bool))._asdict()
+
+    def _plan(self, stats, step, classes, present: Bool[Array, "rows"]) -> Plan:
+        sign = self.split.signs(stats, classes)
+        spread = self.split.spread(stats, classes)
+        radius = bounds.radii(self.epsilon, self.delta_epsilon, spread, step)
+        return Plan(jnp.where(present, sign, 0.0), jnp.where(present, radius, 0.0))
 
 
 def planner(
     epsilon: sites.Number, delta_epsilon: sites.Number, split: splits.Split | None
-) -> Callable[[statistics.ClassStats, Any], Plan]:
-    """Return the function of the statistics and the step that decides what happens to each class.
+) -> Planner:
+    """Return the planner for these bounds, and by default for the mean threshold.
 
     Raises:
       ValueError: If a number is outside its range.
     """
     sites.check_number("epsilon", epsilon)
     sites.check_number("delta_epsilon", delta_epsilon)
-    split = splits.mean_threshold() if split is None else split
-
-    def plan(stats, step):
-        return Plan(split.signs(stats), bounds.radii(epsilon, delta_epsilon, split, stats, step))
-
-    return plan
+    return Planner(epsilon, delta_epsilon, splits.mean_threshold() if split is None else split)

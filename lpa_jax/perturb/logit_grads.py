@@ -45,12 +45,12 @@ def lpg(
     References:
       Learning Perturbations of Logit Gradients, arXiv:2605.29494.
     """
-    plan = classwise.planner(epsilon, delta_epsilon, split)
+    planner = classwise.planner(epsilon, delta_epsilon, split)
     sites.check_choice("solver", solver, ("closed_form", "iterative"))
 
     def update(value, *, labels, targets, weights, class_stats, step=0, **_):
         members = membership.by_class(labels, weights, targets.shape[1])
-        signs, radii = plan(class_stats, step).rows(members)
+        signs, radii = planner.of(members, class_stats, step)
         mean = members.mean(value)
         if solver == "closed_form":
             delta = pgd.stretch(mean, signs, radii)
@@ -58,10 +58,9 @@ def lpg(
             delta = _iterate(mean, signs, radii)
         return value + members.spread(delta).astype(value.dtype)
 
-    def report(site, stats, step):
-        return plan(stats, step)._asdict()
-
-    return sites.stateless(sites.LOGIT_GRADS, update, report)
+    return sites.stateless(
+        sites.LOGIT_GRADS, update, lambda _, stats, step: planner.report(stats, step)
+    )
 
 
 def _iterate(mean: pgd.Rows, signs: pgd.PerRow, radii: pgd.PerRow, steps: int = 4) -> pgd.Rows:

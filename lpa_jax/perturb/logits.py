@@ -50,7 +50,7 @@ def lpl(
     References:
       Li et al., Logit Perturbation, AAAI 2022; arXiv:2209.05668.
     """
-    plan = classwise.planner(epsilon, delta_epsilon, split)
+    planner = classwise.planner(epsilon, delta_epsilon, split)
     sites.check_number("step_size", step_size)
     sites.check_choice("solver", solver, ("steps", "projected"))
     if not callable(step_size) and not isinstance(step_size, jax.Array) and step_size == 0:
@@ -64,7 +64,7 @@ def lpl(
         gradient_fn = sites.require_gradient("lpl", site, gradient_fn)
         frozen = jax.lax.stop_gradient(value)
         members = membership.by_class(labels, weights, targets.shape[1])
-        signs, radii = plan(class_stats, step).rows(members)
+        signs, radii = planner.of(members, class_stats, step)
         start = jnp.zeros((signs.shape[0], value.shape[1]), jnp.float32)
 
         def gradient(delta):
@@ -88,10 +88,7 @@ def lpl(
             delta = pgd.repeat(body, start, jnp.max(counts))
         return value + jax.lax.stop_gradient(members.spread(delta)).astype(value.dtype)
 
-    def report(site, stats, step):
-        return plan(stats, step)._asdict()
-
-    return sites.stateless(sites.LOGITS, update, report)
+    return sites.stateless(sites.LOGITS, update, lambda _, stats, step: planner.report(stats, step))
 
 
 def logit_adjustment(class_counts: Sequence[float], tau: sites.Number = 1.0) -> sites.Perturbation:

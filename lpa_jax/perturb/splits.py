@@ -4,25 +4,30 @@ from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from lpa_jax.perturb import sites, statistics
 
-PerClass = Float[Array, "classes"]
+Classes = Int[Array, "rows"]
+PerRow = Float[Array, "rows"]
 
 
 class Split(NamedTuple):
-    """A pair of pure functions of the class statistics.
+    """A pair of pure functions of the class statistics, and of the classes asked about.
+
+    Both are given `classes`, int `[R]`: only those present in a batch are decided on, so that the
+    work does not grow with the number of classes. Numbers beyond the last class may stand for "no
+    class"; what is returned for them is not used.
 
     Attributes:
-      signs: Returns `[C]` in {+1, 0, -1}: +1 raises the class's loss (positive augmentation), -1
+      signs: Returns `[R]` in {+1, 0, -1}: +1 raises the class's loss (positive augmentation), -1
         lowers it (negative augmentation), 0 leaves the class alone.
-      spread: Returns `[C]`, at least 0: what `delta_epsilon` is multiplied by in the bound
+      spread: Returns `[R]`, at least 0: what `delta_epsilon` is multiplied by in the bound
         `epsilon + delta_epsilon * spread` (LPL eq 13 and 14, LPA eq 14).
     """
 
-    signs: Callable[[statistics.ClassStats], PerClass]
-    spread: Callable[[statistics.ClassStats], PerClass]
+    signs: Callable[[statistics.ClassStats, Classes], PerRow]
+    spread: Callable[[statistics.ClassStats, Classes], PerRow]
 
 
 Statistic = Literal["confidence", "accuracy"]
@@ -33,16 +38,27 @@ def _threshold(tau: float | None, statistic: Statistic, window: Window) -> Split
     sites.check_choice("statistic", statistic, ("confidence", "accuracy"))
     sites.check_choice("window", window, ("ema", "epoch", "batch"))
 
-    def offset(stats):
+    def offset(stats, classes):
         sums = getattr(stats, window)
+        if tau is None:
+            middle = jnp.sum(sums.mean(statistic)) / jnp.maximum(jnp.sum(sums.weight > 0), 1)
+        else:
+            middle = tau
+        sums = statistics.Sums(*(_of(table, classes) for table in sums))
         seen = sums.weight > 0
         mean = sums.mean(statistic)
-        middle = jnp.sum(mean) / jnp.maximum(jnp.sum(seen), 1) if tau is None else tau
         # Equal statistics may differ from their mean by a rounding.
         offset = jnp.where(jnp.abs(middle - mean) > 1e-6, middle - mean, 0.0)
         return jnp.where(seen, offset, 0.0)
 
-    return Split(lambda stats: jnp.sign(offset(stats)), lambda stats: jnp.abs(offset(stats)))
+    return Split(
+        lambda stats, classes: jnp.sign(offset(stats, classes)),
+        lambda stats, classes: jnp.abs(offset(stats, classes)),
+    )
+
+
+def _of(table: Float[Array, "classes"], classes: Classes) -> PerRow:
+    return table.at[classes].get(mode="clip")
 
 
 def mean_threshold(statistic: Statistic = "confidence", window: Window = "ema") -> Split:
@@ -66,7 +82,7 @@ def mean_threshold(statistic: Statistic = "confidence", window: Window = "ema") 
       >>> import jax.numpy as jnp
       >>> from lpa_jax.perturb import statistics
       >>> seen = statistics.Sums(jnp.array([.9, .2, 0.]), jnp.zeros(3), jnp.array([1., 1., 0.]))
-      >>> mean_threshold().signs(statistics.init(3)._replace(ema=seen))
+      >>> mean_threshold().signs(statistics.init(3)._replace(ema=seen), jnp.arange(3))
       Array([-1.,  1.,  0.], dtype=float32)
     """
     return _threshold(None, statistic, window)
@@ -99,9 +115,11 @@ def tail(num_head: int, class_counts: Sequence[float] | None = None) -> Split:
       ValueError: If `num_head` is negative or a count is not positive.
 
     Example:
+      >>> import jax.numpy as jnp
       >>> from lpa_jax.perturb import statistics
       >>> split = tail(1, class_counts=[10, 40, 20])
-      >>> split.signs(statistics.init(3)).tolist(), split.spread(statistics.init(3)).tolist()
+      >>> stats, classes = statistics.init(3), jnp.arange(3)
+      >>> split.signs(stats, classes).tolist(), split.spread(stats, classes).tolist()
       ([1.0, -1.0, 1.0], [1.0, 1.0, 0.5])
     """
     sites.check_count("num_head", num_head, low=0)
@@ -122,25 +140,25 @@ def tail(num_head: int, class_counts: Sequence[float] | None = None) -> Split:
         rank = jnp.argsort(jnp.argsort(-counts, stable=True), stable=True)
         return rank < num_head
 
-    def signs(stats):
+    def signs(stats, classes):
         counts = frequency(stats)
-        return jnp.where(is_head(counts), -1.0, 1.0) * (counts > 0)
+        return _of(jnp.where(is_head(counts), -1.0, 1.0) * (counts > 0), classes)
 
-    def spread(stats):
+    def spread(stats, classes):
         counts = frequency(stats)
         seen = counts > 0
         safe = jnp.where(seen, counts, 1.0)
         rarest = jnp.min(jnp.where(seen, counts, jnp.inf))
         ratio = jnp.where(is_head(counts), counts / jnp.max(safe), rarest / safe)
-        return jnp.where(seen, ratio, 0.0)
+        return _of(jnp.where(seen, ratio, 0.0), classes)
 
     return Split(signs, spread)
 
 
 def _constant(sign: float) -> Split:
     return Split(
-        lambda stats: jnp.full_like(stats.frequency, sign),
-        lambda stats: jnp.zeros_like(stats.frequency),
+        lambda stats, classes: jnp.full(classes.shape, sign, jnp.float32),
+        lambda stats, classes: jnp.zeros(classes.shape, jnp.float32),
     )
 
 

@@ -68,8 +68,9 @@ def observe_batch(
 ) -> ClassStats:
     """Measure the present batch; the other windows stay as they are."""
     logits = jax.lax.stop_gradient(logits).astype(jnp.float32)
-    correct = jax.nn.one_hot(jnp.argmax(logits, axis=1), logits.shape[1], dtype=jnp.float32)
-    rows = Sums(members.own(jax.nn.softmax(logits)), members.own(correct), members.counts)
+    probabilities = jnp.exp(logits - jax.nn.logsumexp(logits, axis=1, keepdims=True))
+    correct = jnp.argmax(logits, axis=1)[:, None] == jnp.arange(logits.shape[1])
+    rows = Sums(members.own(probabilities), members.own(correct), members.counts)
     empty = jnp.zeros_like(stats.frequency)
     return stats._replace(batch=Sums(*(members.put(empty, row) for row in rows)))
 
