@@ -17,6 +17,16 @@ _WORKDIR = flags.DEFINE_string(
 )
 
 
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator_address", None, "HOST:PORT of the first of several processes."
+)
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Number of this process, from 0.")
+_DISTRIBUTED = flags.DEFINE_bool(
+    "distributed", False, "Join the processes that the cluster's environment names."
+)
+
+
 class UsageError(ValueError):
     """A command line that does not say what to run."""
 
@@ -38,6 +48,20 @@ def _parse(argv: list[str]) -> list[str]:
     return rest
 
 
+def _join() -> None:
+    """Join the other processes of a run on several machines, where there are any."""
+    import jax
+
+    several = (_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+    if any(value is not None for value in several) and None in several:
+        raise UsageError(
+            "--coordinator_address, --num_processes and --process_id go together; on a cluster "
+            "that JAX knows, --distributed stands for all three."
+        )
+    if None not in several or _DISTRIBUTED.value:
+        jax.distributed.initialize(*several)
+
+
 def _fail(error: Exception) -> NoReturn:
     sentence = " ".join(str(error.args[0] if isinstance(error, KeyError) else error).split())
     # What a configuration file raises arrives with its traceback in the text.
@@ -55,8 +79,9 @@ def _main(_: list[str]) -> None:
     # Orbax narrates every checkpoint.
     logging.set_verbosity(logging.WARNING)
     try:
+        _join()
         loop.train_and_evaluate(_CONFIG.value, str(_WORKDIR.value))
-    except (loop.ConfigError, DataError, loop.NonFiniteLossError) as error:
+    except (UsageError, loop.ConfigError, DataError, loop.NonFiniteLossError) as error:
         _fail(error)
     except KeyboardInterrupt:
         print(

@@ -1,6 +1,7 @@
 """Top-1 accuracy, by class and over all, and negative log-likelihood."""
 
 from collections.abc import Callable
+import functools
 from typing import Any
 
 import jax
@@ -14,14 +15,17 @@ from lpa_jax import data
 Predict = Callable[[PyTree, Any], Array]
 
 
-def make_predict(apply_fn: Callable[..., Any], sharding: NamedSharding) -> Predict:
+def make_predict(
+    apply_fn: Callable[..., Any], sharding: NamedSharding, out_shardings: NamedSharding
+) -> Predict:
     """Return the jitted function `(variables, uint8 images) -> logits`, in evaluation mode.
 
-    Images are split over the devices as `sharding` says.
+    Images are split over the devices as `sharding` says, logits are left as `out_shardings` says.
     """
 
-    @jax.jit
+    @functools.partial(jax.jit, out_shardings=out_shardings)
     def predict(variables, images):
+        variables = jax.lax.with_sharding_constraint(variables, out_shardings)
         images = jax.lax.with_sharding_constraint(images, sharding)
         return apply_fn(variables, data.to_float(images), train=False)
 
@@ -44,9 +48,10 @@ def evaluate(
       `"accuracy"` in [0, 1], `"nll"` (mean negative log-likelihood in nats, at least 0), and
       `"class_accuracy"`, C numbers, None for a class without examples.
     """
-    rows = []
-    for indices, weights in data.eval_batches(len(examples.labels), batch_size):
-        rows.append(np.asarray(predict(variables, examples.images[indices]))[weights > 0])
+    # The devices go on while the host waits for nothing but the last batch.
+    batches = list(data.eval_batches(len(examples.labels), batch_size))
+    logits = [predict(variables, examples.images[indices]) for indices, _ in batches]
+    rows = [np.asarray(x)[weights > 0] for x, (_, weights) in zip(logits, batches, strict=True)]
     return metrics(np.concatenate(rows), examples.labels, num_classes)
 
 

@@ -3,9 +3,12 @@
 from collections.abc import Callable
 
 from flax import linen as nn
+import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32
+
+POLICIES = ("nothing_saveable", "dots_saveable", "dots_with_no_batch_dims_saveable")
 
 
 def normalise(
@@ -81,6 +84,25 @@ def blocks_per_group(depth: int, other_layers: int) -> int:
     return blocks
 
 
+def rematerialised(block: type[nn.Module], policy: str | None) -> type[nn.Module]:
+    """Return a block that keeps for the backward pass only what a policy says, and recomputes.
+
+    Args:
+      block: A module called with inputs and `train`.
+      policy: Name of a policy in `jax.checkpoint_policies`, such as `"nothing_saveable"`, or None
+        for a block that keeps everything.
+
+    Raises:
+      ValueError: If there is no policy of that name.
+    """
+    if policy is None:
+        return block
+    if policy not in POLICIES:
+        raise ValueError(f"remat must be one of {', '.join(POLICIES)}, not {policy!r}.")
+    # The arguments are the module, its inputs and train.
+    return nn.remat(block, policy=getattr(jax.checkpoint_policies, policy), static_argnums=(2,))
+
+
 class PreActBlock(nn.Module):
     """Basic pre-activation block, norm-relu-conv twice (He et al. 2016, arXiv:1603.05027).
 
@@ -97,7 +119,7 @@ class PreActBlock(nn.Module):
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, inputs: Float[Array, "B H W C"], *, train: bool) -> Float[Array, "B h w c"]:
+    def __call__(self, inputs: Float[Array, "B H W C"], train: bool) -> Float[Array, "B h w c"]:
         """Return the sum of the shortcut and the residual, `[B, H/stride, W/stride, width]`."""
         active = nn.relu(batch_norm(train=train, dtype=self.dtype, name="norm1")(inputs))
         x = conv(self.width, stride=self.stride, dtype=self.dtype, name="conv1")(active)
@@ -113,7 +135,7 @@ class Group(nn.Module):
     """Blocks `block0`, `block1`, ... of one width, of which the first takes the stride.
 
     Attributes:
-      block: Makes a block, `block(width=, stride=, name=)`.
+      block: Makes a block, `block(width=, stride=, name=)`, to be called with inputs and `train`.
       num_blocks: Number of blocks.
       width: Number of output channels.
       stride: Stride of the group.
@@ -130,5 +152,5 @@ class Group(nn.Module):
         x = inputs
         for i in range(self.num_blocks):
             stride = self.stride if i == 0 else 1
-            x = self.block(width=self.width, stride=stride, name=f"block{i}")(x, train=train)
+            x = self.block(width=self.width, stride=stride, name=f"block{i}")(x, train)
         return x

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32
 
-from lpa_jax.models.layers import classify, conv, Group, normalise, PreActBlock
+from lpa_jax.models.layers import classify, conv, Group, normalise, PreActBlock, rematerialised
 
 
 class PreActResNet(nn.Module):
@@ -24,6 +24,8 @@ class PreActResNet(nn.Module):
       mean: What to subtract from the inputs, one number or one for each channel.
       std: What to divide the centred inputs by, likewise.
       dtype: Data type of the computation; parameters, statistics and logits are float32.
+      remat: What blocks keep for the backward pass instead of everything, to save memory: the name
+        of a policy in `jax.checkpoint_policies`, such as `"nothing_saveable"`.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -40,6 +42,7 @@ class PreActResNet(nn.Module):
     mean: tuple[float, ...] = (0.0,)
     std: tuple[float, ...] = (1.0,)
     dtype: DTypeLike = jnp.float32
+    remat: str | None = None
 
     @nn.compact
     def __call__(
@@ -56,7 +59,7 @@ class PreActResNet(nn.Module):
           TypeError: If `inputs` are not floating.
           ValueError: If `inputs` do not fit `mean` and `std`.
         """
-        block = functools.partial(PreActBlock, dtype=self.dtype)
+        block = functools.partial(rematerialised(PreActBlock, self.remat), dtype=self.dtype)
         x = normalise(inputs, self.mean, self.std, self.dtype)
         x = conv(64, dtype=self.dtype, name="stem")(x)
         for i, num_blocks in enumerate(self.stage_sizes):

@@ -7,7 +7,15 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32
 
-from lpa_jax.models.layers import batch_norm, blocks_per_group, classify, conv, Group, normalise
+from lpa_jax.models.layers import (
+    batch_norm,
+    blocks_per_group,
+    classify,
+    conv,
+    Group,
+    normalise,
+    rematerialised,
+)
 
 
 class SqueezeExcite(nn.Module):
@@ -52,7 +60,7 @@ class BasicBlock(nn.Module):
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, inputs: Float[Array, "B H W C"], *, train: bool) -> Float[Array, "B h w c"]:
+    def __call__(self, inputs: Float[Array, "B H W C"], train: bool) -> Float[Array, "B h w c"]:
         """Return the activated sum, `[B, H/stride, W/stride, width]`."""
         x = conv(self.width, stride=self.stride, dtype=self.dtype, name="conv1")(inputs)
         x = nn.relu(batch_norm(train=train, dtype=self.dtype, name="norm1")(x))
@@ -79,6 +87,8 @@ class ResNet(nn.Module):
       mean: What to subtract from the inputs, one number or one for each channel.
       std: What to divide the centred inputs by, likewise.
       dtype: Data type of the computation; parameters, statistics and logits are float32.
+      remat: What blocks keep for the backward pass instead of everything, to save memory: the name
+        of a policy in `jax.checkpoint_policies`, such as `"nothing_saveable"`.
 
     Raises:
       ValueError: If `depth` is not 6n+2.
@@ -99,6 +109,7 @@ class ResNet(nn.Module):
     mean: tuple[float, ...] = (0.0,)
     std: tuple[float, ...] = (1.0,)
     dtype: DTypeLike = jnp.float32
+    remat: str | None = None
 
     def __post_init__(self):
         blocks_per_group(self.depth, 2)
@@ -119,7 +130,11 @@ class ResNet(nn.Module):
           TypeError: If `inputs` are not floating.
           ValueError: If `inputs` do not fit `mean` and `std`.
         """
-        block = functools.partial(BasicBlock, squeeze_excite=self.squeeze_excite, dtype=self.dtype)
+        block = functools.partial(
+            rematerialised(BasicBlock, self.remat),
+            squeeze_excite=self.squeeze_excite,
+            dtype=self.dtype,
+        )
         num_blocks = blocks_per_group(self.depth, 2)
         x = normalise(inputs, self.mean, self.std, self.dtype)
         x = conv(16, dtype=self.dtype, name="stem")(x)

@@ -15,6 +15,7 @@ from lpa_jax.models.layers import (
     Group,
     normalise,
     PreActBlock,
+    rematerialised,
 )
 
 
@@ -32,6 +33,8 @@ class WideResNet(nn.Module):
       mean: What to subtract from the inputs, one number or one for each channel.
       std: What to divide the centred inputs by, likewise.
       dtype: Data type of the computation; parameters, statistics and logits are float32.
+      remat: What blocks keep for the backward pass instead of everything, to save memory: the name
+        of a policy in `jax.checkpoint_policies`, such as `"nothing_saveable"`.
 
     Raises:
       ValueError: If `depth` is not 6n+4.
@@ -52,6 +55,7 @@ class WideResNet(nn.Module):
     mean: tuple[float, ...] = (0.0,)
     std: tuple[float, ...] = (1.0,)
     dtype: DTypeLike = jnp.float32
+    remat: str | None = None
 
     def __post_init__(self):
         blocks_per_group(self.depth, 4)
@@ -72,7 +76,7 @@ class WideResNet(nn.Module):
           TypeError: If `inputs` are not floating.
           ValueError: If `inputs` do not fit `mean` and `std`.
         """
-        block = functools.partial(PreActBlock, dtype=self.dtype)
+        block = functools.partial(rematerialised(PreActBlock, self.remat), dtype=self.dtype)
         num_blocks = blocks_per_group(self.depth, 4)
         x = normalise(inputs, self.mean, self.std, self.dtype)
         x = conv(16, dtype=self.dtype, name="stem")(x)

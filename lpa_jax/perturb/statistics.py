@@ -69,7 +69,7 @@ def observe_batch(
     """Measure the present batch; the other windows stay as they are."""
     logits = jax.lax.stop_gradient(logits).astype(jnp.float32)
     probabilities = jnp.exp(logits - jax.nn.logsumexp(logits, axis=1, keepdims=True))
-    correct = jnp.argmax(logits, axis=1)[:, None] == jnp.arange(logits.shape[1])
+    correct = jax.nn.one_hot(jnp.argmax(logits, axis=1), logits.shape[1], dtype=jnp.float32)
     rows = Sums(members.own(probabilities), members.own(correct), members.counts)
     empty = jnp.zeros_like(stats.frequency)
     return stats._replace(batch=Sums(*(members.put(empty, row) for row in rows)))

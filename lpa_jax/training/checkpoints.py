@@ -4,7 +4,6 @@ import pathlib
 from typing import Any
 
 import jax
-from jax.sharding import NamedSharding
 import orbax.checkpoint as ocp
 
 
@@ -28,15 +27,22 @@ class Checkpoints:
         leaves = {str(i): leaf for i, leaf in enumerate(jax.tree.leaves(state))}
         self._manager.save(step, args=ocp.args.StandardSave(leaves))
 
-    def restore(self, like: Any, sharding: NamedSharding) -> Any | None:
-        """Return the newest state, of the structure and shapes of `like`; None if there is none."""
+    def restore(self, like: Any, shardings: Any) -> Any | None:
+        """Return the newest state; None if there is none.
+
+        Args:
+          like: A pytree of the structure, shapes and dtypes of the state.
+          shardings: The same structure, where to put each array; it may have been saved from
+            other places, on another number of devices.
+        """
         step = self._manager.latest_step()
         if step is None:
             return None
         leaves, treedef = jax.tree.flatten(like)
+        places = treedef.flatten_up_to(shardings)
         shapes = {
-            str(i): jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-            for i, leaf in enumerate(leaves)
+            str(i): jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+            for i, (leaf, place) in enumerate(zip(leaves, places, strict=True))
         }
         restored = self._manager.restore(step, args=ocp.args.StandardRestore(shapes))
         return treedef.unflatten([restored[str(i)] for i in range(len(leaves))])

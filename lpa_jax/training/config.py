@@ -84,6 +84,8 @@ def default() -> Config:
             "augment": {"padding": 4, "flip": True},
             # A name that lpa_jax.models.create knows, and the type it computes in.
             "model": {"name": "wrn_28_10", "dtype": "float32", "options": {}},
+            # What blocks keep for the backward pass instead of everything: "nothing_saveable", ...
+            "remat": config_dict.placeholder(str),
             "loss": "softmax_cross_entropy",
             # What was asked for by name, and what that means.
             "method": "erm",
@@ -93,6 +95,8 @@ def default() -> Config:
                 "name": "sgd",
                 "weight_decay": 5e-4,
                 "options": {"momentum": 0.9, "nesterov": True},
+                # Steps whose gradients are averaged before the parameters move.
+                "accumulate": 1,
             },
             # Of the learning rate: "piecewise" (times factor at each boundary), "cosine" to 0, or
             # "constant"; each after a linear warm-up.
@@ -106,6 +110,12 @@ def default() -> Config:
             "epochs": 200,
             "batch_size": 128,
             "eval_batch_size": 500,
+            # Where training images wait: in the memory of the "device" or the "host", or "auto".
+            "input": "auto",
+            # Taken without word from the host; above 1 they run in a loop, which suits GPU and TPU.
+            "steps_per_dispatch": 1,
+            # Devices that share one copy of parameters and states: fully sharded data parallel.
+            "fsdp": 1,
             # Which examples are held out, the same for all seeds.
             "data_seed": 0,
             # Seeds seed, seed + 1, ... each draw their own parameters, batches and perturbations.
@@ -228,10 +238,13 @@ def _split(config: Config, class_counts: list[int]) -> splits.Split:
 
 def check(config: Config) -> None:
     """Raise `ConfigError` unless every number of the trainer lies in its range."""
-    positive = ("epochs", "batch_size", "eval_batch_size", "num_seeds", "evaluate_every", "limit")
-    for key in positive:
-        if config[key] is not None and config[key] < 1:
-            raise ConfigError(f"config.{key} must be at least 1, not {config[key]!r}.")
+    names = ("epochs", "batch_size", "eval_batch_size", "num_seeds", "evaluate_every", "limit",
+             "steps_per_dispatch", "fsdp")  # fmt: skip
+    positive = {name: config[name] for name in names}
+    positive["optimizer.accumulate"] = config.optimizer.accumulate
+    for key, value in positive.items():
+        if value is not None and value < 1:
+            raise ConfigError(f"config.{key} must be at least 1, not {value!r}.")
     not_negative = {
         "seed": config.seed,
         "data_seed": config.data_seed,

@@ -2,7 +2,9 @@
 
 from collections.abc import Callable, Iterator
 import contextlib
+import functools
 import importlib.metadata
+import itertools
 import json
 import pathlib
 import platform
@@ -22,6 +24,7 @@ from lpa_jax.evaluation import metrics
 from lpa_jax.perturb.engine import LossFn
 from lpa_jax.training import checkpoints, mesh, records, report, schedules
 from lpa_jax.training import config as configuration
+from lpa_jax.training import feed as feeds
 from lpa_jax.training import step as steps
 from lpa_jax.training.config import Config, ConfigError
 from lpa_jax.training.state import epoch_means, TrainState
@@ -58,7 +61,7 @@ def train_and_evaluate(
       DataError: If the data cannot be read, likewise.
       NonFiniteLossError: If the loss becomes NaN or infinite.
     """
-    console = console or Console()
+    console = console or Console(quiet=jax.process_index() > 0)
     workdir = pathlib.Path(workdir)
     began = time.monotonic()
 
@@ -83,7 +86,7 @@ def train_and_evaluate(
     steps_per_epoch = num_train // config.batch_size
     num_steps = config.epochs * steps_per_epoch
     class_counts = np.bincount(dataset.train.labels, minlength=dataset.num_classes).tolist()
-    devices = mesh.data_mesh(config.batch_size)
+    devices = mesh.make_mesh(config.batch_size, config.fsdp)
     with _as_config_error():
         model = models.create(
             config.model.name,
@@ -91,6 +94,7 @@ def train_and_evaluate(
             mean=dataset.mean,
             std=dataset.std,
             dtype=jnp.dtype(config.model.dtype),
+            **({} if config.remat is None else {"remat": config.remat}),
             **config.model.options,
         )
         perturbed = lpa_jax.value_and_grad(
@@ -99,31 +103,48 @@ def train_and_evaluate(
             num_classes=dataset.num_classes,
             loss_fn=_loss_named(config.loss),
         )
+        accumulate = config.optimizer.accumulate
         rate = schedules.learning_rate(
-            **config.schedule, epochs=config.epochs, steps_per_epoch=steps_per_epoch
+            **config.schedule, epochs=config.epochs, steps_per_epoch=steps_per_epoch / accumulate
         )
         tx = schedules.optimizer(
             config.optimizer.name,
             rate,
             config.optimizer.weight_decay,
             dict(config.optimizer.options),
+            accumulate,
         )
         shape = (config.batch_size, *dataset.train.images.shape[1:])
         init = steps.make_init(model.init, perturbed, tx, shape)
         like = jax.eval_shape(init, jnp.int32(0))
-    init = jax.jit(init, out_shardings=mesh.replicated(devices))
-    train_step = steps.make_train_step(perturbed, tx, devices, **config.augment)
-    predict = metrics.make_predict(model.apply, mesh.batched(devices))
+    shardings = steps.state_shardings(devices, like)
+    init = jax.jit(init, out_shardings=shardings)
+    feed = feeds.make_feed(config.input, dataset.train, config.batch_size, num_steps, devices)
+    looped = config.steps_per_dispatch > 1
+    if looped and not feed.resident:
+        raise ConfigError("config.steps_per_dispatch above 1 needs config.input to be 'device'.")
+    train_step = steps.make_train_step(
+        perturbed, tx, devices, shardings, feed.take, **config.augment, looped=looped
+    )
+    end_epoch = steps.make_end_epoch(perturbed, shardings)
+    predict = metrics.make_predict(
+        model.apply, mesh.batched(devices), out_shardings=mesh.replicated(devices)
+    )
     eval_batch_size = -(-config.eval_batch_size // devices.size) * devices.size
     checkpoint_every = max(1, round(config.checkpoint_every * steps_per_epoch))
-    records.claim(workdir, config.to_dict())
+    # Of several processes, which share the work directory, the first keeps its records.
+    first_process = jax.process_index() == 0
+    records.claim(workdir, config.to_dict(), write=first_process)
+
+    @functools.cache
+    def on_devices(number):
+        return mesh.put(np.int32(number), mesh.replicated(devices))
 
     def judge(variables, examples):
         return metrics.evaluate(predict, variables, examples, dataset.num_classes, eval_batch_size)
 
     # --- Train each seed; the step is compiled once for all of them. -----------------------------
-    images, labels = jax.device_put(tuple(dataset.train), mesh.replicated(devices))
-    results, rows_by_seed = [], {}
+    results, rows_by_seed, seconds_to_first_step = [], {}, None
     for seed in range(config.seed, config.seed + config.num_seeds):
         directory = workdir / f"seed{seed}"
         result_path = directory / "result.json"
@@ -132,24 +153,32 @@ def train_and_evaluate(
             rows_by_seed[seed] = records.read_rows(directory / "metrics.jsonl")
             continue
         saved = checkpoints.Checkpoints(directory / "checkpoints")
-        state = saved.restore(like, mesh.replicated(devices))
+        state = saved.restore(like, shardings)
         state = init(jnp.int32(seed)) if state is None else state
-        first = int(state.step)
-        log = records.Records(directory, first)
-        batches = _batches(seed, first, config.epochs, num_train, config.batch_size)
+        first = step = int(state.step)
+        log = records.Records(directory, first, write=first_process)
         with contextlib.ExitStack() as stack:
             stack.callback(saved.close)
             stack.callback(log.close)
             show = stack.enter_context(_progress(console, f"seed {seed}", first, num_steps))
-            for step, indices in enumerate(batches, start=first + 1):
-                indices = jax.device_put(indices, mesh.batched(devices))
-                state = train_step(state, jnp.int32(seed), images, labels, indices)
+            batches = feed.open(seed, first)
+            stops = (steps_per_epoch, checkpoint_every)
+            for taken in _dispatches(first, num_steps, config.steps_per_dispatch, *stops):
+                *_, given = itertools.islice(batches, taken)
+                given = (on_devices(seed), on_devices(taken), *given)
+                # Whatever is moved between host and device has been moved by now.
+                with jax.transfer_guard("disallow"):
+                    state = train_step(state, *given)
+                step += taken
+                if seconds_to_first_step is None:
+                    jax.block_until_ready(state.step)
+                    seconds_to_first_step = round(time.monotonic() - began, 2)
                 epoch, rest = divmod(step, steps_per_epoch)
                 if rest == 0:
                     _stop_if_nonfinite(state, directory)
-                    state = steps.end_epoch(perturbed, state)
+                    state = end_epoch(state)
                     row, _ = epoch_means(state.epoch, steps_per_epoch)
-                    row |= {"learning_rate": float(np.asarray(rate(step - 1)))}
+                    row |= {"learning_rate": float(np.asarray(rate((step - 1) // accumulate)))}
                     if len(dataset.validation.labels) and epoch % config.evaluate_every == 0:
                         row |= _named("validation", judge(state.variables, dataset.validation))
                     log.write({"step": step, "epoch": epoch, **_scalars(row)})
@@ -166,7 +195,8 @@ def train_and_evaluate(
                 result |= _named("validation", judge(state.variables, dataset.validation))
             result |= _named("test", judge(state.variables, dataset.test))
             result |= {"perturbation": by_class}
-        records.write_json(result_path, result)
+        if first_process:
+            records.write_json(result_path, result)
         results.append(result)
         rows_by_seed[seed] = log.rows
 
@@ -177,10 +207,13 @@ def train_and_evaluate(
         "num_train": num_train,
         "num_test": len(dataset.test.labels),
         "session_seconds": round(time.monotonic() - began, 1),
+        "seconds_to_first_step": seconds_to_first_step,
         "device": f"{devices.size} x {jax.devices()[0].device_kind}",
         "versions": _versions(),
         "config": json.loads(json.dumps(config.to_dict())),
     }
+    if not first_process:
+        return summary
     records.write_json(workdir / "summary.json", summary)
     title = f"{config.method} on {dataset.name}, {config.model.name}, {config.epochs} epochs"
     report.plot_curves(workdir / "curves.png", title, rows_by_seed)
@@ -212,14 +245,17 @@ def _loss_named(name: str) -> LossFn:
     return LOSSES[name]
 
 
-def _batches(
-    seed: int, first: int, epochs: int, num_train: int, batch_size: int
-) -> Iterator[np.ndarray]:
-    """Yield the batches of a run from step `first` on, a pure function of these numbers."""
-    epoch, start = divmod(first, num_train // batch_size)
-    while epoch < epochs:
-        yield from data.train_batches(seed, epoch, num_train, batch_size, start=start)
-        epoch, start = epoch + 1, 0
+def _dispatches(first: int, last: int, most: int, *stops: int) -> Iterator[int]:
+    """Part the steps from `first` to `last` into runs of at most `most`, ending at the stops.
+
+    Example:
+      >>> list(_dispatches(1, 10, 4, 6))
+      [4, 1, 4]
+    """
+    while first < last:
+        taken = min(most, last - first, *(stop - first % stop for stop in stops))
+        yield taken
+        first += taken
 
 
 def _stop_if_nonfinite(state: TrainState, directory: pathlib.Path) -> None:

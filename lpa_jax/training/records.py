@@ -6,9 +6,13 @@ from typing import Any
 
 from lpa_jax.training.config import ConfigError
 
+# What may differ when a run goes on: more seeds may be asked for, and the place of the computation
+# changes nothing but its rounding.
+FREE = {"num_seeds", "data_dir", "input", "steps_per_dispatch", "fsdp"}
 
-def claim(workdir: pathlib.Path, config: dict[str, Any]) -> None:
-    """Make the work directory this configuration's own, or find that it is.
+
+def claim(workdir: pathlib.Path, config: dict[str, Any], *, write: bool = True) -> None:
+    """Make the work directory this configuration's own, or find that it is; `write` may be False.
 
     Raises:
       ConfigError: If it holds the run of another configuration, or cannot be written.
@@ -19,13 +23,12 @@ def claim(workdir: pathlib.Path, config: dict[str, Any]) -> None:
         if path.exists():
             new, old = _flat(ours), _flat(json.loads(path.read_text()))
             differing = sorted(key for key in new | old if new.get(key) != old.get(key))
-            # More seeds may be asked for later: those there are stay as they are.
-            if set(differing) - {"num_seeds"}:
+            if set(differing) - FREE:
                 raise ConfigError(
                     f"{workdir} holds a run of another configuration (it differs in "
                     f"{', '.join(differing)}): give --workdir another directory, or remove it."
                 )
-        else:
+        elif write:
             workdir.mkdir(parents=True, exist_ok=True)
             write_json(path, ours)
     except (OSError, json.JSONDecodeError) as error:
@@ -58,9 +61,14 @@ class Records:
       directory: Where they go.
       step: Step the run goes on from; what was recorded after it is taken back, since it will be
         recorded again.
+      write: Whether to write anything, or only to keep `rows`.
     """
 
-    def __init__(self, directory: pathlib.Path, step: int):
+    def __init__(self, directory: pathlib.Path, step: int, *, write: bool = True):
+        self.rows = []
+        self._writer = None
+        if not write:
+            return
         # Its import costs more than all else here, and only a run needs it.
         from tensorboardX import SummaryWriter
 
@@ -73,6 +81,8 @@ class Records:
     def write(self, row: dict[str, Any]) -> None:
         """Record a row; `row["step"]` says when."""
         self.rows.append(row)
+        if self._writer is None:
+            return
         with self._path.open("a") as file:
             file.write(json.dumps(row) + "\n")
         for name, value in row.items():
@@ -81,7 +91,8 @@ class Records:
 
     def close(self) -> None:
         """Flush what TensorBoard has not yet been given."""
-        self._writer.close()
+        if self._writer is not None:
+            self._writer.close()
 
 
 def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:

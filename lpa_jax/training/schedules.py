@@ -13,7 +13,7 @@ def learning_rate(
     learning_rate: float,
     *,
     epochs: int,
-    steps_per_epoch: int,
+    steps_per_epoch: float,
     warmup_epochs: float = 0.0,
     boundaries: tuple[float, ...] = (),
     factor: float = 0.1,
@@ -24,7 +24,7 @@ def learning_rate(
       name: `"piecewise"`, `"cosine"` (to 0 at the end) or `"constant"`.
       learning_rate: Its value after the warm-up.
       epochs: Length of the run.
-      steps_per_epoch: Number of steps an epoch.
+      steps_per_epoch: Number of steps an epoch, of the optimizer.
       warmup_epochs: Length of a linear rise from 0.
       boundaries: Epochs at which `"piecewise"` multiplies by `factor`.
       factor: See `boundaries`.
@@ -45,7 +45,8 @@ def learning_rate(
         at = {round(epoch * steps_per_epoch) - warmup: factor for epoch in boundaries}
         main = optax.piecewise_constant_schedule(learning_rate, at)
     elif name == "cosine":
-        main = optax.cosine_decay_schedule(learning_rate, max(1, epochs * steps_per_epoch - warmup))
+        length = max(1, round(epochs * steps_per_epoch) - warmup)
+        main = optax.cosine_decay_schedule(learning_rate, length)
     elif name == "constant":
         main = optax.constant_schedule(learning_rate)
     else:
@@ -58,7 +59,11 @@ def learning_rate(
 
 
 def optimizer(
-    name: str, rate: optax.Schedule, weight_decay: float, options: Mapping[str, Any]
+    name: str,
+    rate: optax.Schedule,
+    weight_decay: float,
+    options: Mapping[str, Any],
+    accumulate: int = 1,
 ) -> optax.GradientTransformation:
     """Return an optax optimizer by name, with weight decay added to the gradient.
 
@@ -68,6 +73,8 @@ def optimizer(
       weight_decay: Factor of the parameters in the gradient; for decoupled decay, put 0 here and
         `weight_decay` among the options of `"adamw"`.
       options: Further arguments of the optimizer.
+      accumulate: Number of gradients that are averaged before the parameters move; the schedule
+        is of the number of moves.
 
     Raises:
       ConfigError: If optax has no such optimizer, or it does not take the options.
@@ -84,4 +91,8 @@ def optimizer(
         raise ConfigError(f"config.optimizer does not fit optax.{name}: {error}.") from error
     if not isinstance(inner, optax.GradientTransformation):
         raise ConfigError(f"optax.{name} is not an optimizer; sgd and adamw are two.")
-    return optax.chain(optax.add_decayed_weights(weight_decay), inner) if weight_decay else inner
+    if weight_decay:
+        inner = optax.chain(optax.add_decayed_weights(weight_decay), inner)
+    if accumulate == 1:
+        return inner
+    return optax.MultiSteps(inner, accumulate).gradient_transformation()

@@ -1,16 +1,18 @@
 """The jitted training step."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jaxtyping import Array, Int, PyTree, UInt8
+from jaxtyping import Array, Int, PyTree
 import optax
 
 from lpa_jax import data
 from lpa_jax.perturb.engine import Step
 from lpa_jax.training import mesh as meshes
+from lpa_jax.training.feed import Batch
 from lpa_jax.training.state import add_to_totals, empty_totals, TrainState
 
 APPLY = {"train": True, "mutable": ["batch_stats"]}
@@ -46,36 +48,42 @@ def make_train_step(
     perturbed: Step,
     tx: optax.GradientTransformation,
     mesh: Mesh,
+    shardings: Any,
+    take: Callable[..., Batch],
     *,
     padding: int,
     flip: bool,
+    looped: bool = False,
 ) -> Callable[..., TrainState]:
-    """Return the jitted step `(state, seed, images, labels, indices) -> state`.
+    """Return the jitted function `(state, seed, count, *given) -> state`; it donates the state.
 
-    The whole training set lives on every device as uint8; a step gathers its batch, augments it
-    and learns from it. The state given is donated.
+    Args:
+      perturbed: From `lpa_jax.value_and_grad`.
+      tx: The optimizer.
+      mesh: The devices.
+      shardings: Where the arrays of the state live, from `state_shardings`.
+      take: Picks a step's batch out of what it is given, see `feed.Feed`.
+      padding: Of the augmentation, see `data.augment`.
+      flip: Likewise.
+      looped: Whether a call takes `count` steps, in a loop on the device, or one. (XLA's
+        convolutions are several times slower in loops on a CPU.)
     """
+    whole = meshes.replicated(mesh)
 
-    def train_step(
-        state: TrainState,
-        seed: Int[Array, ""],
-        images: UInt8[Array, "n height width channels"],
-        labels: Int[Array, "n"],
-        indices: Int[Array, "batch"],
-    ) -> TrainState:
+    def train_step(state, seed, *given):
         augment_key, perturb_key = jax.random.split(
             jax.random.fold_in(jax.random.key(seed), state.step)
         )
-        batch = jax.lax.with_sharding_constraint(images[indices], meshes.batched(mesh))
-        batch = data.augment(augment_key, batch, padding=padding, flip=flip)
-        (loss, aux), grads, perturbation = perturbed(
-            state.variables,
-            state.perturbation,
-            data.to_float(batch),
-            labels[indices],
-            perturb_key,
-            **APPLY,
+        images, labels = take(state.step, *given)
+        images = data.augment(augment_key, images, padding=padding, flip=flip)
+        # Sharded arrays are gathered for the step, and their gradients scattered after it.
+        variables, perturbation = jax.lax.with_sharding_constraint(
+            (state.variables, state.perturbation), whole
         )
+        (loss, aux), grads, perturbation = perturbed(
+            variables, perturbation, data.to_float(images), labels, perturb_key, **APPLY
+        )
+        grads = jax.lax.with_sharding_constraint(grads, shardings.variables["params"])
         params = state.variables["params"]
         updates, opt_state = tx.update(grads, state.opt_state, params)
         variables = {
@@ -83,7 +91,7 @@ def make_train_step(
             **aux["updates"],
             "params": optax.apply_updates(params, updates),
         }
-        correct = jnp.argmax(aux["logits"], axis=1) == labels[indices]
+        correct = jnp.argmax(aux["logits"], axis=1) == labels
         failed = (state.nonfinite_step < 0) & ~jnp.isfinite(loss)
         return TrainState(
             step=state.step + 1,
@@ -95,13 +103,32 @@ def make_train_step(
             nonfinite_step=jnp.where(failed, state.step, state.nonfinite_step),
         )
 
-    return jax.jit(train_step, donate_argnums=0, out_shardings=meshes.replicated(mesh))
+    def train_steps(state, seed, count, *given):
+        if not looped:
+            return train_step(state, seed, *given)
+        return jax.lax.fori_loop(0, count, lambda _, state: train_step(state, seed, *given), state)
+
+    return jax.jit(train_steps, donate_argnums=0, out_shardings=shardings)
 
 
-def end_epoch(perturbed: Step, state: TrainState) -> TrainState:
-    """Close the epoch: its sums are kept, new ones begin, and its class statistics are frozen."""
-    return state._replace(
-        epoch=state.running,
-        running=jax.tree.map(jnp.zeros_like, state.running),
-        perturbation=perturbed.end_epoch(state.perturbation),
-    )
+def state_shardings(mesh: Mesh, like: TrainState) -> Any:
+    """Return where each array of a state lives: what is large is split, sums are on all devices."""
+    shardings = meshes.sharded(mesh, like)
+    whole = jax.tree.map(lambda _: meshes.replicated(mesh), like)
+    return shardings._replace(running=whole.running, epoch=whole.epoch)
+
+
+def make_end_epoch(perturbed: Step, shardings: Any) -> Callable[[TrainState], TrainState]:
+    """Return the function that closes an epoch; it donates the state.
+
+    The epoch's sums are kept, new ones begin, and its class statistics are frozen.
+    """
+
+    def end_epoch(state):
+        return state._replace(
+            epoch=state.running,
+            running=jax.tree.map(jnp.zeros_like, state.running),
+            perturbation=perturbed.end_epoch(state.perturbation),
+        )
+
+    return jax.jit(end_epoch, donate_argnums=0, out_shardings=shardings)

@@ -1,0 +1,111 @@
+"""How examples reach the training step: from the devices' memory, or from the host's."""
+
+from collections.abc import Callable, Iterator
+import functools
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh
+from jaxtyping import Array, Int, UInt8
+import numpy as np
+
+from lpa_jax import data
+from lpa_jax.training import mesh as meshes
+from lpa_jax.training.config import ConfigError
+
+Batch = tuple[UInt8[Array, "batch height width channels"], Int[Array, "batch"]]
+SHARE = 0.25
+"""Part of a device's memory that the training images may fill."""
+UNKNOWN_MEMORY = 2**34
+"""Taken for the memory of a device, in bytes, that does not tell (16 GiB)."""
+
+
+class Feed(NamedTuple):
+    """What hands the training step its batches, the same ones in the same order from either place.
+
+    Attributes:
+      open: `open(seed, first)` returns the iterator over what steps are given from step `first`
+        on, a tuple of arrays each; where a run goes on after an interruption follows from `first`.
+      take: Picks the batch of a step out of what it is given, `take(step, *given)`; traced.
+      resident: Whether the examples are in the devices' memory.
+    """
+
+    open: Callable[[int, int], Iterator[tuple[Array, ...]]]
+    take: Callable[..., Batch]
+    resident: bool
+
+
+def make_feed(
+    place: str, examples: data.Examples, batch_size: int, num_steps: int, mesh: Mesh
+) -> Feed:
+    """Return the feed of a run.
+
+    Args:
+      place: `"device"`: every device holds all examples as uint8, and a step moves nothing between
+        host and device. `"host"`: batches are read ahead by threads, each process its own part.
+        `"auto"`: on the devices if the images fill at most a quarter of their memory.
+      examples: The training examples.
+      batch_size: Examples of a step.
+      num_steps: Steps of the whole run.
+      mesh: The devices.
+
+    Raises:
+      ConfigError: If there is no such place.
+    """
+    if place == "auto":
+        told = jax.local_devices()[0].memory_stats() or {}
+        room = SHARE * told.get("bytes_limit", UNKNOWN_MEMORY)
+        place = "device" if examples.images.nbytes <= room else "host"
+    if place not in ("device", "host"):
+        raise ConfigError(f"config.input must be auto, device or host, not {place!r}.")
+    make = _from_device if place == "device" else _from_host
+    return make(examples, batch_size, num_steps, mesh)
+
+
+def _from_device(examples: data.Examples, batch_size: int, num_steps: int, mesh: Mesh) -> Feed:
+    steps_per_epoch = len(examples.labels) // batch_size
+    images, labels = meshes.put(tuple(examples), meshes.replicated(mesh))
+
+    def open_(seed, first):
+        for epoch in range(first // steps_per_epoch, num_steps // steps_per_epoch):
+            batches = data.train_batches(seed, epoch, len(labels), batch_size)
+            order = meshes.put(np.stack(list(batches)), meshes.batched(mesh, axis=1))
+            for _ in range(max(first - epoch * steps_per_epoch, 0), steps_per_epoch):
+                yield images, labels, order
+
+    def take(step, images, labels, order):
+        indices = order[step % order.shape[0]]
+        batch = jax.lax.with_sharding_constraint(images[indices], meshes.batched(mesh))
+        return batch, labels[indices]
+
+    return Feed(open_, take, resident=True)
+
+
+def _from_host(examples: data.Examples, batch_size: int, num_steps: int, mesh: Mesh) -> Feed:
+    # Its import costs a second or two, and sets that fit the devices do without.
+    import grain
+
+    steps_per_epoch = len(examples.labels) // batch_size
+    sharding = meshes.batched(mesh)
+    here = sharding.addressable_devices_indices_map((batch_size,)).values()
+    rows = np.unique(np.concatenate([np.arange(batch_size)[index] for index in here]))
+
+    def open_(seed, first):
+        @functools.lru_cache(maxsize=2)
+        def order(epoch):
+            return list(data.train_batches(seed, epoch, len(examples.labels), batch_size))
+
+        def read(step):
+            epoch, at = divmod(int(step), steps_per_epoch)
+            indices = order(epoch)[at][rows]
+            return examples.images[indices], examples.labels[indices]
+
+        ahead = grain.ReadOptions(num_threads=4, prefetch_buffer_size=8)
+        for local in grain.MapDataset.range(first, num_steps).map(read).to_iter_dataset(ahead):
+            yield tuple(jax.make_array_from_process_local_data(sharding, part) for part in local)
+
+    def take(step: Any, images, labels):
+        del step
+        return images, labels
+
+    return Feed(open_, take, resident=False)

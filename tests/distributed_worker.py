@@ -1,0 +1,106 @@
+"""Train a few steps by every method on these devices, and save what came out.
+
+Run as `python distributed_worker.py OUT.npz DEVICES FSDP [PORT PROCESSES ID]`; test_distributed.py
+does, since the number of devices is a process's for life.
+"""
+
+import json
+import pathlib
+import sys
+
+import jax
+
+out, devices, fsdp, *others = sys.argv[1:]
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", int(devices))
+if others:
+    port, processes, number = others
+    jax.distributed.initialize(f"localhost:{port}", int(processes), int(number))
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import lpa_jax
+from lpa_jax import data, models
+from lpa_jax.training import checkpoints, feed, mesh, step
+
+STEPS, BATCH = 50, 64
+METHODS = {
+    "erm": lpa_jax.chain(),
+    "lpa": lpa_jax.lpa("group2", 0.1, steps=2),
+    "lpl": lpa_jax.lpl(0.3),
+    "lpg": lpa_jax.lpg(0.1),
+    "manifold_mixup": lpa_jax.manifold_mixup(("inputs", "group1"), 2.0),
+    "mixup+lpl": lpa_jax.chain(lpa_jax.mixup(1.0), lpa_jax.lpl(0.3)),
+    "dropout": lpa_jax.dropout("group3", 0.3),
+    "sam": lpa_jax.sam(0.05),
+    "all": lpa_jax.chain(
+        lpa_jax.manifold_mixup(("inputs", "group1"), 2.0),
+        lpa_jax.lpa("group3", 0.1, steps=1),
+        lpa_jax.lpg(0.1),
+        lpa_jax.sam(0.05),
+    ),
+}
+COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+
+
+def whole(tree):
+    """Return the arrays of a state, from wherever they are, on this host."""
+    gather = jax.jit(lambda tree: tree, out_shardings=mesh.replicated(grid))
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(gather(tree))]
+
+
+def count_collectives(compiled):
+    """Count the collectives of a compiled program; halves of asynchronous ones count once."""
+    text = compiled.as_text()
+    return {name: text.count(f" {name}(") + text.count(f" {name}-start(") for name in COLLECTIVES}
+
+
+grid = mesh.make_mesh(BATCH, int(fsdp))
+digits = data.load("digits")
+results, counts = {}, {}
+for name, perturbation in METHODS.items():
+    model = models.create("small_cnn", num_classes=10, mean=digits.mean, std=digits.std, width=16)
+    perturbed = lpa_jax.value_and_grad(model.apply, perturbation, num_classes=10)
+    tx = optax.sgd(0.002, momentum=0.9)
+    init = step.make_init(model.init, perturbed, tx, (BATCH, 8, 8, 1))
+    like = jax.eval_shape(init, jnp.int32(0))
+    shardings = step.state_shardings(grid, like)
+    source = feed.make_feed("device", digits.train, BATCH, 3 * STEPS, grid)
+    train_step = step.make_train_step(
+        perturbed, tx, grid, shardings, source.take, padding=1, flip=False
+    )
+    state = jax.jit(init, out_shardings=shardings)(jnp.int32(0))
+    batches = source.open(0, 0)
+    given = (jnp.int32(0), jnp.int32(1), *next(batches))
+    compiled = train_step.lower(state, *given).compile()
+    counts[name] = count_collectives(compiled)
+    for _ in range(STEPS):
+        state = train_step(state, *given)
+        given = (*given[:2], *next(batches))
+    # Everything but the sums of an epoch that are reported of the perturbations.
+    kept = (state.running.loss, state.variables, state.opt_state, state.perturbation.class_stats)
+    for i, leaf in enumerate(whole(kept)):
+        results[f"{name}/{i}"] = leaf
+    if name == "all":
+        where = pathlib.Path(out).with_suffix(".checkpoint")
+        saved = checkpoints.Checkpoints(where)
+        saved.save(STEPS, state)
+        saved.close()
+        # What others saved, from other devices, comes back bit for bit on these.
+        for path in where.parent.glob("*.checkpoint"):
+            other = checkpoints.Checkpoints(path)
+            restored = other.restore(like, shardings)
+            other.close()
+            results[f"restored/{path.stem}"] = np.concatenate(
+                [leaf.ravel().astype(np.float64) for leaf in whole(restored)]
+            )
+        held = [s.data.nbytes for x in jax.tree.leaves((state.variables["params"], state.opt_state))
+                for s in x.addressable_shards[:1]]  # fmt: skip
+        results["bytes"] = np.array(sum(held))
+results["collectives"] = np.array(json.dumps(counts))
+if jax.process_index() == 0:
+    np.savez(out, **results)
+if others:
+    jax.distributed.shutdown()
