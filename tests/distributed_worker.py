@@ -9,14 +9,6 @@ import pathlib
 import sys
 
 import jax
-
-out, devices, fsdp, *others = sys.argv[1:]
-jax.config.update("jax_platforms", "cpu")
-jax.config.update("jax_num_cpu_devices", int(devices))
-if others:
-    port, processes, number = others
-    jax.distributed.initialize(f"localhost:{port}", int(processes), int(number))
-
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -45,62 +37,71 @@ METHODS = {
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 
 
-def whole(tree):
-    """Return the arrays of a state, from wherever they are, on this host."""
-    gather = jax.jit(lambda tree: tree, out_shardings=mesh.replicated(grid))
-    return [np.asarray(leaf) for leaf in jax.tree.leaves(gather(tree))]
-
-
 def count_collectives(compiled):
     """Count the collectives of a compiled program; halves of asynchronous ones count once."""
     text = compiled.as_text()
     return {name: text.count(f" {name}(") + text.count(f" {name}-start(") for name in COLLECTIVES}
 
 
-grid = mesh.make_mesh(BATCH, int(fsdp))
-digits = data.load("digits")
-results, counts = {}, {}
-for name, perturbation in METHODS.items():
+def main(out, fsdp):
+    grid = mesh.make_mesh(BATCH, fsdp)
+    gather = jax.jit(lambda tree: tree, out_shardings=mesh.replicated(grid))
+
+    def whole(tree):
+        """Return the arrays of a state, from wherever they are, on this host."""
+        return [np.asarray(leaf) for leaf in jax.tree.leaves(gather(tree))]
+
+    digits = data.load("digits")
     model = models.create("small_cnn", num_classes=10, mean=digits.mean, std=digits.std, width=16)
-    perturbed = lpa_jax.value_and_grad(model.apply, perturbation, num_classes=10)
+    # Small steps: at large ones training itself, chaotic, makes roundings grow.
     tx = optax.sgd(0.002, momentum=0.9)
-    init = step.make_init(model.init, perturbed, tx, (BATCH, 8, 8, 1))
-    like = jax.eval_shape(init, jnp.int32(0))
-    shardings = step.state_shardings(grid, like)
     source = feed.make_feed("device", digits.train, BATCH, 3 * STEPS, grid)
-    train_step = step.make_train_step(
-        perturbed, tx, grid, shardings, source.take, padding=1, flip=False
-    )
-    state = jax.jit(init, out_shardings=shardings)(jnp.int32(0))
-    batches = source.open(0, 0)
-    given = (jnp.int32(0), jnp.int32(1), *next(batches))
-    compiled = train_step.lower(state, *given).compile()
-    counts[name] = count_collectives(compiled)
-    for _ in range(STEPS):
-        state = train_step(state, *given)
-        given = (*given[:2], *next(batches))
-    # Everything but the sums of an epoch that are reported of the perturbations.
-    kept = (state.running.loss, state.variables, state.opt_state, state.perturbation.class_stats)
-    for i, leaf in enumerate(whole(kept)):
-        results[f"{name}/{i}"] = leaf
-    if name == "all":
-        where = pathlib.Path(out).with_suffix(".checkpoint")
-        saved = checkpoints.Checkpoints(where)
-        saved.save(STEPS, state)
-        saved.close()
-        # What others saved, from other devices, comes back bit for bit on these.
-        for path in where.parent.glob("*.checkpoint"):
-            other = checkpoints.Checkpoints(path)
-            restored = other.restore(like, shardings)
-            other.close()
-            results[f"restored/{path.stem}"] = np.concatenate(
-                [leaf.ravel().astype(np.float64) for leaf in whole(restored)]
-            )
-        held = [s.data.nbytes for x in jax.tree.leaves((state.variables["params"], state.opt_state))
-                for s in x.addressable_shards[:1]]  # fmt: skip
-        results["bytes"] = np.array(sum(held))
-results["collectives"] = np.array(json.dumps(counts))
-if jax.process_index() == 0:
-    np.savez(out, **results)
-if others:
-    jax.distributed.shutdown()
+    results, counts = {}, {}
+    for name, perturbation in METHODS.items():
+        perturbed = lpa_jax.value_and_grad(model.apply, perturbation, num_classes=10)
+        init = step.make_init(model.init, perturbed, tx, (BATCH, 8, 8, 1))
+        like = jax.eval_shape(init, jnp.int32(0))
+        shardings = step.state_shardings(grid, like)
+        train_step = step.make_train_step(
+            perturbed, tx, grid, shardings, source.take, padding=1, flip=False
+        )
+        state = jax.jit(init, out_shardings=shardings)(jnp.int32(0))
+        batches = source.open(0, 0)
+        given = (jnp.int32(0), jnp.int32(1), *next(batches))
+        counts[name] = count_collectives(train_step.lower(state, *given).compile())
+        for _ in range(STEPS):
+            state = train_step(state, *given)
+            given = (*given[:2], *next(batches))
+        results[f"{name}/loss"] = np.asarray(state.running.loss)
+        results[f"{name}/params"] = np.concatenate([x.ravel() for x in whole(state.variables)])
+        stats = whole(state.perturbation.class_stats)
+        results[f"{name}/class_stats"] = np.concatenate([x.ravel() for x in stats])
+
+    # The last method's state: its size on one device, and whether it survives a change of devices.
+    held = (state.variables["params"], state.opt_state)
+    shards = [leaf.addressable_shards[0].data for leaf in jax.tree.leaves(held)]
+    results["bytes"] = np.array(sum(shard.nbytes for shard in shards))
+    results["collectives"] = np.array(json.dumps(counts))
+    saved = checkpoints.Checkpoints(out.with_suffix(".checkpoint"))
+    saved.save(STEPS, state)
+    saved.close()
+    results["state"] = np.concatenate([x.ravel().astype(np.float64) for x in whole(state)])
+    for path in sorted(out.parent.glob("*.checkpoint")):
+        other = checkpoints.Checkpoints(path)
+        restored = whole(other.restore(like, shardings))
+        other.close()
+        results[f"restored/{path.stem}"] = np.concatenate(
+            [leaf.ravel().astype(np.float64) for leaf in restored]
+        )
+    if jax.process_index() == 0:
+        np.savez(out, **results)
+
+
+if __name__ == "__main__":
+    path, devices, fsdp, *others = sys.argv[1:]
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", int(devices))
+    if others:
+        port, processes, number = map(int, others)
+        jax.distributed.initialize(f"localhost:{port}", processes, number)
+    main(pathlib.Path(path).absolute(), int(fsdp))

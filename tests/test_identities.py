@@ -29,7 +29,10 @@ EPSILON = 0.25
 
 def split_of(signs):
     signs = jnp.asarray(signs, jnp.float32)
-    return lpa_jax.splits.Split(lambda stats: signs, lambda stats: jnp.zeros_like(signs))
+    return lpa_jax.splits.Split(
+        lambda _, classes: signs.at[classes].get(mode="clip"),
+        lambda _, classes: jnp.zeros(classes.shape),
+    )
 
 
 class Net(nn.Module):

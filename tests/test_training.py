@@ -1,6 +1,8 @@
 """The trainer, in this process: what a run leaves behind, and what it refuses."""
 
+import functools
 import io
+import itertools
 import json
 
 import jax
@@ -12,10 +14,10 @@ import pytest
 from rich.console import Console
 
 from configs import digits
-from lpa_jax import losses
+from lpa_jax import data, losses
 from lpa_jax.evaluation import metrics
 from lpa_jax.perturb import engine
-from lpa_jax.training import checkpoints, loop, mesh, records, report, schedules
+from lpa_jax.training import checkpoints, feed, loop, mesh, records, report, schedules
 from lpa_jax.training import config as configuration
 
 # tensorboardX and orbax are third parties to these.
@@ -159,6 +161,90 @@ def test_unknown_methods_are_refused_with_near_names():
         digits.get_config("lpa")
 
 
+# ---------------------------------------------------------------- batches and dispatches
+
+
+def batches_of(place, first, count=7):
+    """Return the batches of a few steps as a feed gives them to the step."""
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (40, 2, 2, 1), dtype=np.uint8)
+    examples = data.Examples(images, np.arange(40, dtype=np.int32))
+    fed = feed.make_feed(place, examples, 16, 10, mesh.make_mesh(16))
+    take = jax.jit(fed.take)
+    steps = enumerate(itertools.islice(fed.open(3, first), count), start=first)
+    return [jax.device_get(take(jnp.int32(step), *given)) for step, given in steps]
+
+
+def test_device_and_host_give_the_same_batches_in_the_same_order():
+    both = [batches_of(place, 0) for place in ("device", "host")]
+    jax.tree.map(np.testing.assert_array_equal, *both)
+    expected = [b for epoch in range(4) for b in data.train_batches(3, epoch, 40, 16)]
+    for (_, labels), indices in zip(both[0], expected, strict=False):
+        np.testing.assert_array_equal(labels, indices)
+
+
+@pytest.mark.parametrize("place", ["device", "host"])
+def test_batches_go_on_where_they_were_cut_off(place):
+    jax.tree.map(np.testing.assert_array_equal, batches_of(place, 3, 4), batches_of(place, 0)[3:])
+
+
+def test_large_sets_stay_on_the_host(monkeypatch):
+    examples = data.Examples(np.zeros((16, 2, 2, 1), np.uint8), np.zeros(16, np.int32))
+    made = functools.partial(feed.make_feed, "auto", examples, 16, 1, mesh.make_mesh(16))
+    assert made().resident
+    monkeypatch.setattr(feed, "UNKNOWN_MEMORY", 100)
+    assert not made().resident
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"input": "host"}, {"steps_per_dispatch": 7}, {"fsdp": 8, "batch_size": 64}],
+    ids=str,
+)
+def test_the_place_of_the_computation_does_not_change_its_result(finished, tmp_path, changes):
+    summary, _ = run(smoke("lpa+lpl+lpg", seed=3, **changes), tmp_path)
+    expected = finished[1]["seeds"][0]
+    assert summary["seeds"][0]["test_nll"] == pytest.approx(expected["test_nll"], rel=1e-4)
+    rows = [records.read_rows(d / "seed3" / "metrics.jsonl") for d in (tmp_path, finished[0])]
+    for new, old in zip(*rows, strict=True):
+        assert new == pytest.approx(old, rel=1e-3, abs=1e-4)
+
+
+def test_accumulated_gradients_are_those_of_the_larger_batch():
+    params, rng = {"w": jnp.ones(3)}, np.random.default_rng(0)
+    grads = [{"w": jnp.asarray(rng.normal(size=3), jnp.float32)} for _ in range(4)]
+    rate = optax.constant_schedule(0.1)
+    few = schedules.optimizer("sgd", rate, 0.5, {"momentum": 0.9})
+    many = schedules.optimizer("sgd", rate, 0.5, {"momentum": 0.9}, accumulate=2)
+    one, state = params, few.init(params)
+    for pair in (grads[:2], grads[2:]):
+        mean = jax.tree.map(lambda a, b: (a + b) / 2, *pair)
+        updates, state = few.update(mean, state, one)
+        one = optax.apply_updates(one, updates)
+    other, state = params, many.init(params)
+    for grad in grads:
+        updates, state = many.update(grad, state, other)
+        other = optax.apply_updates(other, updates)
+    np.testing.assert_allclose(other["w"], one["w"], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"input": "disk"}, "input must be auto, device or host"),
+        ({"input": "host", "steps_per_dispatch": 2}, "needs config.input"),
+        ({"fsdp": 3}, "fsdp must divide the 8 devices"),
+        ({"optimizer.accumulate": 0}, "optimizer.accumulate must be at least 1"),
+        ({"batch_size": 60}, "cannot be shared by 8 devices"),
+    ],
+    ids=str,
+)
+def test_a_layout_that_cannot_be_is_refused_before_anything_is_written(changes, message, tmp_path):
+    with pytest.raises(configuration.ConfigError, match=message):
+        run(smoke("erm", **changes), tmp_path / "w")
+    assert not (tmp_path / "w").exists()
+
+
 @pytest.mark.parametrize("name", configuration.TRANSFORMS)
 def test_every_transform_can_be_configured(name):
     config = digits.get_config(f"method={name}")
@@ -167,8 +253,8 @@ def test_every_transform_can_be_configured(name):
 
 
 def test_a_checkpoint_restores_what_was_saved(tmp_path):
-    sharding = mesh.replicated(mesh.data_mesh(8))
     state = {"a": jnp.arange(3.0), "b": (jnp.int32(7), jnp.ones((2, 2), jnp.bfloat16))}
+    sharding = jax.tree.map(lambda _: mesh.replicated(mesh.make_mesh(8)), state)
     saved = checkpoints.Checkpoints(tmp_path / "c")
     assert saved.restore(jax.eval_shape(lambda: state), sharding) is None
     for step in (1, 2, 3):

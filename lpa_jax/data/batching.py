@@ -25,26 +25,25 @@ def epoch_order(seed: int, epoch: int, num_examples: int) -> Int64[np.ndarray, "
 
 
 def train_batches(
-    seed: int, epoch: int, num_examples: int, batch_size: int, *, start: int = 0
-) -> Iterator[Int32[np.ndarray, "batch"]]:
-    """Iterate over the full batches of an epoch; examples left over wait for the next epoch.
+    seed: int, epoch: int, num_examples: int, batch_size: int
+) -> Int32[np.ndarray, "steps batch"]:
+    """Return the full batches of an epoch; examples left over wait for the next epoch.
 
     Args:
       seed: At least 0.
       epoch: At least 0.
       num_examples: Number of training examples, at least `batch_size`.
       batch_size: At least 1.
-      start: Number of batches to leave out, those done before an interruption.
 
-    Yields:
-      Indices of examples, int32 `[batch_size]`.
+    Returns:
+      Indices of examples, int32, a row a step.
 
     Raises:
-      ValueError: If `batch_size` or `start` is outside its range.
+      ValueError: If `batch_size` is outside its range.
 
     Example:
-      >>> [batch.shape for batch in train_batches(0, 0, num_examples=10, batch_size=4)]
-      [(4,), (4,)]
+      >>> train_batches(0, 0, num_examples=10, batch_size=4).shape
+      (2, 4)
     """
     if not 1 <= batch_size <= num_examples:
         raise ValueError(
@@ -52,10 +51,8 @@ def train_batches(
             "as there are to train on: choose a batch_size in that range."
         )
     steps = num_examples // batch_size
-    if not 0 <= start <= steps:
-        raise ValueError(f"start is {start}, but an epoch has {steps} batches: give 0 to {steps}.")
     order = epoch_order(seed, epoch, num_examples).astype(np.int32)
-    return iter(order[: steps * batch_size].reshape(steps, batch_size)[start:])
+    return order[: steps * batch_size].reshape(steps, batch_size)
 
 
 def eval_batches(

@@ -68,8 +68,8 @@ def _from_device(examples: data.Examples, batch_size: int, num_steps: int, mesh:
 
     def open_(seed, first):
         for epoch in range(first // steps_per_epoch, num_steps // steps_per_epoch):
-            batches = data.train_batches(seed, epoch, len(labels), batch_size)
-            order = meshes.put(np.stack(list(batches)), meshes.batched(mesh, axis=1))
+            order = data.train_batches(seed, epoch, len(labels), batch_size)
+            order = meshes.put(order, meshes.batched(mesh, axis=1))
             for _ in range(max(first - epoch * steps_per_epoch, 0), steps_per_epoch):
                 yield images, labels, order
 
@@ -93,7 +93,7 @@ def _from_host(examples: data.Examples, batch_size: int, num_steps: int, mesh: M
     def open_(seed, first):
         @functools.lru_cache(maxsize=2)
         def order(epoch):
-            return list(data.train_batches(seed, epoch, len(examples.labels), batch_size))
+            return data.train_batches(seed, epoch, len(examples.labels), batch_size)
 
         def read(step):
             epoch, at = divmod(int(step), steps_per_epoch)

@@ -1,0 +1,92 @@
+"""One device, several, and several processes: the same numbers, and states that move between."""
+
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+HERE = pathlib.Path(__file__).parent
+# Devices of a process, devices that share a copy of the state, processes.
+LAYOUTS = {
+    "one": (1, 1, 1),
+    "two": (2, 1, 1),
+    "four": (4, 1, 1),
+    "eight": (8, 1, 1),
+    "two_processes": (4, 1, 2),
+    "sharded": (8, 8, 1),
+    "sharded_processes": (4, 8, 2),
+}
+
+pytestmark = pytest.mark.slow
+
+
+def free_port():
+    with socket.socket() as server:
+        server.bind(("localhost", 0))
+        return server.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """Train on every layout, in processes of their own."""
+    directory = tmp_path_factory.mktemp("distributed")
+    env = {**os.environ, "PYTHONPATH": str(HERE.parent)}
+    loaded = {}
+    # The first comes once more at the end, to restore what the others saved.
+    for name, layout in [*LAYOUTS.items(), ("one_again", LAYOUTS["one"])]:
+        devices, fsdp, processes = map(str, layout)
+        out = directory / f"{name}.npz"
+        command = [sys.executable, HERE / "distributed_worker.py", out, devices, fsdp]
+        port = str(free_port())
+        several = processes != "1"
+        running = [
+            subprocess.Popen([*command, *([port, processes, str(i)] if several else [])], env=env)
+            for i in range(int(processes))
+        ]
+        assert [process.wait(timeout=1200) for process in running] == [0] * len(running)
+        with np.load(out) as file:
+            loaded[name] = dict(file)
+    return loaded
+
+
+@pytest.mark.parametrize("name", [name for name in LAYOUTS if name != "one"])
+def test_every_method_trains_to_the_same_numbers_as_on_one_device(results, name):
+    for key, expected in results["one"].items():
+        if key.endswith(("loss", "params", "class_stats")):
+            # Sums of the accuracy are whole examples, and one may lie on the edge.
+            atol = 1.01 if key.endswith("class_stats") else 1e-4
+            np.testing.assert_allclose(
+                results[name][key], expected, rtol=1e-3, atol=atol, err_msg=f"{name} {key}"
+            )
+
+
+def test_a_copy_of_the_state_is_shared_evenly(results):
+    whole, shared = results["one"]["bytes"], results["sharded"]["bytes"]
+    # Small arrays stay whole on every device.
+    assert whole / 8 <= shared <= 1.1 * whole / 8
+    assert results["eight"]["bytes"] == whole
+    assert results["sharded_processes"]["bytes"] == shared
+
+
+def test_checkpoints_move_between_devices_and_processes_bit_for_bit(results):
+    names = list(results)
+    moves = 0
+    for reader in names:
+        for writer in names[: names.index(reader) + 1]:
+            restored = results[reader][f"restored/{writer}"]
+            np.testing.assert_array_equal(restored, results[writer]["state"])
+            moves += 1
+    assert moves == len(names) * (len(names) + 1) // 2
+
+
+def test_plain_training_reduces_only_what_it_must(results):
+    counts = json.loads(str(results["eight"]["collectives"]))
+    assert all(counts["erm"][name] == 0 for name in counts["erm"] if name != "all-reduce")
+    # Mixing with the example before needs its neighbour's last example, nothing else.
+    assert counts["manifold_mixup"]["all-gather"] == 0
+    assert counts["lpl"]["all-gather"] == counts["lpg"]["all-gather"] == 0
