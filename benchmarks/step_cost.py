@@ -1,29 +1,29 @@
-"""What a training step with LPA costs relative to plain cross-entropy, by site.
+"""What a training step with a perturbation costs relative to plain cross-entropy.
 
     python benchmarks/step_cost.py [--model=wrn_16_2] [--batch=128] [--steps=3] [--out=FILE.json]
 
-Compiled FLOPs repeat exactly; wall-clock ratios are medians of paired runs (every variant once a
-round, in turn). The last column is the FLOPs of the way forward hooks would do it: a run of the
-full network, forward and back to the site, for each PGD step.
+Compiled FLOPs, bytes and memory repeat exactly; wall-clock ratios are medians of paired runs (every
+variant once a round, in turn). "formula" is what arithmetic demands of LPA with T steps at a site:
+1 + T * 2 * F_tail / (3 * F), with the FLOPs of a forward pass, and of its tail beyond the site.
+"by hooks" is the FLOPs of the way forward hooks would do it: a run of the full network, forward and
+back to the site, for each gradient step.
 """
 
 import argparse
-import json
 import pathlib
-import shlex
 import statistics
-import subprocess
-import sys
 import time
 
 import jax
 import jax.numpy as jnp
 import optax
+import record
 from rich.console import Console
 from rich.table import Table
 
 import lpa_jax
 from lpa_jax import models
+from lpa_jax.taps.linen import LinenNetwork
 
 APPLY = {"train": True, "mutable": ["batch_stats"]}
 
@@ -56,41 +56,42 @@ def plain_step(model):
     return run
 
 
-def full_network_flops(model, variables, images, labels, site):
-    """FLOPs of one PGD step that runs the whole network and differentiates back to the site."""
-    from lpa_jax.taps.linen import LinenNetwork
-
-    network = LinenNetwork(model.apply)
-    trace = network.trace(variables, images, APPLY)
-    tap = next(tap for tap in trace.taps if tap.name == site)
-
-    def run(variables, images, labels, delta):
-        def loss_fn(delta):
-            _, (value,), _ = network.run(variables, images, {}, (tap,), APPLY)
-            logits, _, _ = network.run(variables, images, {tap: value + delta}, (), APPLY)
-            return jnp.sum(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
-
-        return jax.grad(loss_fn)(delta)
-
-    compiled = jax.jit(run).lower(variables, images, labels, jnp.zeros(tap.shape)).compile()
-    return flops(compiled)
-
-
 def flops(compiled):
     """Return the FLOPs XLA counts in a compiled program."""
     return compiled.cost_analysis()["flops"]
 
 
-def commit():
-    """Return the commit checked out, empty where there is none."""
-    try:
-        command = ["git", "rev-parse", "HEAD"]
-        done = subprocess.run(
-            command, cwd=pathlib.Path(__file__).parent, capture_output=True, text=True, check=False
-        )
-        return done.stdout.strip()
-    except OSError:
-        return ""
+def peak_bytes(compiled):
+    """Return the memory a compiled program needs: arguments, results and what lies between."""
+    memory = compiled.memory_analysis()
+    kinds = ("argument", "output", "temp")
+    total = sum(getattr(memory, f"{kind}_size_in_bytes") for kind in kinds)
+    return total - memory.alias_size_in_bytes
+
+
+def limits(model, variables, images, labels, site, steps):
+    """Return what LPA at a site must cost, and what it costs by hooks, in plain forward FLOPs."""
+    network = LinenNetwork(model.apply)
+    tap = next(t for t in network.trace(variables, images, APPLY).taps if t.name == site)
+    value = jax.ShapeDtypeStruct(tap.shape, tap.dtype)
+
+    def tail(value):
+        return network.run(variables, images, {tap: value}, (), APPLY)[0]
+
+    def hooked(delta):
+        def loss_fn(delta):
+            _, (value,), _ = network.run(variables, images, {}, (tap,), APPLY)
+            logits = tail(value + delta)
+            return jnp.sum(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
+
+        return jax.grad(loss_fn)(delta)
+
+    def cost(function, *arguments):
+        return flops(jax.jit(function).lower(*arguments).compile())
+
+    forward = cost(lambda images: model.apply(variables, images, **APPLY)[0], images)
+    formula = 1 + steps * 2 * cost(tail, value) / (3 * forward)
+    return formula, steps * cost(hooked, value)
 
 
 def main():
@@ -102,27 +103,27 @@ def main():
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--out", type=pathlib.Path, help="Write the figures as JSON.")
-    parser.add_argument("--commit", default=commit(), help="To record, outside a git checkout.")
     args = parser.parse_args()
 
-    model = models.create(
-        args.model,
-        num_classes=10,
-        mean=(0.5,) * 3,
-        std=(0.25,) * 3,
-        dtype=jnp.dtype(args.dtype),
-    )
+    channels = {"mean": (0.5,) * 3, "std": (0.25,) * 3}
+    model = models.create(args.model, num_classes=10, dtype=jnp.dtype(args.dtype), **channels)
     key = jax.random.key(0)
     images = jax.random.uniform(key, (args.batch, 32, 32, 3))
     labels = jnp.arange(args.batch) % 10
     variables = model.init(key, images[:1], train=False)
 
+    last = args.sites[0]
+    perturbations = {
+        "empty chain": lpa_jax.chain(),
+        "lpl": lpa_jax.lpl(0.5),
+        "lpg": lpa_jax.lpg(0.1),
+        f"dropout at {last}": lpa_jax.dropout(last, 0.3),
+        "manifold mixup": lpa_jax.manifold_mixup(("inputs", last), 2.0),
+        "sam": lpa_jax.sam(0.05),
+    }
+    perturbations |= {f"lpa at {s}": lpa_jax.lpa(s, 0.2, steps=args.steps) for s in args.sites}
     variants = {"plain": (plain_step(model), lambda *_, **__: ())}
-    variants["empty chain"] = perturbed_step(model, lpa_jax.chain(), 10)
-    for site in args.sites:
-        variants[f"lpa at {site}"] = perturbed_step(
-            model, lpa_jax.lpa(site, 0.2, steps=args.steps), 10
-        )
+    variants |= {name: perturbed_step(model, p, 10) for name, p in perturbations.items()}
     compiled, states, compile_seconds = {}, {}, {}
     for name, (run, init) in variants.items():
         states[name] = init(variables, images, labels, **APPLY)
@@ -138,55 +139,45 @@ def main():
             if round_ > 0:  # The first warms up.
                 seconds[name].append(time.perf_counter() - began)
 
-    plain = flops(compiled["plain"])
+    plain = compiled["plain"]
     rows = []
-    for name in variants:
+    for name, run in compiled.items():
         ratios = [a / b for a, b in zip(seconds[name], seconds["plain"], strict=True)]
         row = {
             "step": name,
-            "gflops": flops(compiled[name]) / 1e9,
-            "flops_ratio": flops(compiled[name]) / plain,
+            "flops": flops(run),
+            "flops_ratio": flops(run) / flops(plain),
+            "bytes": run.cost_analysis()["bytes accessed"],
+            "peak_bytes": peak_bytes(run),
             "seconds": statistics.median(seconds[name]),
             "seconds_ratio": statistics.median(ratios),
             "compile_seconds": compile_seconds[name],
         }
         if name.startswith("lpa at "):
-            extra = full_network_flops(
-                model, variables, images, labels, name.removeprefix("lpa at ")
-            )
-            row["full_network_flops_ratio"] = 1 + args.steps * extra / plain
+            site = name.removeprefix("lpa at ")
+            row["formula"], hooks = limits(model, variables, images, labels, site, args.steps)
+            row["by_hooks"] = 1 + hooks / flops(plain)
         rows.append(row)
 
-    title = f"{args.model}, {args.dtype}, batch {args.batch}, T = {args.steps}"
-    table = Table(title=title)
-    for column in ("step", "GFLOPs", "x plain", "seconds", "x plain", "full network per step"):
+    table = Table(title=f"{args.model}, {args.dtype}, batch {args.batch}, T = {args.steps}")
+    columns = ("step", "GFLOPs", "x plain", "formula", "by hooks", "GB moved", "peak MB",
+               "seconds", "x plain", "compile s")  # fmt: skip
+    for column in columns:
         table.add_column(column, justify="left" if column == "step" else "right")
     for row in rows:
-        full = row.get("full_network_flops_ratio")
         table.add_row(
             row["step"],
-            f"{row['gflops']:.1f}",
+            f"{row['flops'] / 1e9:.1f}",
             f"{row['flops_ratio']:.3f}",
+            *(f"{row[name]:.3f}" if name in row else "" for name in ("formula", "by_hooks")),
+            f"{row['bytes'] / 1e9:.2f}",
+            f"{row['peak_bytes'] / 1e6:.0f}",
             f"{row['seconds']:.4f}",
             f"{row['seconds_ratio']:.3f}",
-            f"{full:.3f}" if full else "",
+            f"{row['compile_seconds']:.1f}",
         )
     Console().print(table)
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(
-            json.dumps(
-                {
-                    "command": shlex.join(["python", *sys.argv]),
-                    "device": jax.devices()[0].device_kind,
-                    "jax": jax.__version__,
-                    "commit": args.commit,
-                    "rows": rows,
-                },
-                indent=2,
-            )
-            + "\n"
-        )
+    record.write(args.out, rows)
 
 
 if __name__ == "__main__":

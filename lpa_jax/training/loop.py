@@ -144,7 +144,7 @@ def train_and_evaluate(
         return metrics.evaluate(predict, variables, examples, dataset.num_classes, eval_batch_size)
 
     # --- Train each seed; the step is compiled once for all of them. -----------------------------
-    results, rows_by_seed, seconds_to_first_step = [], {}, None
+    results, rows_by_seed, first_step_ended = [], {}, None
     for seed in range(config.seed, config.seed + config.num_seeds):
         directory = workdir / f"seed{seed}"
         result_path = directory / "result.json"
@@ -170,9 +170,9 @@ def train_and_evaluate(
                 with jax.transfer_guard("disallow"):
                     state = train_step(state, *given)
                 step += taken
-                if seconds_to_first_step is None:
+                if first_step_ended is None:
                     jax.block_until_ready(state.step)
-                    seconds_to_first_step = round(time.monotonic() - began, 2)
+                    first_step_ended = time.time()
                 epoch, rest = divmod(step, steps_per_epoch)
                 if rest == 0:
                     _stop_if_nonfinite(state, directory)
@@ -207,7 +207,7 @@ def train_and_evaluate(
         "num_train": num_train,
         "num_test": len(dataset.test.labels),
         "session_seconds": round(time.monotonic() - began, 1),
-        "seconds_to_first_step": seconds_to_first_step,
+        "first_step_ended": first_step_ended,
         "device": f"{devices.size} x {jax.devices()[0].device_kind}",
         "versions": _versions(),
         "config": json.loads(json.dumps(config.to_dict())),

@@ -9,7 +9,7 @@ import numpy as np
 
 from lpa_jax.training.config import ConfigError
 
-LARGE = 2**12
+LARGE = 2**10
 """Arrays of fewer entries are not worth splitting: to gather them costs a message all the same."""
 
 

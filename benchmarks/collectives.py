@@ -1,0 +1,102 @@
+"""Which collectives a training step needs on several devices, and how much they carry.
+
+    python benchmarks/collectives.py [--devices=8] [--fsdp=1] [--out=FILE.json]
+
+Read off the compiled program on host devices: nothing is run. Bytes are those of the results, for
+one device; what is listed under a method is all of its step, plain training's included.
+"""
+
+import argparse
+import pathlib
+import re
+
+import jax
+import jax.numpy as jnp
+import optax
+import record
+from rich.console import Console
+from rich.table import Table
+
+import lpa_jax
+from lpa_jax import data, models
+from lpa_jax.training import feed, mesh, step
+
+KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+WIDTHS = {"pred": 1, "u8": 1, "s32": 4, "u32": 4, "f32": 4, "bf16": 2}
+
+
+def collectives(text):
+    """Return `{kind: [count, bytes]}` for the text of a compiled program."""
+    found = {}
+    for kind in KINDS:
+        # An asynchronous collective is a start and a done; the start has the operands in its type.
+        for types, start in re.findall(rf"= (\S.*?) {kind}(-start)?\(", text):
+            sizes = [
+                WIDTHS[width] * int(jnp.prod(jnp.array([int(n) for n in dims.split(",") if n])))
+                for width, dims in re.findall(r"(\w+)\[([\d,]*)\]", types)
+                if width in WIDTHS
+            ]
+            entry = found.setdefault(kind, [0, 0])
+            entry[0] += 1
+            entry[1] += sum(sizes) // (2 if start else 1)
+    return found
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="wrn_16_2")
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--devices", type=int, default=8)
+    parser.add_argument("--fsdp", type=int, default=1)
+    parser.add_argument("--out", type=pathlib.Path, help="Write the figures as JSON.")
+    args = parser.parse_args()
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", args.devices)
+
+    chains = {
+        "erm": lpa_jax.chain(),
+        "lpa at group3, T = 1": lpa_jax.lpa("group3", 0.1, steps=1),
+        "lpa at group3, T = 3": lpa_jax.lpa("group3", 0.1, steps=3),
+        "lpa at group2, T = 3": lpa_jax.lpa("group2", 0.1, steps=3),
+        "lpl, projected": lpa_jax.lpl(0.4, solver="projected"),
+        "lpg": lpa_jax.lpg(0.1),
+        "manifold mixup": lpa_jax.manifold_mixup(("inputs", "group1", "group2"), 2.0),
+        "dropout": lpa_jax.dropout("group3", 0.3),
+        "sam": lpa_jax.sam(0.05),
+    }
+    grid = mesh.make_mesh(args.batch, args.fsdp)
+    model = models.create(args.model, num_classes=10, mean=(0.5,) * 3, std=(0.25,) * 3)
+    tx = optax.sgd(0.1, momentum=0.9)
+    images = jax.ShapeDtypeStruct((50_000, 32, 32, 3), jnp.uint8)
+    labels = jax.ShapeDtypeStruct((50_000,), jnp.int32)
+    order = jax.ShapeDtypeStruct((390, args.batch), jnp.int32, sharding=mesh.batched(grid, 1))
+    number = jax.ShapeDtypeStruct((), jnp.int32)
+    tiny = data.Examples(jnp.zeros((args.batch, 2, 2, 3), jnp.uint8), jnp.zeros(args.batch, int))
+    take = feed.make_feed("device", tiny, args.batch, 1, grid).take
+    rows = []
+    table = Table(title=f"{args.model}, batch {args.batch}, {args.devices} devices, "
+                  f"fsdp {args.fsdp}: collectives of a step (kB)")  # fmt: skip
+    for column in ("method", *KINDS):
+        table.add_column(column, justify="left" if column == "method" else "right")
+    for name, perturbation in chains.items():
+        perturbed = lpa_jax.value_and_grad(model.apply, perturbation, num_classes=10)
+        init = step.make_init(model.init, perturbed, tx, (args.batch, 32, 32, 3))
+        like = jax.eval_shape(init, number)
+        shardings = step.state_shardings(grid, like)
+        train_step = step.make_train_step(
+            perturbed, tx, grid, shardings, take, padding=4, flip=True
+        )
+        state = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), like, shardings
+        )
+        compiled = train_step.lower(state, number, number, images, labels, order).compile()
+        found = collectives(compiled.as_text())
+        rows.append({"method": name, "collectives": found})
+        cells = (found.get(kind) for kind in KINDS)
+        table.add_row(name, *(f"{c[0]} ({c[1] / 1e3:.1f})" if c else "" for c in cells))
+    Console(width=120).print(table)
+    record.write(args.out, rows, fsdp=args.fsdp)
+
+
+if __name__ == "__main__":
+    main()

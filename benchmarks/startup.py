@@ -1,0 +1,86 @@
+"""From the start of the process to the end of the first training step, cold and started again.
+
+    python benchmarks/startup.py [--configs digits cifar10] [--method=lpa] [--out=FILE.json]
+
+Each configuration is started twice, in processes of their own that share one directory for JAX's
+persistent compilation cache (JAX_COMPILATION_CACHE_DIR), empty at first. Random images of CIFAR's
+shape stand in for CIFAR.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+import time
+
+import numpy as np
+import record
+from rich.console import Console
+from rich.table import Table
+
+ROOT = pathlib.Path(__file__).parent.parent
+CLASSES = {"cifar10": 10, "cifar100": 100}
+
+
+def random_cifar(path, num_classes):
+    """Write a set of CIFAR's shape, two batches long."""
+    rng = np.random.default_rng(0)
+    arrays = {}
+    for part, count in (("train", 256), ("test", 100)):
+        arrays[f"x_{part}"] = rng.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
+        arrays[f"y_{part}"] = np.arange(count) % num_classes
+    np.savez(path, **arrays)
+
+
+def start(config, method, cache, directory):
+    """Run two steps; return the seconds to the end of the first from the start of the process."""
+    command = [
+        sys.executable,
+        "-m",
+        "lpa_jax.main",
+        f"--config=configs/{config}.py:method={method}",
+    ]
+    command += ["--config.epochs=1", "--config.limit=256", "--config.validation_fraction=0.0"]
+    command += ["--config.eval_batch_size=100", f"--workdir={directory}"]
+    if config in CLASSES:
+        path = pathlib.Path(cache) / f"{config}.npz"
+        random_cifar(path, CLASSES[config])
+        command.append(f"--config.dataset=npz:{path}")
+    env = {**os.environ, "JAX_COMPILATION_CACHE_DIR": cache}
+    # The default leaves out what compiles in less than a second; there is much of it.
+    env["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    began = time.time()
+    subprocess.run(command, cwd=ROOT, env=env, check=True, stdout=subprocess.DEVNULL)
+    summary = json.loads((pathlib.Path(directory) / "summary.json").read_text())
+    return summary["first_step_ended"] - began
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--configs", nargs="*", default=["digits", "cifar10", "cifar100"])
+    parser.add_argument("--method", default="lpa")
+    parser.add_argument("--out", type=pathlib.Path, help="Write the figures as JSON.")
+    args = parser.parse_args()
+    rows = []
+    for config in args.configs:
+        with tempfile.TemporaryDirectory() as cache:
+            cold, warm = (
+                start(config, args.method, cache, f"{cache}/run{turn}") for turn in range(2)
+            )
+        rows.append({"config": config, "method": args.method, "cold": cold, "warm": warm})
+    table = Table(title="Seconds to the end of the first step")
+    for column in ("config", "method", "cold", "with the cache", "ratio"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        cold, warm = row["cold"], row["warm"]
+        numbers = (f"{cold:.1f}", f"{warm:.1f}", f"{cold / warm:.1f}")
+        table.add_row(row["config"], row["method"], *numbers)
+    Console().print(table)
+    record.write(args.out, rows)
+
+
+if __name__ == "__main__":
+    main()
