@@ -27,6 +27,10 @@ _DISTRIBUTED = flags.DEFINE_bool(
 )
 
 
+PREEMPTED = 75
+"""Exit code of a run that SIGTERM stopped, after it was saved: the EX_TEMPFAIL of sysexits.h."""
+
+
 class UsageError(ValueError):
     """A command line that does not say what to run."""
 
@@ -83,6 +87,9 @@ def _main(_: list[str]) -> None:
         loop.train_and_evaluate(_CONFIG.value, str(_WORKDIR.value))
     except (UsageError, loop.ConfigError, DataError, loop.NonFiniteLossError) as error:
         _fail(error)
+    except loop.PreemptedError as error:
+        print(f"lpa_jax: {error} The same command goes on from there.", file=sys.stderr)
+        sys.exit(PREEMPTED)
     except KeyboardInterrupt:
         print(
             "lpa_jax: stopped; the same command goes on from the last checkpoint.", file=sys.stderr

@@ -13,6 +13,7 @@ import orbax.checkpoint as ocp
 import pytest
 from tfds_fixture import write_tfds
 
+from lpa_jax import main
 from lpa_jax.training import records
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -84,34 +85,56 @@ def leaves_of_last_checkpoint(seed_directory):
     return {name: np.asarray(leaf) for name, leaf in restored.items()}
 
 
-def test_a_killed_run_resumes_to_the_same_bits(tmp_path):
-    # Statistics by epoch, moving averages and an unfinished epoch are all in the checkpoint.
-    arguments = [
-        "--config=configs/digits.py:method=lpa+lpl,smoke",
-        "--config.epochs=6",
-        "--config.checkpoint_every=0.4",
-        "--config.perturbation.lpa.split.window=epoch",
-        "--config.num_seeds=2",
-    ]
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    assert call(*arguments, f"--workdir={whole}").returncode == 0
-    process = start(*arguments, f"--workdir={cut}")
-    rows = cut / "seed0" / "metrics.jsonl"
+# Statistics by epoch, moving averages and an unfinished epoch are all in the checkpoint.
+RESUMED = [
+    "--config=configs/digits.py:method=lpa+lpl,smoke",
+    "--config.epochs=6",
+    "--config.checkpoint_every=0.4",
+    "--config.perturbation.lpa.split.window=epoch",
+    "--config.num_seeds=2",
+]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Return the directory of a run that nothing interrupted."""
+    directory = tmp_path_factory.mktemp("whole")
+    assert call(*RESUMED, f"--workdir={directory}").returncode == 0
+    return directory
+
+
+def damage(checkpoint):
+    """Cut every file of a checkpoint short, as a crash of the machine may."""
+    for path in checkpoint.rglob("*"):
+        if path.is_file():
+            os.truncate(path, path.stat().st_size // 2)
+
+
+@pytest.mark.parametrize("end", ["SIGKILL", "SIGTERM", "SIGKILL and damage"])
+def test_an_interrupted_run_resumes_to_the_same_bits(end, whole, tmp_path):
+    process = start(*RESUMED, f"--workdir={tmp_path}")
+    rows = tmp_path / "seed0" / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while len(records.read_rows(rows)) < 2:
-        assert process.poll() is None, "the run ended before it could be killed"
+        assert process.poll() is None, "the run ended before it could be interrupted"
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    assert not (cut / "seed0" / "result.json").exists()
-    done = call(*arguments, f"--workdir={cut}")
+    process.send_signal(getattr(signal, end.split()[0]))
+    assert process.wait() == (main.PREEMPTED if end == "SIGTERM" else -signal.SIGKILL)
+    assert not (tmp_path / "seed0" / "result.json").exists()
+    found = (tmp_path / "seed0" / "checkpoints").iterdir()
+    # What was being written when it was killed has another name.
+    newest = max((path for path in found if path.name.isdigit()), key=lambda path: int(path.name))
+    if end.endswith("damage"):
+        damage(newest)
+    done = call(*RESUMED, f"--workdir={tmp_path}")
     assert done.returncode == 0, done.stderr
+    assert (f"checkpoint of step {newest.name}" in done.stderr) == end.endswith("damage")
 
     for seed in ("seed0", "seed1"):
         for name in ("metrics.jsonl", "result.json"):
-            assert (cut / seed / name).read_text() == (whole / seed / name).read_text()
-        ours, theirs = (leaves_of_last_checkpoint(d / seed) for d in (cut, whole))
+            assert (tmp_path / seed / name).read_text() == (whole / seed / name).read_text()
+        ours, theirs = (leaves_of_last_checkpoint(d / seed) for d in (tmp_path, whole))
         assert ours.keys() == theirs.keys()
         for name, leaf in ours.items():
             np.testing.assert_array_equal(leaf, theirs[name])

@@ -90,3 +90,27 @@ def test_plain_training_reduces_only_what_it_must(results):
     # Mixing with the example before needs its neighbour's last example, nothing else.
     assert counts["manifold_mixup"]["all-gather"] == 0
     assert counts["lpl"]["all-gather"] == counts["lpg"]["all-gather"] == 0
+
+
+def test_the_command_line_trains_on_two_processes(tmp_path):
+    command = [sys.executable, "-m", "lpa_jax.main", "--config=configs/digits.py:method=lpa,smoke"]
+    env = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    root = HERE.parent
+    subprocess.run([*command, f"--workdir={tmp_path / 'one'}"], cwd=root, env=env, check=True)
+    address = f"--coordinator_address=localhost:{free_port()}"
+    command += [f"--workdir={tmp_path / 'two'}", address, "--num_processes=2"]
+    running = [
+        subprocess.Popen(
+            [*command, f"--process_id={i}"], cwd=root, env=env, stdout=subprocess.PIPE, text=True
+        )
+        for i in range(2)
+    ]
+    shown = [process.communicate(timeout=600)[0] for process in running]
+    assert [process.returncode for process in running] == [0, 0]
+    # The first process speaks for both.
+    assert "test accuracy %" in shown[0]
+    assert shown[1] == ""
+    one, two = (json.loads((tmp_path / n / "summary.json").read_text()) for n in ("one", "two"))
+    assert two["device"].startswith("2 x")
+    for name, entry in one["metrics"].items():
+        assert two["metrics"][name]["mean"] == pytest.approx(entry["mean"], rel=1e-2)

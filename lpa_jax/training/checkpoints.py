@@ -3,6 +3,7 @@
 import pathlib
 from typing import Any
 
+from absl import logging
 import jax
 import orbax.checkpoint as ocp
 
@@ -28,24 +29,34 @@ class Checkpoints:
         self._manager.save(step, args=ocp.args.StandardSave(leaves))
 
     def restore(self, like: Any, shardings: Any) -> Any | None:
-        """Return the newest state; None if there is none.
+        """Return the newest state that can be read; None if there is none.
+
+        A damaged checkpoint is removed, with a warning, and the one before it taken.
 
         Args:
           like: A pytree of the structure, shapes and dtypes of the state.
           shardings: The same structure, where to put each array; it may have been saved from
             other places, on another number of devices.
         """
-        step = self._manager.latest_step()
-        if step is None:
-            return None
         leaves, treedef = jax.tree.flatten(like)
         places = treedef.flatten_up_to(shardings)
         shapes = {
             str(i): jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
             for i, (leaf, place) in enumerate(zip(leaves, places, strict=True))
         }
-        restored = self._manager.restore(step, args=ocp.args.StandardRestore(shapes))
-        return treedef.unflatten([restored[str(i)] for i in range(len(leaves))])
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                restored = self._manager.restore(step, args=ocp.args.StandardRestore(shapes))
+            except Exception as error:  # Of any kind: what reads the files is several libraries.
+                reason = str(error).strip().partition("\n")[0]
+                logging.warning(
+                    "The checkpoint of step %d in %s is damaged; taking the one before. (%s)",
+                    *(step, self._manager.directory, reason),
+                )
+                self._manager.delete(step)
+            else:
+                return treedef.unflatten([restored[str(i)] for i in range(len(leaves))])
+        return None
 
     def close(self) -> None:
         """Wait until what was saved is written."""

@@ -8,10 +8,13 @@ import itertools
 import json
 import pathlib
 import platform
+import signal
+import threading
 import time
 from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -34,6 +37,10 @@ LOSSES = {
     "softmax_cross_entropy": optax.softmax_cross_entropy,
     "softmax_binary_cross_entropy": losses.softmax_binary_cross_entropy,
 }
+
+
+class PreemptedError(RuntimeError):
+    """The process was asked to stop (SIGTERM); the state has been saved."""
 
 
 class NonFiniteLossError(RuntimeError):
@@ -60,6 +67,7 @@ def train_and_evaluate(
       ConfigError: If the configuration cannot be run, before anything is written.
       DataError: If the data cannot be read, likewise.
       NonFiniteLossError: If the loss becomes NaN or infinite.
+      PreemptedError: If the process was sent SIGTERM, after the present step has been saved.
     """
     console = console or Console(quiet=jax.process_index() > 0)
     workdir = pathlib.Path(workdir)
@@ -158,6 +166,7 @@ def train_and_evaluate(
         first = step = int(state.step)
         log = records.Records(directory, first, write=first_process)
         with contextlib.ExitStack() as stack:
+            preempted = stack.enter_context(_preemption())
             stack.callback(saved.close)
             stack.callback(log.close)
             show = stack.enter_context(_progress(console, f"seed {seed}", first, num_steps))
@@ -183,9 +192,12 @@ def train_and_evaluate(
                         row |= _named("validation", judge(state.variables, dataset.validation))
                     log.write({"step": step, "epoch": epoch, **_scalars(row)})
                     show(step, f"epoch {epoch}", row)
-                if step % checkpoint_every == 0 or step == num_steps:
+                stopping = preempted(step)
+                if step % checkpoint_every == 0 or step == num_steps or stopping:
                     _stop_if_nonfinite(state, directory)
                     saved.save(step, state)
+                if stopping:
+                    raise PreemptedError(f"SIGTERM came; step {step} is saved in {directory}.")
                 show(step)
 
             # --- Judge the last epoch, whatever came before it. -----------------------------------
@@ -221,6 +233,25 @@ def train_and_evaluate(
     report.show_table(title, results, console)
     console.print(f"Plots, metrics and checkpoints are in {workdir}.")
     return summary
+
+
+@contextlib.contextmanager
+def _preemption() -> Iterator[Callable[[int], bool]]:
+    """Give a function of the step: whether SIGTERM has come, to any of the processes."""
+    if jax.process_count() > 1:
+        # The processes agree on the step after which they stop.
+        yield multihost_utils.reached_preemption_sync_point
+        return
+    if threading.current_thread() is not threading.main_thread():
+        # Signals are the main thread's alone.
+        yield lambda step: False
+        return
+    came = []
+    before = signal.signal(signal.SIGTERM, lambda *_: came.append(True))
+    try:
+        yield lambda step: bool(came)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager
