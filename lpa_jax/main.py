@@ -63,7 +63,15 @@ def _join() -> None:
             "that JAX knows, --distributed stands for all three."
         )
     if None not in several or _DISTRIBUTED.value:
-        jax.distributed.initialize(*several)
+        try:
+            jax.distributed.initialize(*several)
+        except (ValueError, RuntimeError) as error:
+            raise UsageError(
+                f"The processes cannot join ({error}): give --coordinator_address, "
+                "--num_processes and --process_id."
+            ) from error
+    # Where there is a cache (JAX_COMPILATION_CACHE_DIR), keep what compiles in a moment as well.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def _fail(error: Exception) -> NoReturn:
@@ -78,14 +86,15 @@ def _fail(error: Exception) -> NoReturn:
 def _main(_: list[str]) -> None:
     # Imported late: --help and a wrong flag need not wait for jax.
     from lpa_jax.data import DataError
-    from lpa_jax.training import loop
+    from lpa_jax.training import checkpoints, loop
 
+    stops = (UsageError, loop.ConfigError, DataError, loop.NonFiniteLossError)
     # Orbax narrates every checkpoint.
     logging.set_verbosity(logging.WARNING)
     try:
         _join()
         loop.train_and_evaluate(_CONFIG.value, str(_WORKDIR.value))
-    except (UsageError, loop.ConfigError, DataError, loop.NonFiniteLossError) as error:
+    except (*stops, checkpoints.CheckpointError) as error:
         _fail(error)
     except loop.PreemptedError as error:
         print(f"lpa_jax: {error} The same command goes on from there.", file=sys.stderr)

@@ -4,6 +4,7 @@ Run as `python distributed_worker.py OUT.npz DEVICES FSDP [PORT PROCESSES ID]`; 
 does, since the number of devices is a process's for life.
 """
 
+import itertools
 import json
 import pathlib
 import sys
@@ -22,6 +23,8 @@ STEPS, BATCH = 50, 64
 METHODS = {
     "erm": lpa_jax.chain(),
     "lpa": lpa_jax.lpa("group2", 0.1, steps=2),
+    "lpa from the host": lpa_jax.lpa("group2", 0.1, steps=2),
+    "lpa in a loop": lpa_jax.lpa("group2", 0.1, steps=2),
     "lpl": lpa_jax.lpl(0.3),
     "lpg": lpa_jax.lpg(0.1),
     "manifold_mixup": lpa_jax.manifold_mixup(("inputs", "group1"), 2.0),
@@ -67,23 +70,30 @@ def main(out, fsdp):
     digits = data.load("digits")
     model = Net()
     tx = optax.sgd(0.01, momentum=0.9)
-    source = feed.make_feed("device", digits.train, BATCH, 3 * STEPS, grid)
     results, counts = {}, {}
     for name, perturbation in METHODS.items():
         perturbed = lpa_jax.value_and_grad(model.apply, perturbation, num_classes=10)
         init = step.make_init(model.init, perturbed, tx, (BATCH, 8, 8, 1))
         like = jax.eval_shape(init, jnp.int32(0))
         shardings = step.state_shardings(grid, like)
+        place = "host" if "host" in name else "device"
+        source = feed.make_feed(place, digits.train, BATCH, 3 * STEPS, grid)
+        at_once = 5 if "loop" in name else 1
         train_step = step.make_train_step(
-            perturbed, tx, grid, shardings, source.take, padding=1, flip=False
+            perturbed, tx, grid, shardings, source.take, padding=1, flip=False, looped=at_once > 1
         )
         state = jax.jit(init, out_shardings=shardings)(jnp.int32(0))
+        numbers = mesh.put((np.int32(0), np.int32(at_once)), mesh.replicated(grid))
         batches = source.open(0, 0)
-        given = (jnp.int32(0), jnp.int32(1), *next(batches))
-        counts[name] = count_collectives(train_step.lower(state, *given).compile())
-        for _ in range(STEPS):
-            state = train_step(state, *given)
-            given = (*given[:2], *next(batches))
+        compiled = None
+        # As many steps a call as divide the twenty of an epoch.
+        for _ in range(0, STEPS, at_once):
+            *_, given = itertools.islice(batches, at_once)
+            if compiled is None:
+                compiled = train_step.lower(state, *numbers, *given).compile()
+                counts[name] = count_collectives(compiled)
+            state = compiled(state, *numbers, *given)
+        batches.close()
         results[f"{name}/loss"] = np.asarray(state.running.loss)
         results[f"{name}/params"] = np.concatenate([x.ravel() for x in whole(state.variables)])
         stats = whole(state.perturbation.class_stats)

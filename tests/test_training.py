@@ -107,8 +107,8 @@ def test_another_configuration_is_refused_with_the_differing_keys(finished):
 
 
 def test_a_non_finite_loss_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
-    config = smoke("erm", **{"schedule.learning_rate": 1e25, "schedule.name": "constant"})
-    config.schedule.warmup_epochs = 1.1
+    # The second epoch's rate is out of all reason.
+    config = smoke("erm", **{"schedule.name": "piecewise", "schedule.factor": 1e30})
     config.optimizer.options = config_dict.ConfigDict({})
     with pytest.raises(
         loop.NonFiniteLossError, match=r"not finite at step \d+.*lower the learning"
@@ -116,8 +116,7 @@ def test_a_non_finite_loss_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_
         run(config, tmp_path)
     assert not (tmp_path / "seed0" / "result.json").exists()
     kept = list((tmp_path / "seed0" / "checkpoints").iterdir())
-    step = 1293 // 64
-    assert [path.name for path in kept] in ([], [str(step)])
+    assert [path.name for path in kept] == [str(1295 // 64)]
 
 
 def test_bfloat16_computes_with_float32_parameters(tmp_path):
@@ -322,7 +321,8 @@ def test_metrics_agree_with_scikit_learn():
 
     rng = np.random.default_rng(1)
     logits, labels = rng.normal(size=(50, 4)).astype(np.float32), rng.integers(0, 3, 50)
-    judged = metrics.metrics(logits, labels, num_classes=4)
+    found = map(np.asarray, metrics.outcomes(jnp.asarray(logits), jnp.asarray(labels)))
+    judged = metrics.summarise(*found, labels, num_classes=4)
     p = np.asarray(jax.nn.softmax(logits), np.float64)
     assert judged["accuracy"] == pytest.approx(accuracy_score(labels, logits.argmax(1)))
     assert judged["nll"] == pytest.approx(

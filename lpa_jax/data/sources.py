@@ -19,7 +19,7 @@ class Dataset(NamedTuple):
       test: Examples that no choice may depend on.
       class_names: One name for each class.
       mean: Mean of the training pixels in [0, 1] for each channel.
-      std: Their standard deviation.
+      std: Their standard deviation, 1 for a constant channel.
     """
 
     name: str
@@ -89,4 +89,6 @@ def _pixel_statistics(
     # Exact in integers, and without a float64 copy of all pixels as np.std makes.
     squares = np.einsum("nhwc,nhwc->c", images, images, dtype=np.int64)
     variance = squares * images.shape[-1] / images.size / 255**2 - mean**2
-    return tuple(mean.tolist()), tuple(np.sqrt(np.maximum(variance, 0)).tolist())
+    std = np.sqrt(np.maximum(variance, 0))
+    # A channel that is the same everywhere, opacity for instance, is left as it is.
+    return tuple(mean.tolist()), tuple(np.where(std > 1e-6, std, 1.0).tolist())

@@ -7,29 +7,39 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 import numpy as np
 
 from lpa_jax import data
 
-Predict = Callable[[PyTree, Any], Array]
+Outcomes = tuple[Bool[Array, "batch"], Float[Array, "batch"]]
+Predict = Callable[[PyTree, Any, Any], Outcomes]
 
 
 def make_predict(
-    apply_fn: Callable[..., Any], sharding: NamedSharding, out_shardings: NamedSharding
+    apply_fn: Callable[..., Any], place: Callable[[Any], Any], sharding: NamedSharding
 ) -> Predict:
-    """Return the jitted function `(variables, uint8 images) -> logits`, in evaluation mode.
+    """Return the function `(variables, uint8 images, labels) -> outcomes`, in evaluation mode.
 
-    Images are split over the devices as `sharding` says, logits are left as `out_shardings` says.
+    Args:
+      apply_fn: `model.apply` of a model that takes `train`.
+      place: Puts images and labels where the devices share them.
+      sharding: What gives every device the whole: for the variables, and for the outcomes.
     """
 
-    @functools.partial(jax.jit, out_shardings=out_shardings)
-    def predict(variables, images):
-        variables = jax.lax.with_sharding_constraint(variables, out_shardings)
-        images = jax.lax.with_sharding_constraint(images, sharding)
-        return apply_fn(variables, data.to_float(images), train=False)
+    @functools.partial(jax.jit, out_shardings=sharding)
+    def predict(variables, images, labels):
+        variables = jax.lax.with_sharding_constraint(variables, sharding)
+        return outcomes(apply_fn(variables, data.to_float(images), train=False), labels)
 
-    return predict
+    return lambda variables, images, labels: predict(variables, *place((images, labels)))
+
+
+def outcomes(logits: Float[Array, "batch classes"], labels: Int[Array, "batch"]) -> Outcomes:
+    """Return for each example whether it is classified correctly, and `-log p(label)` in nats."""
+    log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
+    nll = -jnp.take_along_axis(log_p, labels[:, None], axis=1)[:, 0]
+    return jnp.argmax(logits, axis=1) == labels, nll
 
 
 def evaluate(
@@ -48,30 +58,37 @@ def evaluate(
       `"accuracy"` in [0, 1], `"nll"` (mean negative log-likelihood in nats, at least 0), and
       `"class_accuracy"`, C numbers, None for a class without examples.
     """
-    # The devices go on while the host waits for nothing but the last batch.
     batches = list(data.eval_batches(len(examples.labels), batch_size))
-    logits = [predict(variables, examples.images[indices]) for indices, _ in batches]
-    rows = [np.asarray(x)[weights > 0] for x, (_, weights) in zip(logits, batches, strict=True)]
-    return metrics(np.concatenate(rows), examples.labels, num_classes)
+    # The devices go on while the host reads; it waits for the last batch alone.
+    found = [predict(variables, examples.images[i], examples.labels[i]) for i, _ in batches]
+    real = np.concatenate([weights > 0 for _, weights in batches])
+    correct, nll = (
+        np.concatenate([np.asarray(part) for part in parts])[real]
+        for parts in zip(*found, strict=True)
+    )
+    return summarise(correct, nll, examples.labels, num_classes)
 
 
-def metrics(
-    logits: Float[np.ndarray, "n classes"], labels: Int[np.ndarray, "n"], num_classes: int
+def summarise(
+    correct: Bool[np.ndarray, "n"],
+    nll: Float[np.ndarray, "n"],
+    labels: Int[np.ndarray, "n"],
+    num_classes: int,
 ) -> dict[str, Any]:
-    """Return what `evaluate` does, from logits.
+    """Return what `evaluate` does, from the outcomes.
 
     Example:
-      >>> import numpy as np
-      >>> logits = np.array([[2.0, 0.0], [0.0, 0.0], [1.0, 3.0]])
-      >>> result = metrics(logits, np.array([0, 1, 1]), num_classes=2)
+      >>> import jax.numpy as jnp, numpy as np
+      >>> labels = np.array([0, 1, 1])
+      >>> logits = jnp.array([[2.0, 0.0], [0.0, 0.0], [1.0, 3.0]])
+      >>> correct, nll = map(np.asarray, outcomes(logits, jnp.asarray(labels)))
+      >>> result = summarise(correct, nll, labels, num_classes=2)
       >>> round(result["accuracy"], 3), round(result["nll"], 3), result["class_accuracy"]
       (0.667, 0.316, [1.0, 0.5])
     """
-    log_p = np.asarray(jax.nn.log_softmax(jnp.asarray(logits, jnp.float32)), np.float64)
-    correct = np.argmax(logits, axis=1) == labels
     by_class = [correct[labels == c] for c in range(num_classes)]
     return {
         "accuracy": float(np.mean(correct)),
-        "nll": float(-np.mean(log_p[np.arange(len(labels)), labels])),
+        "nll": float(np.mean(nll, dtype=np.float64)),
         "class_accuracy": [float(np.mean(c)) if len(c) else None for c in by_class],
     }

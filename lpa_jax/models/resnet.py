@@ -87,8 +87,9 @@ class ResNet(nn.Module):
       mean: What to subtract from the inputs, one number or one for each channel.
       std: What to divide the centred inputs by, likewise.
       dtype: Data type of the computation; parameters, statistics and logits are float32.
-      remat: What blocks keep for the backward pass instead of everything, to save memory: the name
-        of a policy in `jax.checkpoint_policies`, such as `"nothing_saveable"`.
+      remat: What blocks keep for the backward pass instead of everything, to save memory:
+        `"nothing_saveable"`, `"dots_saveable"` or `"dots_with_no_batch_dims_saveable"`, policies of
+        `jax.checkpoint_policies`.
 
     Raises:
       ValueError: If `depth` is not 6n+2.

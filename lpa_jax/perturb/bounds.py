@@ -36,6 +36,8 @@ def layer_scale(epsilon: float, num_sites: int, beta: float = 0.7) -> tuple[floa
     sites.check_number("epsilon", epsilon)
     sites.check_count("num_sites", num_sites)
     sites.check_number("beta", beta, 0.0, 1.0)
+    if beta == 0.0:
+        raise ValueError("beta must be above 0.")
     return tuple(epsilon * beta**after for after in reversed(range(num_sites)))
 
 

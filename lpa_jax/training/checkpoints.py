@@ -5,7 +5,13 @@ from typing import Any
 
 from absl import logging
 import jax
+from jax.experimental import multihost_utils
+import numpy as np
 import orbax.checkpoint as ocp
+
+
+class CheckpointError(RuntimeError):
+    """There are checkpoints, but none that can be read."""
 
 
 class Checkpoints:
@@ -31,7 +37,7 @@ class Checkpoints:
     def restore(self, like: Any, shardings: Any) -> Any | None:
         """Return the newest state that can be read; None if there is none.
 
-        A damaged checkpoint is removed, with a warning, and the one before it taken.
+        Where the newest cannot be read, the one before is taken, with a warning.
 
         Args:
           like: A pytree of the structure, shapes and dtypes of the state.
@@ -44,19 +50,35 @@ class Checkpoints:
             str(i): jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
             for i, (leaf, place) in enumerate(zip(leaves, places, strict=True))
         }
-        for step in sorted(self._manager.all_steps(), reverse=True):
-            try:
-                restored = self._manager.restore(step, args=ocp.args.StandardRestore(shapes))
-            except Exception as error:  # Of any kind: what reads the files is several libraries.
-                reason = str(error).strip().partition("\n")[0]
-                logging.warning(
-                    "The checkpoint of step %d in %s is damaged; taking the one before. (%s)",
-                    *(step, self._manager.directory, reason),
-                )
-                self._manager.delete(step)
-            else:
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        for i, step in enumerate(steps):
+            restored = self._read(step, shapes)
+            if restored is not None:
+                for unreadable in steps[:i]:
+                    self._manager.delete(unreadable)
                 return treedef.unflatten([restored[str(i)] for i in range(len(leaves))])
+        if steps:
+            raise CheckpointError(
+                f"No checkpoint in {self._manager.directory} can be read: remove that directory to "
+                "begin anew, or go on with the versions that wrote it."
+            )
         return None
+
+    def _read(self, step: int, shapes: Any) -> Any | None:
+        try:
+            restored = self._manager.restore(step, args=ocp.args.StandardRestore(shapes))
+        except Exception as error:  # Of any kind: what reads the files is several libraries.
+            reason = str(error).strip().partition("\n")[0]
+            logging.warning(
+                "The checkpoint of step %d in %s cannot be read; taking the one before. (%s)",
+                *(step, self._manager.directory, reason),
+            )
+            restored = None
+        # What one process cannot read none may take.
+        if jax.process_count() > 1:
+            read = multihost_utils.process_allgather(np.array(restored is not None))
+            restored = restored if read.all() else None
+        return restored
 
     def close(self) -> None:
         """Wait until what was saved is written."""

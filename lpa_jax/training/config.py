@@ -95,7 +95,8 @@ def default() -> Config:
                 "name": "sgd",
                 "weight_decay": 5e-4,
                 "options": {"momentum": 0.9, "nesterov": True},
-                # Steps whose gradients are averaged before the parameters move.
+                # Steps whose gradients are averaged before the parameters move; what is left over
+                # at the end of the run moves nothing.
                 "accumulate": 1,
             },
             # Of the learning rate: "piecewise" (times factor at each boundary), "cosine" to 0, or
@@ -257,6 +258,8 @@ def check(config: Config) -> None:
     for key, value in not_negative.items():
         if not 0 <= value < math.inf:
             raise ConfigError(f"config.{key} must be at least 0, not {value!r}.")
+    if config.seed + config.num_seeds > 2**31:
+        raise ConfigError(f"config.seed must be below 2**31, not {config.seed!r}.")
     if not 0 < config.checkpoint_every < math.inf:
         raise ConfigError(
             f"config.checkpoint_every must be above 0 epochs, not {config.checkpoint_every!r}."

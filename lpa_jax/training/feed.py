@@ -1,10 +1,11 @@
 """How examples reach the training step: from the devices' memory, or from the host's."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 import functools
 from typing import Any, NamedTuple
 
 import jax
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jaxtyping import Array, Int, UInt8
 import numpy as np
@@ -24,13 +25,13 @@ class Feed(NamedTuple):
     """What hands the training step its batches, the same ones in the same order from either place.
 
     Attributes:
-      open: `open(seed, first)` returns the iterator over what steps are given from step `first`
+      open: `open(seed, first)` returns the generator of what steps are given from step `first`
         on, a tuple of arrays each; where a run goes on after an interruption follows from `first`.
       take: Picks the batch of a step out of what it is given, `take(step, *given)`; traced.
       resident: Whether the examples are in the devices' memory.
     """
 
-    open: Callable[[int, int], Iterator[tuple[Array, ...]]]
+    open: Callable[[int, int], Generator[tuple[Array, ...], None, None]]
     take: Callable[..., Batch]
     resident: bool
 
@@ -55,7 +56,11 @@ def make_feed(
     if place == "auto":
         told = jax.local_devices()[0].memory_stats() or {}
         room = SHARE * told.get("bytes_limit", UNKNOWN_MEMORY)
-        place = "device" if examples.images.nbytes <= room else "host"
+        fits = examples.images.nbytes <= room
+        if jax.process_count() > 1:
+            # All must do the same, whatever else is in the memory of one's device.
+            fits = bool(multihost_utils.broadcast_one_to_all(np.array(fits)))
+        place = "device" if fits else "host"
     if place not in ("device", "host"):
         raise ConfigError(f"config.input must be auto, device or host, not {place!r}.")
     make = _from_device if place == "device" else _from_host

@@ -6,6 +6,7 @@ import functools
 import importlib.metadata
 import itertools
 import json
+import math
 import pathlib
 import platform
 import signal
@@ -32,6 +33,7 @@ from lpa_jax.training import step as steps
 from lpa_jax.training.config import Config, ConfigError
 from lpa_jax.training.state import epoch_means, TrainState
 
+REMEDY = "lower the learning rate or the strength of the perturbation"
 PARTS = ("train", "validation", "test")
 LOSSES = {
     "softmax_cross_entropy": optax.softmax_cross_entropy,
@@ -135,9 +137,8 @@ def train_and_evaluate(
         perturbed, tx, devices, shardings, feed.take, **config.augment, looped=looped
     )
     end_epoch = steps.make_end_epoch(perturbed, shardings)
-    predict = metrics.make_predict(
-        model.apply, mesh.batched(devices), out_shardings=mesh.replicated(devices)
-    )
+    place = functools.partial(mesh.put, sharding=mesh.batched(devices))
+    predict = metrics.make_predict(model.apply, place, mesh.replicated(devices))
     eval_batch_size = -(-config.eval_batch_size // devices.size) * devices.size
     checkpoint_every = max(1, round(config.checkpoint_every * steps_per_epoch))
     # Of several processes, which share the work directory, the first keeps its records.
@@ -149,68 +150,75 @@ def train_and_evaluate(
         return mesh.put(np.int32(number), mesh.replicated(devices))
 
     def judge(variables, examples):
-        return metrics.evaluate(predict, variables, examples, dataset.num_classes, eval_batch_size)
+        judged = metrics.evaluate(
+            predict, variables, examples, dataset.num_classes, eval_batch_size
+        )
+        if not math.isfinite(judged["nll"]):
+            raise NonFiniteLossError(f"The loss of the trained network is not finite: {REMEDY}.")
+        return judged
 
     # --- Train each seed; the step is compiled once for all of them. -----------------------------
-    results, rows_by_seed, first_step_ended = [], {}, None
-    for seed in range(config.seed, config.seed + config.num_seeds):
-        directory = workdir / f"seed{seed}"
-        result_path = directory / "result.json"
-        if result_path.exists():
-            results.append(json.loads(result_path.read_text()))
-            rows_by_seed[seed] = records.read_rows(directory / "metrics.jsonl")
-            continue
-        saved = checkpoints.Checkpoints(directory / "checkpoints")
-        state = saved.restore(like, shardings)
-        state = init(jnp.int32(seed)) if state is None else state
-        first = step = int(state.step)
-        log = records.Records(directory, first, write=first_process)
-        with contextlib.ExitStack() as stack:
-            preempted = stack.enter_context(_preemption())
-            stack.callback(saved.close)
-            stack.callback(log.close)
-            show = stack.enter_context(_progress(console, f"seed {seed}", first, num_steps))
-            batches = feed.open(seed, first)
-            stops = (steps_per_epoch, checkpoint_every)
-            for taken in _dispatches(first, num_steps, config.steps_per_dispatch, *stops):
-                *_, given = itertools.islice(batches, taken)
-                given = (on_devices(seed), on_devices(taken), *given)
-                # Whatever is moved between host and device has been moved by now.
-                with jax.transfer_guard("disallow"):
-                    state = train_step(state, *given)
-                step += taken
-                if first_step_ended is None:
-                    jax.block_until_ready(state.step)
-                    first_step_ended = time.time()
-                epoch, rest = divmod(step, steps_per_epoch)
-                if rest == 0:
-                    _stop_if_nonfinite(state, directory)
-                    state = end_epoch(state)
-                    row, _ = epoch_means(state.epoch, steps_per_epoch)
-                    row |= {"learning_rate": float(np.asarray(rate((step - 1) // accumulate)))}
-                    if len(dataset.validation.labels) and epoch % config.evaluate_every == 0:
-                        row |= _named("validation", judge(state.variables, dataset.validation))
-                    log.write({"step": step, "epoch": epoch, **_scalars(row)})
-                    show(step, f"epoch {epoch}", row)
-                stopping = preempted(step)
-                if step % checkpoint_every == 0 or step == num_steps or stopping:
-                    _stop_if_nonfinite(state, directory)
-                    saved.save(step, state)
-                if stopping:
-                    raise PreemptedError(f"SIGTERM came; step {step} is saved in {directory}.")
-                show(step)
+    results, rows_by_seed, first_step_time = [], {}, None
+    with _preemption() as preempted:
+        for seed in range(config.seed, config.seed + config.num_seeds):
+            directory = workdir / f"seed{seed}"
+            result_path = directory / "result.json"
+            if result_path.exists():
+                results.append(json.loads(result_path.read_text()))
+                rows_by_seed[seed] = records.read_rows(directory / "metrics.jsonl")
+                continue
+            if preempted():
+                raise PreemptedError(f"SIGTERM came before seed {seed} began.")
+            saved = checkpoints.Checkpoints(directory / "checkpoints")
+            state = saved.restore(like, shardings)
+            state = init(jnp.int32(seed)) if state is None else state
+            first = step = int(state.step)
+            log = records.Records(directory, first, write=first_process)
+            with contextlib.ExitStack() as stack:
+                stack.callback(saved.close)
+                stack.callback(log.close)
+                show = stack.enter_context(_progress(console, f"seed {seed}", first, num_steps))
+                batches = stack.enter_context(contextlib.closing(feed.open(seed, first)))
+                stops = (steps_per_epoch, checkpoint_every)
+                for taken in _dispatches(first, num_steps, config.steps_per_dispatch, *stops):
+                    *_, given = itertools.islice(batches, taken)
+                    given = (on_devices(seed), on_devices(taken), *given)
+                    # Whatever is moved between host and device has been moved by now.
+                    with jax.transfer_guard("disallow"):
+                        state = train_step(state, *given)
+                    step += taken
+                    if first_step_time is None:
+                        jax.block_until_ready(state.step)
+                        first_step_time = time.time()
+                    epoch, rest = divmod(step, steps_per_epoch)
+                    if rest == 0:
+                        _stop_if_nonfinite(state, directory)
+                        state = end_epoch(state)
+                        row, _ = epoch_means(state.epoch, steps_per_epoch)
+                        row |= {"learning_rate": float(np.asarray(rate((step - 1) // accumulate)))}
+                        if len(dataset.validation.labels) and epoch % config.evaluate_every == 0:
+                            row |= _named("validation", judge(state.variables, dataset.validation))
+                        log.write({"step": step, "epoch": epoch, **_scalars(row)})
+                        show(step, f"epoch {epoch}", row)
+                    stopping = preempted()
+                    if step % checkpoint_every == 0 or step == num_steps or stopping:
+                        _stop_if_nonfinite(state, directory)
+                        saved.save(step, state)
+                    if stopping:
+                        raise PreemptedError(f"SIGTERM came; step {step} is saved in {directory}.")
+                    show(step)
 
-            # --- Judge the last epoch, whatever came before it. -----------------------------------
-            means, by_class = epoch_means(state.epoch, steps_per_epoch)
-            result = {"seed": seed, "train_accuracy": means["train_accuracy"]}
-            if len(dataset.validation.labels):
-                result |= _named("validation", judge(state.variables, dataset.validation))
-            result |= _named("test", judge(state.variables, dataset.test))
-            result |= {"perturbation": by_class}
-        if first_process:
-            records.write_json(result_path, result)
-        results.append(result)
-        rows_by_seed[seed] = log.rows
+                # --- Judge the last epoch, whatever came before it. -------------------------------
+                means, by_class = epoch_means(state.epoch, steps_per_epoch)
+                result = {"seed": seed, "train_accuracy": means["train_accuracy"]}
+                if len(dataset.validation.labels):
+                    result |= _named("validation", judge(state.variables, dataset.validation))
+                result |= _named("test", judge(state.variables, dataset.test))
+                result |= {"perturbation": by_class}
+            if first_process:
+                records.write_json(result_path, result)
+            results.append(result)
+            rows_by_seed[seed] = log.rows
 
     # --- Show what came out. ----------------------------------------------------------------------
     summary = {
@@ -219,7 +227,7 @@ def train_and_evaluate(
         "num_train": num_train,
         "num_test": len(dataset.test.labels),
         "session_seconds": round(time.monotonic() - began, 1),
-        "first_step_ended": first_step_ended,
+        "first_step_time": first_step_time,
         "device": f"{devices.size} x {jax.devices()[0].device_kind}",
         "versions": _versions(),
         "config": json.loads(json.dumps(config.to_dict())),
@@ -229,27 +237,30 @@ def train_and_evaluate(
     records.write_json(workdir / "summary.json", summary)
     title = f"{config.method} on {dataset.name}, {config.model.name}, {config.epochs} epochs"
     report.plot_curves(workdir / "curves.png", title, rows_by_seed)
-    report.plot_perturbation(workdir / "perturbation.png", title, results[0]["perturbation"])
+    first = results[0]
+    seed_title = f"{title}, seed {first['seed']}"
+    report.plot_perturbation(workdir / "perturbation.png", seed_title, first["perturbation"])
     report.show_table(title, results, console)
     console.print(f"Plots, metrics and checkpoints are in {workdir}.")
     return summary
 
 
 @contextlib.contextmanager
-def _preemption() -> Iterator[Callable[[int], bool]]:
-    """Give a function of the step: whether SIGTERM has come, to any of the processes."""
+def _preemption() -> Iterator[Callable[[], bool]]:
+    """Give a function, to be called in every dispatch, that tells whether SIGTERM has come."""
     if jax.process_count() > 1:
-        # The processes agree on the step after which they stop.
-        yield multihost_utils.reached_preemption_sync_point
+        # It may have come to any of the processes; they agree on the call at which they stop.
+        calls = itertools.count()
+        yield lambda: multihost_utils.reached_preemption_sync_point(next(calls))
         return
     if threading.current_thread() is not threading.main_thread():
         # Signals are the main thread's alone.
-        yield lambda step: False
+        yield lambda: False
         return
     came = []
     before = signal.signal(signal.SIGTERM, lambda *_: came.append(True))
     try:
-        yield lambda step: bool(came)
+        yield lambda: bool(came)
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -292,8 +303,8 @@ def _dispatches(first: int, last: int, most: int, *stops: int) -> Iterator[int]:
 def _stop_if_nonfinite(state: TrainState, directory: pathlib.Path) -> None:
     if (step := int(state.nonfinite_step)) >= 0:
         raise NonFiniteLossError(
-            f"The loss was not finite at step {step}: lower the learning rate or the strength of "
-            f"the perturbation. What was saved before that is kept in {directory}."
+            f"The loss or the update was not finite at step {step}: {REMEDY}. What was saved "
+            f"before that is kept in {directory}."
         )
 
 

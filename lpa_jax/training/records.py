@@ -22,8 +22,9 @@ def claim(workdir: pathlib.Path, config: dict[str, Any], *, write: bool = True) 
     try:
         if path.exists():
             new, old = _flat(ours), _flat(json.loads(path.read_text()))
-            differing = sorted(key for key in new | old if new.get(key) != old.get(key))
-            if set(differing) - FREE:
+            keys = (new | old).keys() - FREE
+            differing = sorted(key for key in keys if new.get(key) != old.get(key))
+            if differing:
                 raise ConfigError(
                     f"{workdir} holds a run of another configuration (it differs in "
                     f"{', '.join(differing)}): give --workdir another directory, or remove it."

@@ -42,7 +42,10 @@ def learning_rate(
     warmup = round(warmup_epochs * steps_per_epoch)
     # The boundaries count from the start of the run, and so does the end of the cosine.
     if name == "piecewise":
-        at = {round(epoch * steps_per_epoch) - warmup: factor for epoch in boundaries}
+        at: dict[int, float] = {}
+        for epoch in boundaries:
+            step = round(epoch * steps_per_epoch) - warmup
+            at[step] = at.get(step, 1.0) * factor
         main = optax.piecewise_constant_schedule(learning_rate, at)
     elif name == "cosine":
         length = max(1, round(epochs * steps_per_epoch) - warmup)

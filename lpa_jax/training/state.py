@@ -37,7 +37,7 @@ class TrainState(NamedTuple):
       perturbation: State of the perturbations, with the class statistics.
       running: Sums over the present epoch so far.
       epoch: Sums over the last finished epoch.
-      nonfinite_step: First step whose loss was not finite, -1 for none.
+      nonfinite_step: First step whose loss or update was not finite, -1 for none.
     """
 
     step: Int[Array, ""]

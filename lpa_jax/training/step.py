@@ -92,7 +92,8 @@ def make_train_step(
             "params": optax.apply_updates(params, updates),
         }
         correct = jnp.argmax(aux["logits"], axis=1) == labels
-        failed = (state.nonfinite_step < 0) & ~jnp.isfinite(loss)
+        finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(updates))
+        failed = (state.nonfinite_step < 0) & ~finite
         return TrainState(
             step=state.step + 1,
             variables=variables,
