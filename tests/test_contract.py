@@ -600,6 +600,13 @@ def refused(factory, *arguments, **keywords):
         refused(lpa_jax.adversarial, "inputs", 0.1, norm="l3"),
         refused(lpa_jax.adversarial, "inputs", 0.1, steps=0),
         refused(lpa_jax.adversarial, "inputs", 0.1, step_size=-1.0),
+        refused(lpa_jax.adversarial, "inputs", 0.1, bounds=(1.0, 0.0)),
+        refused(lpa_jax.adversarial, "inputs", 0.1, bounds=(0.0,)),
+        refused(lpa_jax.gaussian_noise, "param_grads", 0.1),
+        refused(lpa_jax.dropout, "labels", 0.1),
+        refused(lpa_jax.manifold_mixup, ("logit_grads",), alpha=1.0),
+        refused(lpa_jax.manifold_mixup, (), alpha=1.0),
+        refused(lpa_jax.dropblock, "param_grads", 0.1, block_size=2),
         refused(lpa_jax.dropblock, "first", 0.1, block_size=0),
         refused(lpa_jax.dropblock, "first", 1.0, block_size=2),
         refused(lpa_jax.dropout, "first", rate=1.0),
@@ -619,6 +626,7 @@ def refused(factory, *arguments, **keywords):
         refused(lpa_jax.lpa, (), 0.1),
         refused(lpa_jax.layer_scale, 0.1, num_sites=0),
         refused(lpa_jax.layer_scale, 0.1, num_sites=2, beta=1.5),
+        refused(lpa_jax.layer_scale, 0.1, num_sites=2, beta=0.0),
         refused(lpa_jax.splits.mean_threshold, statistic="charm"),
         refused(lpa_jax.splits.mean_threshold, window="year"),
         refused(lpa_jax.splits.threshold, tau=1.5),
@@ -630,7 +638,7 @@ def refused(factory, *arguments, **keywords):
 )
 @pytest.mark.usefixtures("unchecked")
 def test_bad_choices_are_refused(factory, arguments, keywords):
-    with pytest.raises(ValueError, match=r"must|entries|several|twice|at least one"):
+    with pytest.raises(ValueError, match=r"must|entries|several|twice|at least|stands at|needs a"):
         factory(*arguments, **keywords)
 
 

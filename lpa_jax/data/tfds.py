@@ -5,6 +5,7 @@ import io
 import re
 from typing import Any
 
+from absl import logging
 import numpy as np
 
 from lpa_jax.data.examples import checked, DataError, Source
@@ -89,7 +90,10 @@ def _lacks_package(name: str, error: ImportError) -> DataError:
 
 
 def _open(tfds: Any, name: str, data_dir: str | None) -> Any:
+    verbosity = logging.get_verbosity()
     try:
+        # What it would say of folders that are not prepared, the errors below say.
+        logging.set_verbosity(logging.ERROR)
         builder = tfds.builder(name, data_dir=data_dir)
         prepared = builder.is_prepared()
     except tfds.core.DatasetNotFoundError as error:
@@ -107,6 +111,8 @@ def _open(tfds: Any, name: str, data_dir: str | None) -> Any:
             f"tensorflow-datasets cannot open {name!r} ({_reason(error)}): give 'digits', "
             "'npz:PATH', 'NAME', 'NAME/CONFIG' or 'NAME:VERSION'."
         ) from error
+    finally:
+        logging.set_verbosity(verbosity)
     if not prepared:
         raise DataError(
             f"{name!r} is not prepared in {builder.data_path}: {_preparation(name, data_dir)}."

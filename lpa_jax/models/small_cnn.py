@@ -42,6 +42,9 @@ class SmallCNN(nn.Module):
       std: What to divide the centred inputs by, likewise.
       dtype: Data type of the computation; parameters, statistics and logits are float32.
 
+    Raises:
+      ValueError: If `width` is less than 1.
+
     Example:
       >>> import jax, jax.numpy as jnp
       >>> from lpa_jax.models import SmallCNN
@@ -57,6 +60,11 @@ class SmallCNN(nn.Module):
     mean: tuple[float, ...] = (0.0,)
     std: tuple[float, ...] = (1.0,)
     dtype: DTypeLike = jnp.float32
+
+    def __post_init__(self):
+        if self.width < 1:
+            raise ValueError(f"width must be at least 1, not {self.width}.")
+        super().__post_init__()
 
     @nn.compact
     def __call__(

@@ -245,6 +245,7 @@ def dropout(site: str, rate: sites.Number) -> sites.Perturbation:
     References:
       Srivastava et al., Dropout, JMLR 2014.
     """
+    sites.check_activations("dropout", [site])
     _check_rate(rate)
 
     def update(value, *, key, step=0, **_):
@@ -276,6 +277,7 @@ def dropblock(site: str, rate: sites.Number, block_size: int) -> sites.Perturbat
       Ghiasi, Lin and Le, DropBlock, NeurIPS 2018, arXiv:1810.12890. *Ours*: rescaled by example
       rather than by batch, so that examples stay independent.
     """
+    sites.check_activations("dropblock", [site])
     _check_rate(rate)
     sites.check_count("block_size", block_size)
 

@@ -1,6 +1,7 @@
 """Perturbations that began at the inputs and serve at activations too: noise, attacks, mixing."""
 
 from collections.abc import Sequence
+import math
 from typing import Literal
 
 import jax
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 from lpa_jax.perturb import pgd
 from lpa_jax.perturb.sites import (
     at_step,
+    check_activations,
     check_choice,
     check_climbable,
     check_count,
@@ -16,8 +18,10 @@ from lpa_jax.perturb.sites import (
     INPUTS,
     LABELS,
     Number,
+    PARAM_GRADS,
     Perturbation,
     require_gradient,
+    SiteError,
     stateless,
 )
 
@@ -38,6 +42,11 @@ def gaussian_noise(site: str, stddev: Number) -> Perturbation:
       >>> lpa_jax.gaussian_noise("inputs", stddev=0.05)
       Perturbation(sites=('inputs',))
     """
+    if site == PARAM_GRADS:
+        raise SiteError(
+            "gaussian_noise needs a value that is one array; for 'param_grads' place "
+            "optax.add_noise there."
+        )
     check_number("stddev", stddev)
 
     def update(value, *, key, step=0, **_):
@@ -84,6 +93,11 @@ def adversarial(
     check_climbable("adversarial", [site])
     if step_size is not None:
         check_number("step_size", step_size)
+    if bounds is not None:
+        if not isinstance(bounds, (tuple, list)) or len(bounds) != 2:
+            raise ValueError(f"bounds must be two numbers, or None, not {bounds!r}.")
+        check_number("bounds[0]", bounds[0], -math.inf)
+        check_number("bounds[1]", bounds[1], bounds[0])
 
     def update(value, *, gradient_fn=None, step=0, **_):
         gradient_fn = require_gradient("adversarial", site, gradient_fn)
@@ -143,6 +157,9 @@ def manifold_mixup(sites: str | Sequence[str], alpha: Number) -> Perturbation:
     """
     check_number("alpha", alpha)
     layers = (sites,) if isinstance(sites, str) else tuple(sites)
+    if not layers:
+        raise SiteError("manifold_mixup needs at least one layer to mix at.")
+    check_activations("manifold_mixup", layers)
 
     def update(value, *, site=layers[0], key, weights, step=0, **_):
         # One key at all sites: they agree on the layer, lambda and the pairing without a state.

@@ -178,6 +178,13 @@ def check_climbable(name: str, sites: Sequence[str]) -> None:
             require_gradient(name, site, None)
 
 
+def check_activations(name: str, sites: Sequence[str]) -> None:
+    """Raise `SiteError` unless each of the sites holds activations `[B, ...]`."""
+    for site in sites:
+        if site in (LABELS, LOGIT_GRADS, PARAM_GRADS):
+            raise SiteError(f"{name} stands at 'inputs', a module or 'logits', not at {site!r}.")
+
+
 def require_gradient(name: str, site: str | None, gradient_fn: Any) -> Any:
     """Return `gradient_fn`, or raise `SiteError` where the site has none to offer."""
     if gradient_fn is None:

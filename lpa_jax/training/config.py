@@ -151,8 +151,11 @@ def choose(
       >>> config.perturbation.lpl.epsilon, config.perturbation.sam.rho
       (0.4, 0.1)
     """
+    words = [word for word in argument.split(",") if word]
+    if len(set(words)) < len(words) or sum(word.startswith("method=") for word in words) > 1:
+        raise ConfigError(f"The configuration's argument says something twice: {argument!r}.")
     method = "erm"
-    for word in filter(None, argument.split(",")):
+    for word in words:
         if word == "smoke":
             config.update_from_flattened_dict(dict(smoke))
         elif word.startswith("method="):
@@ -212,6 +215,12 @@ def perturbation(config: Config, class_counts: list[int]) -> tuple[lpa_jax.Pertu
       ValueError: If an argument is outside its range.
     """
     names = [] if config.method == "erm" else config.method.split("+")
+    if set(names) != set(config.perturbation):
+        raise ConfigError(
+            f"config.method is {config.method!r}, but config.perturbation describes "
+            f"{'+'.join(config.perturbation) or 'erm'}: choose the method after the colon of "
+            "--config, as in FILE.py:method=lpa."
+        )
     return lpa_jax.chain(
         *(_transform(name, config.perturbation[name], class_counts) for name in names)
     )
@@ -237,8 +246,26 @@ def _split(config: Config, class_counts: list[int]) -> splits.Split:
     return factory(**{key: known[key] for key in inspect.signature(factory).parameters})
 
 
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the entries of nested dictionaries by dotted names.
+
+    Example:
+      >>> flat({"model": {"name": "wrn_28_10", "options": {}}, "epochs": 3})
+      {'model.name': 'wrn_28_10', 'model.options': {}, 'epochs': 3}
+    """
+    entries: dict[str, Any] = {}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        entries |= flat(value, f"{name}.") if isinstance(value, dict) and value else {name: value}
+    return entries
+
+
 def check(config: Config) -> None:
     """Raise `ConfigError` unless every number of the trainer lies in its range."""
+    for key, value in flat(config.to_dict()).items():
+        numbers = value if isinstance(value, (tuple, list)) else (value,)
+        if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
+            raise ConfigError(f"config.{key} must be finite, not {value!r}.")
     names = ("epochs", "batch_size", "eval_batch_size", "num_seeds", "evaluate_every", "limit",
              "steps_per_dispatch", "fsdp")  # fmt: skip
     positive = {name: config[name] for name in names}

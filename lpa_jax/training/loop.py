@@ -93,6 +93,12 @@ def train_and_evaluate(
             f"The training set has {num_train} examples, fewer than config.batch_size "
             f"{config.batch_size}: set a smaller one."
         )
+    side = min(dataset.train.images.shape[1:3])
+    if config.augment.padding >= side:
+        raise ConfigError(
+            f"config.augment.padding must be below the images' side of {side} pixels, not "
+            f"{config.augment.padding}."
+        )
     steps_per_epoch = num_train // config.batch_size
     num_steps = config.epochs * steps_per_epoch
     class_counts = np.bincount(dataset.train.labels, minlength=dataset.num_classes).tolist()
@@ -139,7 +145,8 @@ def train_and_evaluate(
     end_epoch = steps.make_end_epoch(perturbed, shardings)
     place = functools.partial(mesh.put, sharding=mesh.batched(devices))
     predict = metrics.make_predict(model.apply, place, mesh.replicated(devices))
-    eval_batch_size = -(-config.eval_batch_size // devices.size) * devices.size
+    most = max(len(dataset.validation.labels), len(dataset.test.labels))
+    eval_batch_size = -(-min(config.eval_batch_size, most) // devices.size) * devices.size
     checkpoint_every = max(1, round(config.checkpoint_every * steps_per_epoch))
     # Of several processes, which share the work directory, the first keeps its records.
     first_process = jax.process_index() == 0

@@ -1,10 +1,11 @@
 """What a run leaves in its directory while it goes: JSON lines, TensorBoard, and its own config."""
 
 import json
+import math
 import pathlib
 from typing import Any
 
-from lpa_jax.training.config import ConfigError
+from lpa_jax.training.config import ConfigError, flat
 
 # What may differ when a run goes on: more seeds may be asked for, and the place of the computation
 # changes nothing but its rounding.
@@ -21,7 +22,7 @@ def claim(workdir: pathlib.Path, config: dict[str, Any], *, write: bool = True) 
     ours = json.loads(json.dumps(config))
     try:
         if path.exists():
-            new, old = _flat(ours), _flat(json.loads(path.read_text()))
+            new, old = flat(ours), flat(json.loads(path.read_text()))
             keys = (new | old).keys() - FREE
             differing = sorted(key for key in keys if new.get(key) != old.get(key))
             if differing:
@@ -36,17 +37,17 @@ def claim(workdir: pathlib.Path, config: dict[str, Any], *, write: bool = True) 
         raise ConfigError(f"{workdir} cannot serve as work directory: {error}.") from error
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for key, value in tree.items():
-        name = f"{prefix}{key}"
-        flat |= _flat(value, f"{name}.") if isinstance(value, dict) and value else {name: value}
-    return flat
-
-
 def write_json(path: pathlib.Path, value: Any) -> None:
-    """Write a file whole or not at all."""
-    _replace(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+    """Write a file whole or not at all; numbers that are not finite become null."""
+    _replace(path, json.dumps(_finite(value), indent=2, allow_nan=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _replace(path: pathlib.Path, text: str) -> None:
@@ -81,13 +82,14 @@ class Records:
 
     def write(self, row: dict[str, Any]) -> None:
         """Record a row; `row["step"]` says when."""
+        row = _finite(row)
         self.rows.append(row)
         if self._writer is None:
             return
         with self._path.open("a") as file:
             file.write(json.dumps(row) + "\n")
         for name, value in row.items():
-            if name != "step":
+            if name != "step" and value is not None:
                 self._writer.add_scalar(name, value, row["step"])
 
     def close(self) -> None:

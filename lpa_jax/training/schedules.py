@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import jax.numpy as jnp
 import optax
 
 from lpa_jax.training.config import ConfigError
@@ -89,11 +90,17 @@ def optimizer(
     if not callable(factory):
         raise ConfigError(f"optax has no optimizer {name!r}; sgd and adamw are two of its names.")
     try:
-        inner = factory(rate, **options)
+        inner: Any = factory(rate, **options)
     except TypeError as error:
         raise ConfigError(f"config.optimizer does not fit optax.{name}: {error}.") from error
-    if not isinstance(inner, optax.GradientTransformation):
-        raise ConfigError(f"optax.{name} is not an optimizer; sgd and adamw are two.")
+    trial = {"weight": jnp.zeros(2)}
+    try:
+        inner.update(trial, inner.init(trial), trial)
+    except Exception as error:  # Of any kind: whatever else optax has under that name.
+        raise ConfigError(
+            f"optax.{name} is no optimizer that needs nothing but a learning rate and gradients; "
+            "sgd and adamw are two."
+        ) from error
     if weight_decay:
         inner = optax.chain(optax.add_decayed_weights(weight_decay), inner)
     if accumulate == 1:
