@@ -6,8 +6,26 @@ from typing import Any
 from absl import logging
 import jax
 from jax.experimental import multihost_utils
+import jax.numpy as jnp
+from jaxtyping import Array, UInt32
 import numpy as np
 import orbax.checkpoint as ocp
+
+SUMS = "checksums"
+
+
+@jax.jit
+def _sums(leaves: list[Array]) -> UInt32[Array, "leaves"]:
+    """Return a checksum of each array, the same wherever its parts are: sums modulo 2**32."""
+
+    def of(leaf):
+        bits = leaf.astype(jnp.uint8) if leaf.dtype == bool else leaf
+        width = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[bits.dtype.itemsize]
+        words = jax.lax.bitcast_convert_type(bits, width).astype(jnp.uint32).ravel()
+        # Odd factors: a flipped bit shows in the sum, and so do entries that changed places.
+        return jnp.sum(words * (2 * jnp.arange(words.size, dtype=jnp.uint32) + 1))
+
+    return jnp.stack([of(leaf) for leaf in leaves])
 
 
 class CheckpointError(RuntimeError):
@@ -31,8 +49,9 @@ class Checkpoints:
     def save(self, step: int, state: Any) -> None:
         """Save `state`, a pytree of arrays, as that of `step`."""
         # Orbax stores arrays by name in plain trees: the structure is the program's to know.
-        leaves = {str(i): leaf for i, leaf in enumerate(jax.tree.leaves(state))}
-        self._manager.save(step, args=ocp.args.StandardSave(leaves))
+        leaves = jax.tree.leaves(state)
+        named = {str(i): leaf for i, leaf in enumerate(leaves)} | {SUMS: np.asarray(_sums(leaves))}
+        self._manager.save(step, args=ocp.args.StandardSave(named))
 
     def restore(self, like: Any, shardings: Any) -> Any | None:
         """Return the newest state that can be read; None if there is none.
@@ -46,17 +65,18 @@ class Checkpoints:
         """
         leaves, treedef = jax.tree.flatten(like)
         places = treedef.flatten_up_to(shardings)
-        shapes = {
+        shapes: dict[str, Any] = {
             str(i): jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
             for i, (leaf, place) in enumerate(zip(leaves, places, strict=True))
         }
+        shapes[SUMS] = np.zeros(len(leaves), np.uint32)
         steps = sorted(self._manager.all_steps(), reverse=True)
         for i, step in enumerate(steps):
             restored = self._read(step, shapes)
             if restored is not None:
                 for unreadable in steps[:i]:
                     self._manager.delete(unreadable)
-                return treedef.unflatten([restored[str(i)] for i in range(len(leaves))])
+                return treedef.unflatten(restored)
         if steps:
             raise CheckpointError(
                 f"No checkpoint in {self._manager.directory} can be read: remove that directory to "
@@ -64,9 +84,12 @@ class Checkpoints:
             )
         return None
 
-    def _read(self, step: int, shapes: Any) -> Any | None:
+    def _read(self, step: int, shapes: dict[str, Any]) -> list[Any] | None:
         try:
-            restored = self._manager.restore(step, args=ocp.args.StandardRestore(shapes))
+            named = self._manager.restore(step, args=ocp.args.StandardRestore(shapes))
+            restored = [named[str(i)] for i in range(len(shapes) - 1)]
+            if not np.array_equal(_sums(restored), named[SUMS]):
+                raise ValueError("what was read is not what was saved")
         except Exception as error:  # Of any kind: what reads the files is several libraries.
             reason = str(error).strip().partition("\n")[0]
             logging.warning(
