@@ -88,7 +88,7 @@ def _main(_: list[str]) -> None:
     from lpa_jax.data import DataError
     from lpa_jax.training import checkpoints, loop
 
-    stops = (UsageError, loop.ConfigError, DataError, loop.NonFiniteLossError)
+    stops = (OSError, UsageError, loop.ConfigError, DataError, loop.NonFiniteLossError)
     # Orbax narrates every checkpoint.
     logging.set_verbosity(logging.WARNING)
     try:

@@ -156,6 +156,8 @@ def test_bfloat16_computes_with_float32_parameters(tmp_path):
         ({"perturbation": {}}, "config.method is 'lpa', but config.perturbation describes erm"),
         ({"optimizer.options.momentum": math.nan}, "momentum must be finite"),
         ({"schedule.boundaries": (math.inf,)}, "boundaries must be finite"),
+        ({"schedule.boundaries": (-1.0,)}, "boundaries must be epochs from 0"),
+        ({"optimizer.accumulate": 1000}, "accumulate is 1000, more than the run's 40 steps"),
         ({"seed": 2**31}, "seed must be below"),
         ({"augment.padding": 8}, "padding must be below the images' side of 8"),
         ({"model.options.width": 0}, "width must be at least 1"),
@@ -328,6 +330,24 @@ def test_without_a_readable_checkpoint_nothing_is_thrown_away(tmp_path):
     again.close()
     assert (tmp_path / "1").exists()
     gc.collect()
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b'{"seed": 0', b"{}", b"\xff\xfe"], ids=repr)
+def test_a_damaged_result_is_named(finished, tmp_path, content):
+    workdir = shutil.copytree(finished[0], tmp_path / "copy")
+    (workdir / "seed3" / "result.json").write_bytes(content)
+    with pytest.raises(configuration.ConfigError, match=r"seed3/result.json is damaged.*remove it"):
+        run(smoke("lpa+lpl+lpg", num_seeds=2, seed=3), workdir)
+    (workdir / "config.json").write_bytes(content)
+    with pytest.raises(configuration.ConfigError, match=r"config.json is damaged|another config"):
+        run(smoke("lpa+lpl+lpg", num_seeds=2, seed=3), workdir)
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe\n", b"[]\n", b"3\n", b'{"loss": 1}\n', b"{"])
+def test_damaged_metrics_are_read_up_to_the_damage(content, tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n' + content + b'{"step": 2}\n')
+    assert records.read_rows(path) == [{"step": 1}]
 
 
 def test_records_take_back_what_a_resumed_run_will_record_again(tmp_path):

@@ -285,6 +285,10 @@ def check(config: Config) -> None:
     for key, value in not_negative.items():
         if not 0 <= value < math.inf:
             raise ConfigError(f"config.{key} must be at least 0, not {value!r}.")
+    if any(epoch < 0 for epoch in config.schedule.boundaries):
+        raise ConfigError(
+            f"config.schedule.boundaries must be epochs from 0, not {config.schedule.boundaries!r}."
+        )
     if config.seed + config.num_seeds > 2**31:
         raise ConfigError(f"config.seed must be below 2**31, not {config.seed!r}.")
     if not 0 < config.checkpoint_every < math.inf:

@@ -120,6 +120,11 @@ def train_and_evaluate(
             loss_fn=_loss_named(config.loss),
         )
         accumulate = config.optimizer.accumulate
+        if accumulate > num_steps:
+            raise ConfigError(
+                f"config.optimizer.accumulate is {accumulate}, more than the run's {num_steps} "
+                "steps: no parameter would ever move."
+            )
         rate = schedules.learning_rate(
             **config.schedule, epochs=config.epochs, steps_per_epoch=steps_per_epoch / accumulate
         )
@@ -171,7 +176,9 @@ def train_and_evaluate(
             directory = workdir / f"seed{seed}"
             result_path = directory / "result.json"
             if result_path.exists():
-                results.append(json.loads(result_path.read_text()))
+                results.append(
+                    records.read_json(result_path, "seed", "test_accuracy", "perturbation")
+                )
                 rows_by_seed[seed] = records.read_rows(directory / "metrics.jsonl")
                 continue
             if preempted():

@@ -22,7 +22,7 @@ def claim(workdir: pathlib.Path, config: dict[str, Any], *, write: bool = True) 
     ours = json.loads(json.dumps(config))
     try:
         if path.exists():
-            new, old = flat(ours), flat(json.loads(path.read_text()))
+            new, old = flat(ours), flat(read_json(path))
             keys = (new | old).keys() - FREE
             differing = sorted(key for key in keys if new.get(key) != old.get(key))
             if differing:
@@ -33,8 +33,23 @@ def claim(workdir: pathlib.Path, config: dict[str, Any], *, write: bool = True) 
         elif write:
             workdir.mkdir(parents=True, exist_ok=True)
             write_json(path, ours)
-    except (OSError, json.JSONDecodeError) as error:
+    except OSError as error:
         raise ConfigError(f"{workdir} cannot serve as work directory: {error}.") from error
+
+
+def read_json(path: pathlib.Path, *keys: str) -> dict[str, Any]:
+    """Read what `write_json` wrote, a dictionary with the keys given.
+
+    Raises:
+      ConfigError: If it holds anything else.
+    """
+    try:
+        value = json.loads(path.read_bytes())
+        if not isinstance(value, dict) or not set(keys) <= set(value):
+            raise ValueError("something is missing")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} is damaged ({error}): remove it and try again.") from error
+    return value
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
@@ -99,12 +114,15 @@ class Records:
 
 
 def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
-    """Read `metrics.jsonl`; a last line cut short by a crash is left out."""
+    """Read `metrics.jsonl`, up to a line cut short by a crash or otherwise damaged."""
     rows = []
     if path.exists():
-        for line in filter(None, path.read_text().splitlines()):
+        for line in path.read_bytes().splitlines():
             try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
+                row = json.loads(line)
+                if not isinstance(row["step"], int):
+                    break
+            except (ValueError, TypeError, KeyError):
                 break
+            rows.append(row)
     return rows
