@@ -75,22 +75,25 @@ def limits(model, variables, images, labels, site, steps):
     tap = next(t for t in network.trace(variables, images, APPLY).taps if t.name == site)
     value = jax.ShapeDtypeStruct(tap.shape, tap.dtype)
 
-    def tail(value):
+    def tail(variables, images, value):
         return network.run(variables, images, {tap: value}, (), APPLY)[0]
 
-    def hooked(delta):
+    def hooked(variables, images, delta):
         def loss_fn(delta):
             _, (value,), _ = network.run(variables, images, {}, (tap,), APPLY)
-            logits = tail(value + delta)
+            logits = tail(variables, images, value + delta)
             return jnp.sum(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
 
         return jax.grad(loss_fn)(delta)
 
-    def cost(function, *arguments):
-        return flops(jax.jit(function).lower(*arguments).compile())
+    def forward(variables, images):
+        return model.apply(variables, images, **APPLY)[0]
 
-    forward = cost(lambda images: model.apply(variables, images, **APPLY)[0], images)
-    formula = 1 + steps * 2 * cost(tail, value) / (3 * forward)
+    def cost(function, *arguments):
+        # What a function closes over would be folded into the program.
+        return flops(jax.jit(function).lower(variables, images, *arguments).compile())
+
+    formula = 1 + steps * 2 * cost(tail, value) / (3 * cost(forward))
     return formula, steps * cost(hooked, value)
 
 
@@ -176,7 +179,7 @@ def main():
             f"{row['seconds_ratio']:.3f}",
             f"{row['compile_seconds']:.1f}",
         )
-    Console().print(table)
+    Console(width=130).print(table)
     record.write(args.out, rows)
 
 
