@@ -1,4 +1,4 @@
-"""From the start of the process to the end of the first training step, cold and started again.
+"""From the start of the process to its first training step, cold and started again.
 
     python benchmarks/startup.py [--configs digits cifar10] [--method=lpa] [--out=FILE.json]
 
@@ -36,7 +36,7 @@ def random_cifar(path, num_classes):
 
 
 def start(config, method, cache, directory):
-    """Run two steps; return the seconds to the end of the first from the start of the process."""
+    """Run two steps; return the seconds from the start of the process until the first runs."""
     command = [
         sys.executable,
         "-m",
@@ -71,7 +71,7 @@ def main():
                 start(config, args.method, cache, f"{cache}/run{turn}") for turn in range(2)
             )
         rows.append({"config": config, "method": args.method, "cold": cold, "warm": warm})
-    table = Table(title="Seconds to the end of the first step")
+    table = Table(title="Seconds until the first step runs")
     for column in ("config", "method", "cold", "with the cache", "ratio"):
         table.add_column(column, justify="right")
     for row in rows:

@@ -201,9 +201,8 @@ def train_and_evaluate(
                     with jax.transfer_guard("disallow"):
                         state = train_step(state, *given)
                     step += taken
-                    if first_step_time is None:
-                        jax.block_until_ready(state.step)
-                        first_step_time = time.time()
+                    # The step is compiled, and the devices are at work on it.
+                    first_step_time = first_step_time or time.time()
                     epoch, rest = divmod(step, steps_per_epoch)
                     if rest == 0:
                         _stop_if_nonfinite(state, directory)
