@@ -4,6 +4,7 @@ import functools
 import re
 
 import chex
+from flax import linen as nn
 from flax.core import DenyList, freeze
 from flax.traverse_util import flatten_dict
 import jax
@@ -637,3 +638,25 @@ def test_with_a_bound_of_zero_dropout_is_exactly_that_of_a_plain_pass():
     logits, _, _ = run_forward(model, perturbation, variables, **DROPOUT)
     expected = quick_jit(functools.partial(model.apply, **DROPOUT))(variables, INPUTS)
     np.testing.assert_array_equal(logits, expected)
+
+
+class Twice(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        shared = nn.Dense(4, name="shared")
+        return shared(nn.tanh(shared(x))), None
+
+
+class TwiceInEveryLayer(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        axes = {"params": 0, "perturbation": 0}
+        layers = nn.scan(Twice, variable_axes=axes, split_rngs={"params": True}, length=3)
+        return nn.Dense(3, name="head")(layers(name="layers")(x, None)[0])
+
+
+def test_every_call_in_every_layer_has_a_name_of_its_own():
+    model, inputs = TwiceInEveryLayer(), jnp.ones((2, 4))
+    variables = model.init(jax.random.key(0), inputs)
+    names = [n for n in lpa_jax.list_sites(model.apply, variables, inputs) if "shared" in n]
+    assert names == ["layers/shared", *(f"layers/shared[{i}]" for i in range(6))]
