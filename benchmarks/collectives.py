@@ -83,16 +83,14 @@ def main():
         table.add_column(column, justify="left" if column == "method" else "right")
     for name, perturbation in chains.items():
         perturbed = lpa_jax.value_and_grad(model.apply, perturbation, num_classes=args.classes)
-        init = step.make_init(model.init, perturbed, tx, (args.batch, 32, 32, 3))
-        like = jax.eval_shape(init, number)
-        shardings = step.state_shardings(grid, like)
-        train_step = step.make_train_step(
-            perturbed, tx, grid, shardings, take, padding=4, flip=True
-        )
+        shape = (args.batch, 32, 32, 3)
+        steps = step.make_steps(model.init, perturbed, tx, grid, shape, take, padding=4, flip=True)
         state = jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), like, shardings
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+            steps.like,
+            steps.shardings,
         )
-        compiled = train_step.lower(state, number, number, images, labels, order).compile()
+        compiled = steps.train.lower(state, number, number, images, labels, order).compile()
         found = collectives(compiled.as_text())
         rows.append({"method": name, "collectives": found})
         cells = (found.get(kind) for kind in KINDS)

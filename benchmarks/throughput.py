@@ -56,23 +56,22 @@ def measure(args):
     grid = mesh.make_mesh(args.batch)
     perturbed = lpa_jax.value_and_grad(model.apply, chains[args.method], num_classes=10)
     tx = optax.sgd(1e-4, momentum=0.9, nesterov=True)
-    init = step.make_init(model.init, perturbed, tx, (args.batch, 32, 32, 3))
-    shardings = step.state_shardings(grid, jax.eval_shape(init, jnp.int32(0)))
     source = feed.make_feed(args.input, examples, args.batch, 10**6, grid)
-    train_step = step.make_train_step(
-        perturbed, tx, grid, shardings, source.take, padding=4, flip=True
+    shape = (args.batch, 32, 32, 3)
+    steps = step.make_steps(
+        model.init, perturbed, tx, grid, shape, source.take, padding=4, flip=True
     )
-    state = jax.jit(init, out_shardings=shardings)(jnp.int32(0))
+    state = steps.init(jnp.int32(0))
     # The clock runs over the end of an epoch, where the next one's order is drawn.
     epoch = args.examples // args.batch
     batches = source.open(0, max(0, epoch - 2 - args.count // 2))
     numbers = mesh.put((np.int32(0), np.int32(1)), mesh.replicated(grid))
     given = next(batches)
-    compiled = train_step.lower(state, *numbers, *given).compile()
+    compiled = steps.train.lower(state, *numbers, *given).compile()
     state = jax.block_until_ready(compiled(state, *numbers, *given))
     first_step = time.perf_counter() - began
     # The loop calls what users call, which finds the program anew.
-    state = jax.block_until_ready(train_step(state, *numbers, *next(batches)))
+    state = jax.block_until_ready(steps.train(state, *numbers, *next(batches)))
 
     waited, started = 0.0, time.perf_counter()
     for _ in range(args.count):
@@ -80,7 +79,7 @@ def measure(args):
         given = next(batches)
         waited += time.perf_counter() - asked
         with jax.no_tracing(True), jax.transfer_guard("disallow"):
-            state = train_step(state, *numbers, *given)
+            state = steps.train(state, *numbers, *given)
     jax.block_until_ready(state)
     seconds = time.perf_counter() - started
 

@@ -73,16 +73,15 @@ def main(out, fsdp):
     results, counts = {}, {}
     for name, perturbation in METHODS.items():
         perturbed = lpa_jax.value_and_grad(model.apply, perturbation, num_classes=10)
-        init = step.make_init(model.init, perturbed, tx, (BATCH, 8, 8, 1))
-        like = jax.eval_shape(init, jnp.int32(0))
-        shardings = step.state_shardings(grid, like)
         place = "host" if "host" in name else "device"
         source = feed.make_feed(place, digits.train, BATCH, 3 * STEPS, grid)
         at_once = 5 if "loop" in name else 1
-        train_step = step.make_train_step(
-            perturbed, tx, grid, shardings, source.take, padding=1, flip=False, looped=at_once > 1
-        )
-        state = jax.jit(init, out_shardings=shardings)(jnp.int32(0))
+        shape = (BATCH, 8, 8, 1)
+        steps = step.make_steps(
+            model.init, perturbed, tx, grid, shape, source.take,
+            padding=1, flip=False, looped=at_once > 1,
+        )  # fmt: skip
+        state = steps.init(jnp.int32(0))
         numbers = mesh.put((np.int32(0), np.int32(at_once)), mesh.replicated(grid))
         batches = source.open(0, 0)
         compiled = None
@@ -90,7 +89,7 @@ def main(out, fsdp):
         for _ in range(0, STEPS, at_once):
             *_, given = itertools.islice(batches, at_once)
             if compiled is None:
-                compiled = train_step.lower(state, *numbers, *given).compile()
+                compiled = steps.train.lower(state, *numbers, *given).compile()
                 counts[name] = count_collectives(compiled)
             state = compiled(state, *numbers, *given)
         batches.close()
@@ -110,7 +109,7 @@ def main(out, fsdp):
     results["state"] = np.concatenate([x.ravel().astype(np.float64) for x in whole(state)])
     for path in sorted(out.parent.glob("*.checkpoint")):
         other = checkpoints.Checkpoints(path)
-        restored = whole(other.restore(like, shardings))
+        restored = whole(other.restore(steps.like, steps.shardings))
         other.close()
         results[f"restored/{path.stem}"] = np.concatenate(
             [leaf.ravel().astype(np.float64) for leaf in restored]

@@ -10,7 +10,7 @@ import pytest
 from tfds_fixture import png, write_examples, write_tfds
 
 from lpa_jax import data
-from lpa_jax.data import DataError
+from lpa_jax.data import DataError, digits
 
 
 def make_arrays(num_train=40, num_test=8, shape=(6, 5, 3), num_classes=4, seed=0):
@@ -60,6 +60,13 @@ def test_digits_are_scikit_learns():
     )
     theirs = sorted((x.tobytes(), y) for x, y in zip(bunch.images, bunch.target, strict=True))
     assert ours == theirs
+
+
+def test_digits_are_found_wherever_scikit_learn_keeps_them(monkeypatch):
+    here = data.load("digits")
+    monkeypatch.setattr(digits, "FILE", "elsewhere")
+    np.testing.assert_array_equal(data.load("digits").train.images, here.train.images)
+    np.testing.assert_array_equal(data.load("digits").train.labels, here.train.labels)
 
 
 def test_the_test_set_is_the_same_for_every_seed_and_on_every_machine():

@@ -17,11 +17,13 @@ import pytest
 from rich.console import Console
 
 from configs import digits
-from lpa_jax import data, losses
+import lpa_jax
+from lpa_jax import data, losses, models
 from lpa_jax.evaluation import metrics
 from lpa_jax.perturb import engine
 from lpa_jax.training import checkpoints, feed, loop, mesh, records, report, schedules
 from lpa_jax.training import config as configuration
+from lpa_jax.training.step import make_steps
 
 # tensorboardX and orbax are third parties to these.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:tensorboardX")
@@ -80,8 +82,7 @@ def test_mean_and_standard_deviation_are_those_of_the_seeds(finished):
 
 
 def test_the_step_is_traced_once_for_all_seeds(finished):
-    # Once in the first state's, for the shapes of its metrics, and once for the step itself.
-    assert len(finished[3]) == 2
+    assert len(finished[3]) == 1
 
 
 def test_a_finished_run_is_shown_again_and_not_trained_again(finished):
@@ -109,17 +110,96 @@ def test_another_configuration_is_refused_with_the_differing_keys(finished):
         )
 
 
-def test_a_non_finite_loss_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
-    # The second epoch's rate is out of all reason.
-    config = smoke("erm", **{"schedule.name": "piecewise", "schedule.factor": 1e30})
+def diverging(**changes):
+    # From the second epoch on, the rate is out of all reason.
+    changes = {"schedule.name": "piecewise", "schedule.factor": 1e30, **changes}
+    config = smoke("erm", **changes)
     config.optimizer.options = config_dict.ConfigDict({})
+    return config
+
+
+def test_a_non_finite_loss_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
     with pytest.raises(
-        loop.NonFiniteLossError, match=r"not finite at step \d+.*lower the learning"
+        loop.NonFiniteLossError,
+        match=r"Step 21 was not finite, first 'group1/norm1': lower the learning",
     ):
-        run(config, tmp_path)
+        run(diverging(), tmp_path)
     assert not (tmp_path / "seed0" / "result.json").exists()
     kept = list((tmp_path / "seed0" / "checkpoints").iterdir())
     assert [path.name for path in kept] == [str(1295 // 64)]
+
+
+def sometimes_infinite(site, share):
+    """Make a site infinite in this share of the steps, drawn by their keys."""
+
+    def update(value, *, key, **_):
+        return value + jnp.where(jax.random.uniform(key) < share, jnp.inf, 0.0)
+
+    return lpa_jax.stateless(site, update)
+
+
+@pytest.mark.parametrize(
+    ("site", "name"),
+    [
+        ("logits", "the perturbation at 'logits'"),
+        ("group2", "the perturbation at 'group2'"),
+        ("logit_grads", "the perturbation at 'logit_grads'"),
+    ],
+)
+def test_the_first_site_that_is_not_finite_is_named(site, name, tmp_path, monkeypatch):
+    broken = sometimes_infinite(site, 0.1)
+    monkeypatch.setattr(configuration, "perturbation", lambda *_: broken)
+    with pytest.raises(loop.NonFiniteLossError, match=f"Step \\d+ was not finite, first {name}"):
+        run(smoke("erm"), tmp_path)
+
+
+def test_steps_that_are_not_finite_are_skipped_and_counted(tmp_path, monkeypatch):
+    broken = sometimes_infinite("logits", 0.3)
+    monkeypatch.setattr(configuration, "perturbation", lambda *_: broken)
+    config = smoke("erm", nonfinite="skip")
+    summary, _ = run(config, tmp_path)
+    skipped = [
+        row["nonfinite_steps"] for row in records.read_rows(tmp_path / "seed0/metrics.jsonl")
+    ]
+    assert 0 < skipped[0] < skipped[-1] < 1295 // 64 * config.epochs
+    assert summary["seeds"][0]["test_accuracy"] > 0.2
+
+
+def test_an_epoch_without_a_finite_step_stops_a_run_that_skips(tmp_path, monkeypatch):
+    broken = sometimes_infinite("logits", 1.0)
+    monkeypatch.setattr(configuration, "perturbation", lambda *_: broken)
+    last = 1295 // 64 - 1
+    with pytest.raises(loop.NonFiniteLossError, match=f"Step {last} was not finite, first the per"):
+        run(smoke("erm", nonfinite="skip"), tmp_path)
+
+
+@pytest.mark.parametrize(("nonfinite", "after"), [("stop", 0), ("skip", 2)])
+def test_a_step_that_is_not_finite_changes_its_count_alone(nonfinite, after):
+    examples = data.load("digits").train
+    grid = mesh.make_mesh(64)
+    source = feed.make_feed("device", examples, 64, 20, grid)
+    model = models.create("small_cnn", num_classes=10, mean=(0.5,), std=(0.25,))
+    perturbation = lpa_jax.chain(lpa_jax.lpa("group2", 0.1), sometimes_infinite("logits", 1.0))
+    steps = make_steps(
+        model.init,
+        lpa_jax.value_and_grad(model.apply, perturbation, num_classes=10),
+        optax.adam(1e-3),
+        grid,
+        (64, 8, 8, 1),
+        source.take,
+        padding=1,
+        flip=False,
+        nonfinite=nonfinite,
+    )
+    before = jax.tree.map(np.asarray, steps.init(jnp.int32(0)))
+    state = steps.init(jnp.int32(0))
+    for given in itertools.islice(source.open(0, 0), 2):
+        state = steps.train(state, jnp.int32(0), jnp.int32(1), *given)
+    assert int(state.step) == after
+    # A run that stops counts the step it stands at.
+    assert int(state.nonfinite_steps) == max(after, 1)
+    state = state._replace(step=before.step, nonfinite_steps=before.nonfinite_steps)
+    jax.tree.map(np.testing.assert_array_equal, state, before)
 
 
 def test_bfloat16_computes_with_float32_parameters(tmp_path):

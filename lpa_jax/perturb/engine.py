@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 from jax import core
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 import numpy as np
 import optax
 
@@ -67,6 +67,32 @@ class Step:
     def end_epoch(self, state: StepState) -> StepState:
         """Close the epoch for the splits with `window="epoch"`; others are unaffected."""
         return state._replace(class_stats=statistics.end_epoch(state.class_stats))
+
+    def diagnose(
+        self,
+        variables: PyTree,
+        state: StepState,
+        inputs: Array,
+        labels: membership.Labels,
+        key: Array,
+        **apply_kwargs: Any,
+    ) -> tuple[collections.OrderedDict[str, Array], PyTree]:
+        """Return in words, in the order of computation, whether each value of a step is finite.
+
+        First come those of the network as it is, then what the perturbations make of them. The
+        step's gradients are returned as well.
+        """
+        taps = self.network.trace(variables, inputs, apply_kwargs).taps
+        logits, values, _ = self._run(variables, inputs, {}, taps, apply_kwargs)
+        (loss, aux), grads, _ = self(variables, state, inputs, labels, key, **apply_kwargs)
+        parts = {"the parameters": variables, "the inputs": inputs}
+        parts |= {f"{tap.name!r}": value for tap, value in zip(taps, values, strict=True)}
+        parts |= {"the logits": logits}
+        parts |= {f"the perturbation at {site!r}": r for site, r in aux["metrics"].items()}
+        parts |= {"the loss": loss, "the gradient": grads}
+        # A jitted function returns a plain dict in alphabetical order.
+        finite = ((name, all_finite(part)) for name, part in parts.items())
+        return collections.OrderedDict(finite), grads
 
     def __call__(
         self,
@@ -382,6 +408,11 @@ jax.tree_util.register_dataclass(
     ],
     meta_fields=["chain", "measured"],
 )  # fmt: skip
+
+
+def all_finite(tree: PyTree) -> Bool[Array, ""]:
+    """Return whether no number in a tree is NaN or infinite."""
+    return jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]).all()
 
 
 def _soft(labels: membership.Labels, num_classes: int) -> Float[Array, "batch classes"]:

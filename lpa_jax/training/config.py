@@ -115,6 +115,8 @@ def default() -> Config:
             "input": "auto",
             # Taken without word from the host; above 1 they run in a loop, which suits GPU and TPU.
             "steps_per_dispatch": 1,
+            # What a step does whose loss or update is NaN or infinite: "stop" the run, or "skip".
+            "nonfinite": "stop",
             # Devices that share one copy of parameters and states: fully sharded data parallel.
             "fsdp": 1,
             # Which examples are held out, the same for all seeds.
@@ -295,6 +297,8 @@ def check(config: Config) -> None:
         raise ConfigError(
             f"config.checkpoint_every must be above 0 epochs, not {config.checkpoint_every!r}."
         )
+    if config.nonfinite not in ("stop", "skip"):
+        raise ConfigError(f"config.nonfinite must be stop or skip, not {config.nonfinite!r}.")
     if config.model.dtype not in ("float32", "bfloat16"):
         raise ConfigError(
             f"config.model.dtype must be float32 or bfloat16, not {config.model.dtype!r}."

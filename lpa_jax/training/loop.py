@@ -29,9 +29,9 @@ from lpa_jax.perturb.engine import LossFn
 from lpa_jax.training import checkpoints, mesh, records, report, schedules
 from lpa_jax.training import config as configuration
 from lpa_jax.training import feed as feeds
-from lpa_jax.training import step as steps
 from lpa_jax.training.config import Config, ConfigError
-from lpa_jax.training.state import epoch_means, TrainState
+from lpa_jax.training.state import epoch_means
+from lpa_jax.training.step import make_steps
 
 REMEDY = "lower the learning rate or the strength of the perturbation"
 PARTS = ("train", "validation", "test")
@@ -46,7 +46,7 @@ class PreemptedError(RuntimeError):
 
 
 class NonFiniteLossError(RuntimeError):
-    """The loss became NaN or infinite; the last good checkpoint is kept."""
+    """The loss or an update became NaN or infinite; the last good checkpoint is kept."""
 
 
 def train_and_evaluate(
@@ -68,7 +68,8 @@ def train_and_evaluate(
     Raises:
       ConfigError: If the configuration cannot be run, before anything is written.
       DataError: If the data cannot be read, likewise.
-      NonFiniteLossError: If the loss becomes NaN or infinite.
+      NonFiniteLossError: If the loss or an update becomes NaN or infinite and `config.nonfinite` is
+        `"stop"`, or is so in every step of an epoch; it names where that began.
       PreemptedError: If the process was sent SIGTERM, after the present step has been saved.
     """
     console = console or Console(quiet=jax.process_index() > 0)
@@ -135,19 +136,23 @@ def train_and_evaluate(
             dict(config.optimizer.options),
             accumulate,
         )
-        shape = (config.batch_size, *dataset.train.images.shape[1:])
-        init = steps.make_init(model.init, perturbed, tx, shape)
-        like = jax.eval_shape(init, jnp.int32(0))
-    shardings = steps.state_shardings(devices, like)
-    init = jax.jit(init, out_shardings=shardings)
-    feed = feeds.make_feed(config.input, dataset.train, config.batch_size, num_steps, devices)
-    looped = config.steps_per_dispatch > 1
-    if looped and not feed.resident:
-        raise ConfigError("config.steps_per_dispatch above 1 needs config.input to be 'device'.")
-    train_step = steps.make_train_step(
-        perturbed, tx, devices, shardings, feed.take, **config.augment, looped=looped
-    )
-    end_epoch = steps.make_end_epoch(perturbed, shardings)
+        feed = feeds.make_feed(config.input, dataset.train, config.batch_size, num_steps, devices)
+        looped = config.steps_per_dispatch > 1
+        if looped and not feed.resident:
+            raise ConfigError(
+                "config.steps_per_dispatch above 1 needs config.input to be 'device'."
+            )
+        steps = make_steps(
+            model.init,
+            perturbed,
+            tx,
+            devices,
+            (config.batch_size, *dataset.train.images.shape[1:]),
+            feed.take,
+            **config.augment,
+            looped=looped,
+            nonfinite=config.nonfinite,
+        )
     place = functools.partial(mesh.put, sharding=mesh.batched(devices))
     predict = metrics.make_predict(model.apply, place, mesh.replicated(devices))
     most = max(len(dataset.validation.labels), len(dataset.test.labels))
@@ -169,6 +174,22 @@ def train_and_evaluate(
             raise NonFiniteLossError(f"The loss of the trained network is not finite: {REMEDY}.")
         return judged
 
+    def stop_if_nonfinite(state, seed, end_of_epoch):
+        """Raise `NonFiniteLossError`, where that is the policy or no step of an epoch was left."""
+        skip = config.nonfinite == "skip"
+        left = float(state.running.steps) if end_of_epoch else math.inf
+        if not int(state.nonfinite_steps) or (skip and left):
+            return
+        number = int(state.step) - skip
+        with contextlib.closing(feed.open(seed, number)) as batches:
+            state = state._replace(step=on_devices(number))
+            finite = steps.diagnose(state, on_devices(seed), *next(batches))
+        first = next(name for name, value in finite.items() if not value)
+        raise NonFiniteLossError(
+            f"Step {number} was not finite, first {first}: {REMEDY}. What was saved before that is "
+            f"kept in {workdir}."
+        )
+
     # --- Train each seed; the step is compiled once for all of them. -----------------------------
     results, rows_by_seed, first_step_time = [], {}, None
     with _preemption() as preempted:
@@ -184,8 +205,8 @@ def train_and_evaluate(
             if preempted():
                 raise PreemptedError(f"SIGTERM came before seed {seed} began.")
             saved = checkpoints.Checkpoints(directory / "checkpoints")
-            state = saved.restore(like, shardings)
-            state = init(jnp.int32(seed)) if state is None else state
+            state = saved.restore(steps.like, steps.shardings)
+            state = steps.init(jnp.int32(seed)) if state is None else state
             first = step = int(state.step)
             log = records.Records(directory, first, write=first_process)
             with contextlib.ExitStack() as stack:
@@ -199,30 +220,33 @@ def train_and_evaluate(
                     given = (on_devices(seed), on_devices(taken), *given)
                     # Whatever is moved between host and device has been moved by now.
                     with jax.transfer_guard("disallow"):
-                        state = train_step(state, *given)
+                        state = steps.train(state, *given)
                     step += taken
                     # The step is compiled, and the devices are at work on it.
                     first_step_time = first_step_time or time.time()
                     epoch, rest = divmod(step, steps_per_epoch)
+                    stopping = preempted()
+                    saving = step % checkpoint_every == 0 or step == num_steps or stopping
+                    if saving or rest == 0:
+                        stop_if_nonfinite(state, seed, end_of_epoch=rest == 0)
                     if rest == 0:
-                        _stop_if_nonfinite(state, directory)
-                        state = end_epoch(state)
-                        row, _ = epoch_means(state.epoch, steps_per_epoch)
+                        state = steps.end_epoch(state)
+                        row, _ = epoch_means(state.epoch)
                         row |= {"learning_rate": float(np.asarray(rate((step - 1) // accumulate)))}
+                        if config.nonfinite == "skip":
+                            row |= {"nonfinite_steps": int(state.nonfinite_steps)}
                         if len(dataset.validation.labels) and epoch % config.evaluate_every == 0:
                             row |= _named("validation", judge(state.variables, dataset.validation))
                         log.write({"step": step, "epoch": epoch, **_scalars(row)})
                         show(step, f"epoch {epoch}", row)
-                    stopping = preempted()
-                    if step % checkpoint_every == 0 or step == num_steps or stopping:
-                        _stop_if_nonfinite(state, directory)
+                    if saving:
                         saved.save(step, state)
                     if stopping:
                         raise PreemptedError(f"SIGTERM came; step {step} is saved in {directory}.")
                     show(step)
 
                 # --- Judge the last epoch, whatever came before it. -------------------------------
-                means, by_class = epoch_means(state.epoch, steps_per_epoch)
+                means, by_class = epoch_means(state.epoch)
                 result = {"seed": seed, "train_accuracy": means["train_accuracy"]}
                 if len(dataset.validation.labels):
                     result |= _named("validation", judge(state.variables, dataset.validation))
@@ -311,14 +335,6 @@ def _dispatches(first: int, last: int, most: int, *stops: int) -> Iterator[int]:
         taken = min(most, last - first, *(stop - first % stop for stop in stops))
         yield taken
         first += taken
-
-
-def _stop_if_nonfinite(state: TrainState, directory: pathlib.Path) -> None:
-    if (step := int(state.nonfinite_step)) >= 0:
-        raise NonFiniteLossError(
-            f"The loss or the update was not finite at step {step}: {REMEDY}. What was saved "
-            f"before that is kept in {directory}."
-        )
 
 
 def _named(part: str, judged: dict[str, Any]) -> dict[str, Any]:

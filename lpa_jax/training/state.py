@@ -14,6 +14,7 @@ class Totals(NamedTuple):
     """Sums over an epoch, kept on the device.
 
     Attributes:
+      steps: Number of steps.
       examples: Number of examples.
       loss: Sum of training losses, of the perturbed objective.
       correct: Number of examples whose logits, before their own perturbation, were right.
@@ -21,6 +22,7 @@ class Totals(NamedTuple):
         step where it is a scalar.
     """
 
+    steps: Float[Array, ""]
     examples: Float[Array, ""]
     loss: Float[Array, ""]
     correct: Float[Array, ""]
@@ -37,7 +39,8 @@ class TrainState(NamedTuple):
       perturbation: State of the perturbations, with the class statistics.
       running: Sums over the present epoch so far.
       epoch: Sums over the last finished epoch.
-      nonfinite_step: First step whose loss or update was not finite, -1 for none.
+      nonfinite_steps: Number of steps whose loss or update was not finite; they changed nothing
+        else.
     """
 
     step: Int[Array, ""]
@@ -46,7 +49,7 @@ class TrainState(NamedTuple):
     perturbation: StepState
     running: Totals
     epoch: Totals
-    nonfinite_step: Int[Array, ""]
+    nonfinite_steps: Int[Array, ""]
 
 
 def empty_totals(metrics: Any) -> Totals:
@@ -56,7 +59,7 @@ def empty_totals(metrics: Any) -> Totals:
         return jnp.zeros((), jnp.float32)
 
     sums = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), metrics)
-    return Totals(zero(), zero(), zero(), sums)
+    return Totals(zero(), zero(), zero(), zero(), sums)
 
 
 def add_to_totals(
@@ -74,6 +77,7 @@ def add_to_totals(
 
     weighed = {site: weigh(report) for site, report in metrics.items()}
     return Totals(
+        totals.steps + 1,
         totals.examples + count,
         totals.loss + loss * count,
         totals.correct + jnp.sum(correct),
@@ -81,14 +85,11 @@ def add_to_totals(
     )
 
 
-def epoch_means(
-    totals: Totals, num_steps: int
-) -> tuple[dict[str, float], dict[str, dict[str, Any]]]:
+def epoch_means(totals: Totals) -> tuple[dict[str, float], dict[str, dict[str, Any]]]:
     """Return the means of an epoch: scalars by name, and the report of each site by class.
 
     Args:
       totals: Sums over an epoch that has at least one example.
-      num_steps: Number of steps in it.
 
     Returns:
       `"train_loss"`, `"train_accuracy"` and `"SITE/NAME"`, the mean over examples of what is
@@ -101,12 +102,12 @@ def epoch_means(
     }
     by_class = {}
     for site, sums in totals.perturbation.items():
-        count = sums.get("count", np.float64(num_steps))
+        count = sums.get("count", totals.steps)
         by_class[site] = {}
         for name, value in sums.items():
             if name == "count":
                 continue
-            weight = count if value.ndim else np.float64(num_steps)
+            weight = count if value.ndim else totals.steps
             by_class[site][name] = (value / np.maximum(weight, 1e-12)).tolist()
             scalars[f"{site}/{name}"] = float(value.sum() / weight.sum())
     return scalars, by_class

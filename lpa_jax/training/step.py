@@ -1,36 +1,101 @@
-"""The jitted training step."""
+"""The jitted functions of a training loop."""
 
+from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any
+import functools
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jaxtyping import Array, Int, PyTree
+from jaxtyping import Array, Bool, PyTree
 import optax
 
 from lpa_jax import data
-from lpa_jax.perturb.engine import Step
+from lpa_jax.perturb.engine import all_finite, Step
 from lpa_jax.training import mesh as meshes
 from lpa_jax.training.feed import Batch
 from lpa_jax.training.state import add_to_totals, empty_totals, TrainState
 
 APPLY = {"train": True, "mutable": ["batch_stats"]}
+NonFinite = Literal["stop", "skip"]
 
 
-def make_init(
-    init_fn: Callable[..., PyTree], perturbed: Step, tx: optax.GradientTransformation, shape
-) -> Callable[[Int[Array, ""]], TrainState]:
-    """Return the function from a seed to the first state, for batches of images of `shape`."""
+class Steps(NamedTuple):
+    """What a training loop calls; all is jitted, and a given state is donated.
 
+    Attributes:
+      like: Shapes and types of a state.
+      shardings: Where the arrays of a state live: what is large is split, sums are on all devices.
+      init: `init(seed)` returns the first state.
+      train: `train(state, seed, count, *given)` takes `count` steps (one, unless looped) with what
+        the feed gives.
+      end_epoch: `end_epoch(state)` keeps the epoch's sums, begins new ones, and freezes the
+        epoch's class statistics.
+      diagnose: `diagnose(state, seed, *given)` takes no step, donates nothing, and returns by name
+        and in order whether everything that the next step computes is finite.
+    """
+
+    like: TrainState
+    shardings: Any
+    init: Callable[..., TrainState]
+    train: Callable[..., TrainState]
+    end_epoch: Callable[[TrainState], TrainState]
+    diagnose: Callable[..., OrderedDict[str, Bool[Array, ""]]]
+
+
+def make_steps(
+    init_fn: Callable[..., PyTree],
+    perturbed: Step,
+    tx: optax.GradientTransformation,
+    mesh: Mesh,
+    shape: tuple[int, ...],
+    take: Callable[..., Batch],
+    *,
+    padding: int,
+    flip: bool,
+    looped: bool = False,
+    nonfinite: NonFinite = "stop",
+) -> Steps:
+    """Return the functions of a training loop.
+
+    A step whose loss or update is not finite changes nothing but its own count.
+
+    Args:
+      init_fn: The model's `init`.
+      perturbed: From `lpa_jax.value_and_grad`.
+      tx: The optimizer.
+      mesh: The devices.
+      shape: Of the images of a batch, `[B, H, W, channels]`.
+      take: Picks a step's batch out of what it is given, see `feed.Feed`.
+      padding: Of the augmentation, see `data.augment`.
+      flip: Likewise.
+      looped: Whether a call of `train` takes `count` steps, in a loop on the device, or one.
+        (XLA's convolutions are several times slower in loops on a CPU.)
+      nonfinite: `"stop"`: the state stands still at the first step that is not finite. `"skip"`:
+        the next step is taken from where it began.
+    """
+    whole = meshes.replicated(mesh)
+    # Shared by all that follows, so that it is traced once.
+    run = jax.jit(functools.partial(perturbed, **APPLY))
+
+    def batch_of(state, seed, *given):
+        augment_key, perturb_key = jax.random.split(
+            jax.random.fold_in(jax.random.key(seed), state.step)
+        )
+        images, labels = take(state.step, *given)
+        images = data.augment(augment_key, images, padding=padding, flip=flip)
+        return data.to_float(images), labels, perturb_key
+
+    @jax.jit
     def init(seed):
         images, labels = jnp.zeros(shape, jnp.float32), jnp.zeros(shape[0], jnp.int32)
         key = jax.random.key(seed)
         variables = init_fn(key, images[:1], train=False)
         state = perturbed.init(variables, images, labels, **APPLY)
-        (_, aux), _, _ = jax.eval_shape(
-            lambda *args: perturbed(*args, **APPLY), variables, state, images, labels, key
-        )
+        # What is traced is shared only if the mesh is the same; values are not moved by this.
+        given = jax.lax.with_sharding_constraint((variables, state, images, labels, key), whole)
+        (_, aux), _, _ = jax.eval_shape(run, *given)
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             variables=variables,
@@ -38,51 +103,23 @@ def make_init(
             perturbation=state,
             running=empty_totals(aux["metrics"]),
             epoch=empty_totals(aux["metrics"]),
-            nonfinite_step=jnp.full((), -1, jnp.int32),
+            nonfinite_steps=jnp.zeros((), jnp.int32),
         )
 
-    return init
-
-
-def make_train_step(
-    perturbed: Step,
-    tx: optax.GradientTransformation,
-    mesh: Mesh,
-    shardings: Any,
-    take: Callable[..., Batch],
-    *,
-    padding: int,
-    flip: bool,
-    looped: bool = False,
-) -> Callable[..., TrainState]:
-    """Return the jitted function `(state, seed, count, *given) -> state`; it donates the state.
-
-    Args:
-      perturbed: From `lpa_jax.value_and_grad`.
-      tx: The optimizer.
-      mesh: The devices.
-      shardings: Where the arrays of the state live, from `state_shardings`.
-      take: Picks a step's batch out of what it is given, see `feed.Feed`.
-      padding: Of the augmentation, see `data.augment`.
-      flip: Likewise.
-      looped: Whether a call takes `count` steps, in a loop on the device, or one. (XLA's
-        convolutions are several times slower in loops on a CPU.)
-    """
-    whole = meshes.replicated(mesh)
+    like = jax.eval_shape(init, jax.ShapeDtypeStruct((), jnp.int32))
+    shardings = meshes.sharded(mesh, like)
+    shardings = shardings._replace(
+        running=jax.tree.map(lambda _: whole, like.running),
+        epoch=jax.tree.map(lambda _: whole, like.epoch),
+    )
 
     def train_step(state, seed, *given):
-        augment_key, perturb_key = jax.random.split(
-            jax.random.fold_in(jax.random.key(seed), state.step)
-        )
-        images, labels = take(state.step, *given)
-        images = data.augment(augment_key, images, padding=padding, flip=flip)
+        images, labels, key = batch_of(state, seed, *given)
         # Sharded arrays are gathered for the step, and their gradients scattered after it.
         variables, perturbation = jax.lax.with_sharding_constraint(
             (state.variables, state.perturbation), whole
         )
-        (loss, aux), grads, perturbation = perturbed(
-            variables, perturbation, data.to_float(images), labels, perturb_key, **APPLY
-        )
+        (loss, aux), grads, perturbation = run(variables, perturbation, images, labels, key)
         grads = jax.lax.with_sharding_constraint(grads, shardings.variables["params"])
         params = state.variables["params"]
         updates, opt_state = tx.update(grads, state.opt_state, params)
@@ -92,38 +129,23 @@ def make_train_step(
             "params": optax.apply_updates(params, updates),
         }
         correct = jnp.argmax(aux["logits"], axis=1) == labels
-        finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(updates))
-        failed = (state.nonfinite_step < 0) & ~finite
-        return TrainState(
-            step=state.step + 1,
+        new = state._replace(
             variables=variables,
             opt_state=opt_state,
             perturbation=perturbation,
             running=add_to_totals(state.running, loss, correct, aux["metrics"]),
-            epoch=state.epoch,
-            nonfinite_step=jnp.where(failed, state.step, state.nonfinite_step),
         )
+        finite = jnp.isfinite(loss) & all_finite(updates)
+        going = (nonfinite == "skip") | (state.nonfinite_steps == 0)
+        state = jax.tree.map(lambda new, old: jnp.where(finite & going, new, old), new, state)
+        nonfinite_steps = state.nonfinite_steps + (going & ~finite)
+        going = going & (finite | (nonfinite == "skip"))
+        return state._replace(step=state.step + going, nonfinite_steps=nonfinite_steps)
 
-    def train_steps(state, seed, count, *given):
+    def train(state, seed, count, *given):
         if not looped:
             return train_step(state, seed, *given)
         return jax.lax.fori_loop(0, count, lambda _, state: train_step(state, seed, *given), state)
-
-    return jax.jit(train_steps, donate_argnums=0, out_shardings=shardings)
-
-
-def state_shardings(mesh: Mesh, like: TrainState) -> Any:
-    """Return where each array of a state lives: what is large is split, sums are on all devices."""
-    shardings = meshes.sharded(mesh, like)
-    whole = jax.tree.map(lambda _: meshes.replicated(mesh), like)
-    return shardings._replace(running=whole.running, epoch=whole.epoch)
-
-
-def make_end_epoch(perturbed: Step, shardings: Any) -> Callable[[TrainState], TrainState]:
-    """Return the function that closes an epoch; it donates the state.
-
-    The epoch's sums are kept, new ones begin, and its class statistics are frozen.
-    """
 
     def end_epoch(state):
         return state._replace(
@@ -132,4 +154,19 @@ def make_end_epoch(perturbed: Step, shardings: Any) -> Callable[[TrainState], Tr
             perturbation=perturbed.end_epoch(state.perturbation),
         )
 
-    return jax.jit(end_epoch, donate_argnums=0, out_shardings=shardings)
+    def diagnose(state, seed, *given):
+        batch = batch_of(state, seed, *given)
+        found, grads = perturbed.diagnose(state.variables, state.perturbation, *batch, **APPLY)
+        updates, _ = tx.update(grads, state.opt_state, state.variables["params"])
+        found["the update"] = all_finite(updates)
+        return found
+
+    into = {"donate_argnums": 0, "out_shardings": shardings}
+    return Steps(
+        like=like,
+        shardings=shardings,
+        init=jax.jit(init, out_shardings=shardings),
+        train=jax.jit(train, **into),
+        end_epoch=jax.jit(end_epoch, **into),
+        diagnose=jax.jit(diagnose, out_shardings=whole),
+    )
