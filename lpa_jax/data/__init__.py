@@ -4,6 +4,8 @@ from lpa_jax.data.augmentation import augment as augment
 from lpa_jax.data.augmentation import random_crop as random_crop
 from lpa_jax.data.augmentation import random_flip as random_flip
 from lpa_jax.data.augmentation import to_float as to_float
+from lpa_jax.data.batching import class_aware_order as class_aware_order
+from lpa_jax.data.batching import class_balanced_order as class_balanced_order
 from lpa_jax.data.batching import epoch_order as epoch_order
 from lpa_jax.data.batching import eval_batches as eval_batches
 from lpa_jax.data.batching import train_batches as train_batches
