@@ -498,21 +498,27 @@ def test_a_run_does_not_go_on_with_other_labels(finished, tmp_path):
     assert (workdir / "labels.npz").exists()
 
 
-def test_perturbations_are_given_the_counts_of_the_labels_trained_on(monkeypatch, tmp_path):
+def test_a_run_counts_and_draws_the_labels_it_trains_on(monkeypatch, tmp_path):
     given = []
-    build = configuration.perturbation
+    build, draw = configuration.perturbation, data.train_batches
 
-    def watched(config, class_counts):
+    def counted(config, class_counts):
         given.append(class_counts)
         return build(config, class_counts)
 
-    monkeypatch.setattr(configuration, "perturbation", watched)
+    def drawn(seed, epoch, labels, batch_size, sampling):
+        given.append((sampling, np.bincount(labels).tolist()))
+        return draw(seed, epoch, labels, batch_size, sampling)
+
+    monkeypatch.setattr(configuration, "perturbation", counted)
+    monkeypatch.setattr(data, "train_batches", drawn)
     changes = {"noise.kind": "asymmetric", "noise.rate": 0.5}
     summary, _ = run(smoke("logit_adjustment", **TASK | changes), tmp_path)
     # Half of each class goes to the next.
     original = np.array([128, 99, 76, 59, 46, 35, 27, 21, 16, 12])
     moved = np.round(0.5 * original).astype(int)
-    assert given == [(original - moved + np.roll(moved, 1)).tolist()]
+    counts = (original - moved + np.roll(moved, 1)).tolist()
+    assert given == [counts, ("class_aware", counts)]
     assert summary["groups"] == data.class_groups(original.tolist())
 
 
