@@ -13,6 +13,11 @@ Published test error %, WRN-28-10, 200 epochs:
 cross-entropy 18.85, label smoothing 18.40, mixup 17.82, dropout 18.12, DropBlock 17.95, Manifold
 Mixup 17.65, LPL 17.08, LPA 16.48 (varied bound) and 16.72 (fixed), LPA+LPL 16.05 in the LPA paper;
 cross-entropy 18.53, LPL 17.61 in the LPL paper.
+Published test error %, CIFAR-100-LT at ratios 100 and 10, in the LPL paper: LDAM-DRW 57.11,
+41.22; logit adjustment 56.11, 41.66; LPL 55.75, 39.03. That set (10,847 and 19,573 images) is
+`--config.imbalance.kind=exponential --config.imbalance.ratio=100 --config.validation_fraction=0`;
+its usual network `--config.model.name=resnet_32`; the 27 head classes of LPL's code
+`--config.perturbation.lpl.split.name=tail --config.perturbation.lpl.split.num_head=27`.
 
 Measured: not yet; a run of 200 epochs needs a GPU.
 """

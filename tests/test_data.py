@@ -364,7 +364,7 @@ def test_epoch_order_is_a_permutation_that_seed_and_epoch_decide():
 
 
 def test_train_batches_are_the_order_cut_up():
-    batches = data.train_batches(0, 2, 50, 8)
+    batches = data.train_batches(0, 2, np.zeros(50, int), 8)
     assert batches.shape == (6, 8)
     assert batches.dtype == np.int32
     np.testing.assert_array_equal(batches.ravel(), data.epoch_order(0, 2, 50)[:48])
@@ -373,7 +373,7 @@ def test_train_batches_are_the_order_cut_up():
 @pytest.mark.parametrize("batch_size", [51, 0])
 def test_train_batches_refuse_at_once(batch_size):
     with pytest.raises(ValueError, match=f"is {batch_size}, but a batch takes 1 to 50.*choose"):
-        data.train_batches(0, 0, 50, batch_size)
+        data.train_batches(0, 0, np.zeros(50, int), batch_size)
 
 
 @pytest.mark.parametrize("num_examples", [0, 1, 8, 19])

@@ -73,6 +73,13 @@ def test_a_run_leaves_its_results_and_shows_them(finished):
     assert "mean ± std" in text
 
 
+def test_a_plain_run_says_nothing_of_labels_and_groups(finished):
+    workdir, summary, text, _ = finished
+    assert not (workdir / "labels.npz").exists()
+    assert not {"groups", "noise_rate", "labels_sha256"} & set(summary)
+    assert "group of classes" not in text
+
+
 def test_mean_and_standard_deviation_are_those_of_the_seeds(finished):
     _, summary, _, _ = finished
     values = [seed["test_accuracy"] for seed in summary["seeds"]]
@@ -262,12 +269,14 @@ def test_unknown_methods_are_refused_with_near_names():
 # ---------------------------------------------------------------- batches and dispatches
 
 
-def batches_of(place, first, count=7):
+def batches_of(place, first, count=7, sampling="uniform"):
     """Return the batches of a few steps as a feed gives them to the step."""
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (40, 2, 2, 1), dtype=np.uint8)
-    examples = data.Examples(images, np.arange(40, dtype=np.int32))
-    fed = feed.make_feed(place, examples, 16, 10, mesh.make_mesh(16))
+    labels = np.arange(40, dtype=np.int32)
+    if sampling != "uniform":
+        labels = np.sqrt(labels).astype(np.int32)
+    fed = feed.make_feed(place, data.Examples(images, labels), 16, 10, mesh.make_mesh(16), sampling)
     take = jax.jit(fed.take)
     steps = enumerate(itertools.islice(fed.open(3, first), count), start=first)
     return [jax.device_get(take(jnp.int32(step), *given)) for step, given in steps]
@@ -276,14 +285,26 @@ def batches_of(place, first, count=7):
 def test_device_and_host_give_the_same_batches_in_the_same_order():
     both = [batches_of(place, 0) for place in ("device", "host")]
     jax.tree.map(np.testing.assert_array_equal, *both)
-    expected = [b for epoch in range(4) for b in data.train_batches(3, epoch, 40, 16)]
+    expected = [b for epoch in range(4) for b in data.train_batches(3, epoch, np.arange(40), 16)]
     for (_, labels), indices in zip(both[0], expected, strict=False):
         np.testing.assert_array_equal(labels, indices)
 
 
+@pytest.mark.parametrize("sampling", ["class_balanced", "class_aware"])
+def test_device_and_host_draw_the_same_examples_by_class(sampling):
+    both = [batches_of(place, 0, sampling=sampling) for place in ("device", "host")]
+    jax.tree.map(np.testing.assert_array_equal, *both)
+    labels = np.sqrt(np.arange(40)).astype(np.int32)
+    expected = [b for e in range(4) for b in data.train_batches(3, e, labels, 16, sampling)]
+    for (_, given), indices in zip(both[0], expected, strict=False):
+        np.testing.assert_array_equal(given, labels[indices])
+
+
+@pytest.mark.parametrize("sampling", ["uniform", "class_balanced", "class_aware"])
 @pytest.mark.parametrize("place", ["device", "host"])
-def test_batches_go_on_where_they_were_cut_off(place):
-    jax.tree.map(np.testing.assert_array_equal, batches_of(place, 3, 4), batches_of(place, 0)[3:])
+def test_batches_go_on_where_they_were_cut_off(place, sampling):
+    late, all_ = batches_of(place, 3, 4, sampling), batches_of(place, 0, sampling=sampling)
+    jax.tree.map(np.testing.assert_array_equal, late, all_[3:])
 
 
 def test_large_sets_stay_on_the_host(monkeypatch):

@@ -2,8 +2,10 @@
 
 from collections.abc import Iterator
 
-from jaxtyping import Float32, Int32, Int64
+from jaxtyping import Float32, Int, Int32, Int64
 import numpy as np
+
+SAMPLINGS = ("uniform", "class_balanced", "class_aware")
 
 
 def epoch_order(seed: int, epoch: int, num_examples: int) -> Int64[np.ndarray, "num_examples"]:
@@ -24,35 +26,122 @@ def epoch_order(seed: int, epoch: int, num_examples: int) -> Int64[np.ndarray, "
     return np.random.default_rng((seed, epoch)).permutation(num_examples)
 
 
+def class_balanced_order(
+    seed: int, epoch: int, labels: Int[np.ndarray, "n"]
+) -> Int64[np.ndarray, "n"]:
+    """Return examples drawn with replacement: a class uniformly, then one of its examples.
+
+    Args:
+      seed: At least 0.
+      epoch: At least 0.
+      labels: Labels of the training examples; classes without any are never drawn.
+
+    Returns:
+      Indices of examples, int64, as many as there are.
+
+    Example:
+      >>> labels = np.array([0] * 900 + [1] * 100)
+      >>> int((labels[class_balanced_order(0, 0, labels)] == 1).sum())
+      537
+    """
+    rng = np.random.default_rng((seed, epoch))
+    by_class, first, counts = _by_class(labels)
+    classes = rng.integers(len(counts), size=len(labels))
+    return by_class[first[classes] + rng.integers(counts[classes])]
+
+
+def class_aware_order(
+    seed: int, epoch: int, labels: Int[np.ndarray, "n"]
+) -> Int64[np.ndarray, "n"]:
+    """Return examples in rounds that show each class once, in an order shuffled for each round.
+
+    The examples of a class take turns, in an order shuffled anew when all have had theirs; the
+    turns go on from one epoch to the next. *Ours*: an epoch begins with a new round.
+
+    Args:
+      seed: At least 0.
+      epoch: At least 0.
+      labels: Labels of the training examples; classes without any have no place in the rounds.
+
+    Returns:
+      Indices of examples, int64, as many as there are.
+
+    Example:
+      >>> labels = np.array([0, 0, 0, 0, 1, 2])
+      >>> labels[class_aware_order(0, 0, labels)].reshape(2, 3)
+      array([[2, 0, 1],
+             [2, 1, 0]])
+
+    References:
+      Shen et al., Relay Backpropagation for Effective Learning of Deep Convolutional Neural
+      Networks, ECCV 2016, arXiv:1512.05830 (class-aware sampling).
+    """
+    by_class, first, counts = _by_class(labels)
+    rounds = -(-len(labels) // len(counts))
+    shown = np.empty((rounds, len(counts)), np.int64)
+    for i, (start, count) in enumerate(zip(first.tolist(), counts.tolist(), strict=True)):
+        # The class's turns are one endless sequence, of which this epoch shows a part.
+        cycle, skipped = divmod(epoch * rounds, count)
+        streams = [
+            np.random.SeedSequence(seed, spawn_key=(i, number))
+            for number in range(cycle, cycle + -(-(skipped + rounds) // count))
+        ]
+        members = by_class[start : start + count]
+        turns = [np.random.default_rng(stream).permutation(members) for stream in streams]
+        shown[:, i] = np.concatenate(turns)[skipped : skipped + rounds]
+    return np.random.default_rng((seed, epoch)).permuted(shown, axis=1).ravel()[: len(labels)]
+
+
+def _by_class(labels: Int[np.ndarray, "n"]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the examples sorted by class; where each class present begins, and how many it has."""
+    _, counts = np.unique(labels, return_counts=True)
+    return np.argsort(labels, kind="stable"), np.cumsum(counts) - counts, counts
+
+
 def train_batches(
-    seed: int, epoch: int, num_examples: int, batch_size: int
+    seed: int,
+    epoch: int,
+    labels: Int[np.ndarray, "n"],
+    batch_size: int,
+    sampling: str = "uniform",
 ) -> Int32[np.ndarray, "steps batch"]:
     """Return the full batches of an epoch; examples left over wait for the next epoch.
 
     Args:
       seed: At least 0.
       epoch: At least 0.
-      num_examples: Number of training examples, at least `batch_size`.
+      labels: Labels of the training examples, at least `batch_size`.
       batch_size: At least 1.
+      sampling: `"uniform"`, each example once (`epoch_order`); `"class_balanced"` or
+        `"class_aware"`, in which rare classes come as often as frequent ones. The epoch is as long
+        with each.
 
     Returns:
       Indices of examples, int32, a row a step.
 
     Raises:
-      ValueError: If `batch_size` is outside its range.
+      ValueError: If `batch_size` or `sampling` is none of these.
 
     Example:
-      >>> train_batches(0, 0, num_examples=10, batch_size=4).shape
+      >>> train_batches(0, 0, labels=np.zeros(10, np.int32), batch_size=4).shape
       (2, 4)
     """
+    num_examples = len(labels)
     if not 1 <= batch_size <= num_examples:
         raise ValueError(
             f"batch_size is {batch_size}, but a batch takes 1 to {num_examples} examples, as many "
             "as there are to train on: choose a batch_size in that range."
         )
     steps = num_examples // batch_size
-    order = epoch_order(seed, epoch, num_examples).astype(np.int32)
-    return order[: steps * batch_size].reshape(steps, batch_size)
+    if sampling == "uniform":
+        order = epoch_order(seed, epoch, num_examples)
+    elif sampling == "class_balanced":
+        order = class_balanced_order(seed, epoch, labels)
+    elif sampling == "class_aware":
+        order = class_aware_order(seed, epoch, labels)
+    else:
+        raise ValueError(f"There is no sampling {sampling!r}: give {', '.join(SAMPLINGS)}.")
+    return order[: steps * batch_size].astype(np.int32).reshape(steps, batch_size)
 
 
 def eval_batches(

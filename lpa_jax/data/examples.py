@@ -1,8 +1,8 @@
-"""Labelled images, what is required of them, and how some are held out."""
+"""Labelled images, what is required of them, and which are held out."""
 
 from typing import NamedTuple
 
-from jaxtyping import Int, Int32, UInt8
+from jaxtyping import Bool, Int, Int32, UInt8
 import numpy as np
 
 
@@ -57,25 +57,29 @@ def checked(
     return Examples(images, labels.astype(np.int32))
 
 
-def hold_out(
-    examples: Examples, fraction: float, seed: int, class_names: tuple[str, ...]
-) -> tuple[Examples, Examples]:
-    """Part examples at random into those kept and those held out, class by class.
+def take(examples: Examples, chosen: Int[np.ndarray, "m"] | Bool[np.ndarray, "n"]) -> Examples:
+    """Return the examples that indices or a mask choose, in that order."""
+    return Examples(examples.images[chosen], examples.labels[chosen])
+
+
+def held_out(
+    labels: Int[np.ndarray, "n"], fraction: float, seed: int, class_names: tuple[str, ...]
+) -> Bool[np.ndarray, "n"]:
+    """Draw at random which examples are held out, class by class.
 
     Args:
-      examples: Any number of examples.
+      labels: Labels of any number of examples.
       fraction: Share of each class to hold out, in [0, 1), rounded to at least one example
         unless it is 0.
       seed: At least 0.
       class_names: Names for an error.
 
     Returns:
-      The examples kept and the examples held out, each in the order given.
+      True for each example that is held out.
 
     Raises:
       DataError: If a class would have no example left.
     """
-    images, labels = examples
     held = np.zeros(len(labels), bool)
     rng = np.random.default_rng(seed)
     for label in np.unique(labels) if fraction else ():
@@ -88,4 +92,4 @@ def hold_out(
                 "smaller validation_fraction (0 holds out none)."
             )
         held[rng.permutation(members)[:count]] = True
-    return Examples(images[~held], labels[~held]), Examples(images[held], labels[held])
+    return held

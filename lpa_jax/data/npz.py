@@ -1,5 +1,6 @@
 """Examples in one file that `np.savez` wrote."""
 
+from collections.abc import Sequence
 import os
 import zipfile
 import zlib
@@ -24,9 +25,11 @@ def read(path: str) -> Source:
     Raises:
       DataError: If the file is missing, damaged, or holds anything else.
     """
-    arrays = _arrays(os.path.expanduser(path))
+    arrays = read_arrays(path, KEYS, ("class_names",), "save all four keys")
     x_train, x_test = (_images(f"{key} in {path}", arrays[key]) for key in ("x_train", "x_test"))
-    y_train, y_test = (_labels(f"{key} in {path}", arrays[key]) for key in ("y_train", "y_test"))
+    y_train, y_test = (
+        checked_labels(f"{key} in {path}", arrays[key]) for key in ("y_train", "y_test")
+    )
     if x_train.shape[1:] != x_test.shape[1:]:
         raise DataError(
             f"x_train in {path} holds images of shape {x_train.shape[1:]}, but x_test of shape "
@@ -38,19 +41,31 @@ def read(path: str) -> Source:
     return Source(train, test, class_names)
 
 
-def _arrays(path: str) -> dict[str, np.ndarray]:
+def read_arrays(
+    path: str, keys: Sequence[str], optional: Sequence[str], remedy: str
+) -> dict[str, np.ndarray]:
+    """Return arrays of a file; pickled objects are refused, since reading them can run code.
+
+    Args:
+      path: The file; `~` is the home directory.
+      keys: Arrays that must be there.
+      optional: Arrays that may be there; all others are left unread.
+      remedy: What to do where one of `keys` is missing, for the error.
+
+    Raises:
+      DataError: If the file is missing, damaged, or lacks one of `keys`.
+    """
+    path = os.path.expanduser(path)
     if not os.path.isfile(path):
-        raise DataError(
-            f"There is no file {path}: write it with np.savez(path, x_train=..., y_train=..., "
-            "x_test=..., y_test=...)."
-        )
+        arguments = ", ".join(f"{key}=..." for key in keys)
+        raise DataError(f"There is no file {path}: write it with np.savez(path, {arguments}).")
     try:
         if not zipfile.is_zipfile(path):
             raise ValueError("it is no zip archive, or its end is missing")
         # Opened here: numpy leaves the file open where zipfile refuses it.
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
-            missing = [key for key in KEYS if key not in archive.files]
-            wanted = [key for key in (*KEYS, "class_names") if key in archive.files]
+            missing = [key for key in keys if key not in archive.files]
+            wanted = [key for key in (*keys, *optional) if key in archive.files]
             arrays = {key: np.asarray(archive[key]) for key in wanted}
             found = ", ".join(archive.files) or "none"
     except DAMAGE as error:
@@ -64,7 +79,7 @@ def _arrays(path: str) -> dict[str, np.ndarray]:
             "np.savez."
         ) from error
     if missing:
-        raise DataError(f"{path} lacks {', '.join(missing)} (it has {found}): save all four keys.")
+        raise DataError(f"{path} lacks {', '.join(missing)} (it has {found}): {remedy}.")
     return arrays
 
 
@@ -81,7 +96,8 @@ def _images(where: str, array: np.ndarray) -> np.ndarray:
     return array if array.ndim == 4 else array[..., None]
 
 
-def _labels(where: str, array: np.ndarray) -> np.ndarray:
+def checked_labels(where: str, array: np.ndarray) -> np.ndarray:
+    """Return labels as int64; a `DataError` that begins with `where` if they are no labels."""
     if array.dtype.kind not in "iu":
         raise DataError(f"{where} has dtype {array.dtype}: save integers, y.astype(np.int32).")
     if array.ndim != 1:

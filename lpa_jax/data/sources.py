@@ -2,11 +2,11 @@
 
 from typing import NamedTuple
 
-from jaxtyping import UInt8
+from jaxtyping import Int32, Int64, UInt8
 import numpy as np
 
 from lpa_jax.data import digits, npz, tfds
-from lpa_jax.data.examples import DataError, Examples, hold_out
+from lpa_jax.data.examples import DataError, Examples, held_out, take
 
 
 class Dataset(NamedTuple):
@@ -20,6 +20,9 @@ class Dataset(NamedTuple):
       class_names: One name for each class.
       mean: Mean of the training pixels in [0, 1] for each channel.
       std: Their standard deviation, 1 for a constant channel.
+      original_labels: Labels of all training examples of the source, int32 `[N]`, as they came.
+      train_index: Which of these are in `train`, int64 `[n]`.
+      validation_index: Which are in `validation`, int64 `[m]`.
     """
 
     name: str
@@ -29,6 +32,9 @@ class Dataset(NamedTuple):
     class_names: tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    original_labels: Int32[np.ndarray, "source"]
+    train_index: Int64[np.ndarray, "n"]
+    validation_index: Int64[np.ndarray, "m"]
 
     @property
     def num_classes(self) -> int:
@@ -77,14 +83,28 @@ def load(
         source = digits.read() if name == "digits" else npz.read(name.removeprefix("npz:"))
     else:
         source = tfds.read(name, data_dir, image_size)
-    train, validation = hold_out(source.train, validation_fraction, seed, source.class_names)
-    mean, std = _pixel_statistics(train.images)
-    return Dataset(name, train, validation, source.test, source.class_names, mean, std)
+    labels = source.train.labels
+    held = held_out(labels, validation_fraction, seed, source.class_names)
+    train, validation = take(source.train, ~held), take(source.train, held)
+    mean, std = pixel_statistics(train.images)
+    return Dataset(
+        name,
+        train,
+        validation,
+        source.test,
+        source.class_names,
+        mean,
+        std,
+        original_labels=labels,
+        train_index=np.flatnonzero(~held),
+        validation_index=np.flatnonzero(held),
+    )
 
 
-def _pixel_statistics(
+def pixel_statistics(
     images: UInt8[np.ndarray, "n height width channels"],
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return the mean of the pixels in [0, 1] and their deviation, as `Dataset` has them."""
     mean = images.mean(axis=(0, 1, 2), dtype=np.float64) / 255
     # Exact in integers, and without a float64 copy of all pixels as np.std makes.
     squares = np.einsum("nhwc,nhwc->c", images, images, dtype=np.int64)

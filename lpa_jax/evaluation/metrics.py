@@ -1,7 +1,8 @@
-"""Top-1 accuracy, by class and over all, and negative log-likelihood."""
+"""Top-1 accuracy, by class, by group of classes and over all, and negative log-likelihood."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 import functools
+import types
 from typing import Any
 
 import jax
@@ -43,7 +44,12 @@ def outcomes(logits: Float[Array, "batch classes"], labels: Int[Array, "batch"])
 
 
 def evaluate(
-    predict: Predict, variables: PyTree, examples: data.Examples, num_classes: int, batch_size: int
+    predict: Predict,
+    variables: PyTree,
+    examples: data.Examples,
+    num_classes: int,
+    batch_size: int,
+    groups: Mapping[str, Sequence[int]] = types.MappingProxyType({}),
 ) -> dict[str, Any]:
     """Judge a network on examples.
 
@@ -53,10 +59,12 @@ def evaluate(
       examples: At least one example.
       num_classes: Number of classes C.
       batch_size: Examples a forward pass; the last batch is padded.
+      groups: Classes of each group, such as `data.class_groups` returns.
 
     Returns:
-      `"accuracy"` in [0, 1], `"nll"` (mean negative log-likelihood in nats, at least 0), and
-      `"class_accuracy"`, C numbers, None for a class without examples.
+      `"accuracy"` in [0, 1], `"nll"` (mean negative log-likelihood in nats, at least 0),
+      `"class_accuracy"`, C numbers, None for a class without examples; and for each group with
+      examples `"accuracy_GROUP"`, the mean of its classes' accuracies.
     """
     batches = list(data.eval_batches(len(examples.labels), batch_size))
     # The devices go on while the host reads; it waits for the last batch alone.
@@ -66,7 +74,7 @@ def evaluate(
         np.concatenate([np.asarray(part) for part in parts])[real]
         for parts in zip(*found, strict=True)
     )
-    return summarise(correct, nll, examples.labels, num_classes)
+    return summarise(correct, nll, examples.labels, num_classes, groups)
 
 
 def summarise(
@@ -74,6 +82,7 @@ def summarise(
     nll: Float[np.ndarray, "n"],
     labels: Int[np.ndarray, "n"],
     num_classes: int,
+    groups: Mapping[str, Sequence[int]] = types.MappingProxyType({}),
 ) -> dict[str, Any]:
     """Return what `evaluate` does, from the outcomes.
 
@@ -82,13 +91,20 @@ def summarise(
       >>> labels = np.array([0, 1, 1])
       >>> logits = jnp.array([[2.0, 0.0], [0.0, 0.0], [1.0, 3.0]])
       >>> correct, nll = map(np.asarray, outcomes(logits, jnp.asarray(labels)))
-      >>> result = summarise(correct, nll, labels, num_classes=2)
+      >>> result = summarise(correct, nll, labels, num_classes=2, groups={"tail": [1]})
       >>> round(result["accuracy"], 3), round(result["nll"], 3), result["class_accuracy"]
       (0.667, 0.316, [1.0, 0.5])
+      >>> result["accuracy_tail"]
+      0.5
     """
     by_class = [correct[labels == c] for c in range(num_classes)]
+    by_group = {
+        f"accuracy_{name}": [float(np.mean(by_class[c])) for c in classes if len(by_class[c])]
+        for name, classes in groups.items()
+    }
     return {
         "accuracy": float(np.mean(correct)),
         "nll": float(np.mean(nll, dtype=np.float64)),
         "class_accuracy": [float(np.mean(c)) if len(c) else None for c in by_class],
+        **{name: float(np.mean(members)) for name, members in by_group.items() if members},
     }

@@ -9,6 +9,7 @@ from typing import Any
 from ml_collections import config_dict
 
 import lpa_jax
+from lpa_jax.data import batching, long_tail, tasks
 from lpa_jax.perturb import splits
 
 TRANSFORMS = (
@@ -52,6 +53,11 @@ SPLIT = {
     "tau": 0.5,
     "num_head": 1,
 }
+# For each kind of imbalance and noise, the key that it needs; the other keys must be left out.
+KINDS = {
+    "imbalance": {"none": None} | dict.fromkeys(long_tail.PROFILES, "ratio"),
+    "noise": {"none": None} | dict.fromkeys(tasks.NOISES, "rate") | {"human": "path"},
+}
 
 
 # An ml_collections ConfigDict, whose own annotations give every key the union of all types.
@@ -80,6 +86,20 @@ def default() -> Config:
             "limit": config_dict.placeholder(int),
             # Share of the training examples held out for tuning, by class.
             "validation_fraction": 0.1,
+            # Training sets made long-tailed: "exponential" or "step", with the ratio of the largest
+            # class to the smallest.
+            "imbalance": {"kind": "none", "ratio": config_dict.placeholder(float)},
+            # Wrong labels in training and validation: "symmetric_inclusive", "symmetric_exclusive"
+            # or "asymmetric" with a rate in [0, 1], or "human": the array `key` of an npz file.
+            "noise": {
+                "kind": "none",
+                "rate": config_dict.placeholder(float),
+                "path": config_dict.placeholder(str),
+                "key": "labels",
+            },
+            # How an epoch draws its examples: "uniform" (each once), "class_balanced" or
+            # "class_aware".
+            "sampling": "uniform",
             # The standard CIFAR augmentation: crops from zero padding, and horizontal flips.
             "augment": {"padding": 4, "flip": True},
             # A name that lpa_jax.models.create knows, and the type it computes in.
@@ -119,7 +139,8 @@ def default() -> Config:
             "nonfinite": "stop",
             # Devices that share one copy of parameters and states: fully sharded data parallel.
             "fsdp": 1,
-            # Which examples are held out, the same for all seeds.
+            # Which examples are held out, which are kept and which labels are wrong, the same for
+            # all seeds.
             "data_seed": 0,
             # Seeds seed, seed + 1, ... each draw their own parameters, batches and perturbations.
             "seed": 0,
@@ -299,7 +320,30 @@ def check(config: Config) -> None:
         )
     if config.nonfinite not in ("stop", "skip"):
         raise ConfigError(f"config.nonfinite must be stop or skip, not {config.nonfinite!r}.")
+    for key, kinds in KINDS.items():
+        _check_kind(key, config[key], kinds)
+    if config.sampling not in batching.SAMPLINGS:
+        raise ConfigError(
+            f"config.sampling must be one of {', '.join(batching.SAMPLINGS)}, not "
+            f"{config.sampling!r}."
+        )
     if config.model.dtype not in ("float32", "bfloat16"):
         raise ConfigError(
             f"config.model.dtype must be float32 or bfloat16, not {config.model.dtype!r}."
         )
+
+
+def _check_kind(key: str, config: Config, kinds: Mapping[str, str | None]) -> None:
+    if config.kind not in kinds:
+        raise ConfigError(
+            f"config.{key}.kind must be one of {', '.join(kinds)}, not {config.kind!r}."
+        )
+    needed = kinds[config.kind]
+    if needed is not None and config[needed] is None:
+        raise ConfigError(f"config.{key}.kind {config.kind!r} needs config.{key}.{needed}.")
+    for name in {*kinds.values(), None} - {needed, None}:
+        if config[name] is not None:
+            raise ConfigError(
+                f"config.{key}.{name} has no effect where config.{key}.kind is {config.kind!r}: "
+                "leave it out, or choose another kind."
+            )

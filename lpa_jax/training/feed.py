@@ -15,6 +15,7 @@ from lpa_jax.training import mesh as meshes
 from lpa_jax.training.config import ConfigError
 
 Batch = tuple[UInt8[Array, "batch height width channels"], Int[Array, "batch"]]
+Batches = Callable[[int, int], Int[np.ndarray, "steps batch"]]
 SHARE = 0.25
 """Part of a device's memory that the training images may fill."""
 UNKNOWN_MEMORY = 2**34
@@ -37,7 +38,12 @@ class Feed(NamedTuple):
 
 
 def make_feed(
-    place: str, examples: data.Examples, batch_size: int, num_steps: int, mesh: Mesh
+    place: str,
+    examples: data.Examples,
+    batch_size: int,
+    num_steps: int,
+    mesh: Mesh,
+    sampling: str = "uniform",
 ) -> Feed:
     """Return the feed of a run.
 
@@ -49,6 +55,7 @@ def make_feed(
       batch_size: Examples of a step.
       num_steps: Steps of the whole run.
       mesh: The devices.
+      sampling: How an epoch draws the examples, see `data.train_batches`.
 
     Raises:
       ConfigError: If there is no such place.
@@ -64,17 +71,21 @@ def make_feed(
     if place not in ("device", "host"):
         raise ConfigError(f"config.input must be auto, device or host, not {place!r}.")
     make = _from_device if place == "device" else _from_host
-    return make(examples, batch_size, num_steps, mesh)
+    batches = functools.partial(
+        data.train_batches, labels=examples.labels, batch_size=batch_size, sampling=sampling
+    )
+    return make(examples, batch_size, num_steps, mesh, batches)
 
 
-def _from_device(examples: data.Examples, batch_size: int, num_steps: int, mesh: Mesh) -> Feed:
+def _from_device(
+    examples: data.Examples, batch_size: int, num_steps: int, mesh: Mesh, batches: Batches
+) -> Feed:
     steps_per_epoch = len(examples.labels) // batch_size
     images, labels = meshes.put(tuple(examples), meshes.replicated(mesh))
 
     def open_(seed, first):
         for epoch in range(first // steps_per_epoch, num_steps // steps_per_epoch):
-            order = data.train_batches(seed, epoch, len(labels), batch_size)
-            order = meshes.put(order, meshes.batched(mesh, axis=1))
+            order = meshes.put(batches(seed, epoch), meshes.batched(mesh, axis=1))
             for _ in range(max(first - epoch * steps_per_epoch, 0), steps_per_epoch):
                 yield images, labels, order
 
@@ -86,7 +97,9 @@ def _from_device(examples: data.Examples, batch_size: int, num_steps: int, mesh:
     return Feed(open_, take, resident=True)
 
 
-def _from_host(examples: data.Examples, batch_size: int, num_steps: int, mesh: Mesh) -> Feed:
+def _from_host(
+    examples: data.Examples, batch_size: int, num_steps: int, mesh: Mesh, batches: Batches
+) -> Feed:
     # Its import costs a second or two, and sets that fit the devices do without.
     import grain
 
@@ -96,9 +109,7 @@ def _from_host(examples: data.Examples, batch_size: int, num_steps: int, mesh: M
     rows = np.unique(np.concatenate([np.arange(batch_size)[index] for index in here]))
 
     def open_(seed, first):
-        @functools.lru_cache(maxsize=2)
-        def order(epoch):
-            return data.train_batches(seed, epoch, len(examples.labels), batch_size)
+        order = functools.lru_cache(maxsize=2)(functools.partial(batches, seed))
 
         def read(step):
             epoch, at = divmod(int(step), steps_per_epoch)

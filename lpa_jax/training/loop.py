@@ -34,7 +34,6 @@ from lpa_jax.training.state import epoch_means
 from lpa_jax.training.step import make_steps
 
 REMEDY = "lower the learning rate or the strength of the perturbation"
-PARTS = ("train", "validation", "test")
 LOSSES = {
     "softmax_cross_entropy": optax.softmax_cross_entropy,
     "softmax_binary_cross_entropy": losses.softmax_binary_cross_entropy,
@@ -59,7 +58,8 @@ def train_and_evaluate(
     Args:
       config: A configuration with the keys of `lpa_jax.training.config.default`.
       workdir: Directory of the run; `summary.json`, `curves.png` and `perturbation.png` are left
-        there, and `metrics.jsonl`, TensorBoard events and checkpoints for each seed.
+        there, `labels.npz` where imbalance or label noise is asked for, and `metrics.jsonl`,
+        TensorBoard events and checkpoints for each seed.
       console: Where to print; default the standard output.
 
     Returns:
@@ -85,9 +85,10 @@ def train_and_evaluate(
         seed=config.data_seed,
         image_size=config.image_size,
     )
+    imbalance, noise = dict(config.imbalance), dict(config.noise)
+    dataset = data.make_task(dataset, imbalance, noise, seed=config.data_seed)
     if config.limit is not None:
-        few = {part: _few(getattr(dataset, part), config.limit) for part in PARTS}
-        dataset = dataset._replace(**few)
+        dataset = data.limited(dataset, config.limit)
     num_train = len(dataset.train.labels)
     if num_train < config.batch_size:
         raise ConfigError(
@@ -103,6 +104,7 @@ def train_and_evaluate(
     steps_per_epoch = num_train // config.batch_size
     num_steps = config.epochs * steps_per_epoch
     class_counts = np.bincount(dataset.train.labels, minlength=dataset.num_classes).tolist()
+    groups = data.groups_of(dataset)
     devices = mesh.make_mesh(config.batch_size, config.fsdp)
     with _as_config_error():
         model = models.create(
@@ -136,7 +138,9 @@ def train_and_evaluate(
             dict(config.optimizer.options),
             accumulate,
         )
-        feed = feeds.make_feed(config.input, dataset.train, config.batch_size, num_steps, devices)
+        feed = feeds.make_feed(
+            config.input, dataset.train, config.batch_size, num_steps, devices, config.sampling
+        )
         looped = config.steps_per_dispatch > 1
         if looped and not feed.resident:
             raise ConfigError(
@@ -161,6 +165,11 @@ def train_and_evaluate(
     # Of several processes, which share the work directory, the first keeps its records.
     first_process = jax.process_index() == 0
     records.claim(workdir, config.to_dict(), write=first_process)
+    about_data: dict[str, Any] = {"groups": groups} if groups else {}
+    if {imbalance["kind"], noise["kind"]} != {"none"}:
+        labels = data.task_labels(dataset)
+        sha256 = records.keep_labels(workdir / "labels.npz", labels, write=first_process)
+        about_data |= {"noise_rate": data.noise_rates(dataset), "labels_sha256": sha256}
 
     @functools.cache
     def on_devices(number):
@@ -168,7 +177,7 @@ def train_and_evaluate(
 
     def judge(variables, examples):
         judged = metrics.evaluate(
-            predict, variables, examples, dataset.num_classes, eval_batch_size
+            predict, variables, examples, dataset.num_classes, eval_batch_size, groups
         )
         if not math.isfinite(judged["nll"]):
             raise NonFiniteLossError(f"The loss of the trained network is not finite: {REMEDY}.")
@@ -263,6 +272,7 @@ def train_and_evaluate(
         "seeds": results,
         "num_train": num_train,
         "num_test": len(dataset.test.labels),
+        **about_data,
         "session_seconds": round(time.monotonic() - began, 1),
         "first_step_time": first_step_time,
         "device": f"{devices.size} x {jax.devices()[0].device_kind}",
@@ -309,13 +319,6 @@ def _as_config_error() -> Iterator[None]:
         yield
     except (ValueError, TypeError) as error:
         raise ConfigError(str(error)) from error
-
-
-def _few(examples: data.Examples, limit: int) -> data.Examples:
-    """Return at most `limit` examples, evenly spaced: files are often sorted by class."""
-    count = len(examples.labels)
-    chosen = np.linspace(0, count - 1, min(limit, count)).astype(int)
-    return data.Examples(examples.images[chosen], examples.labels[chosen])
 
 
 def _loss_named(name: str) -> LossFn:

@@ -1,10 +1,14 @@
 """What a run leaves in its directory while it goes: JSON lines, TensorBoard, and its own config."""
 
+import hashlib
 import json
 import math
 import pathlib
 from typing import Any
 
+import numpy as np
+
+from lpa_jax.data import DataError, npz
 from lpa_jax.training.config import ConfigError, flat
 
 # What may differ when a run goes on: more seeds may be asked for, and the place of the computation
@@ -35,6 +39,38 @@ def claim(workdir: pathlib.Path, config: dict[str, Any], *, write: bool = True) 
             write_json(path, ours)
     except OSError as error:
         raise ConfigError(f"{workdir} cannot serve as work directory: {error}.") from error
+
+
+def keep_labels(path: pathlib.Path, arrays: dict[str, np.ndarray], *, write: bool = True) -> str:
+    """Leave the labels of a run in its directory, or find that those there are the same.
+
+    Args:
+      path: An npz file.
+      arrays: Integers; among them `"labels"`.
+      write: Whether to write the file where there is none.
+
+    Returns:
+      The SHA-256 of `"labels"`, as little-endian int32, in hexadecimal.
+
+    Raises:
+      ConfigError: If the file holds other labels, or is damaged.
+    """
+    if path.exists():
+        try:
+            kept = npz.read_arrays(str(path), tuple(arrays), (), "it was not left by a run")
+        except DataError as error:
+            raise ConfigError(f"{path} is damaged ({error}): remove it and try again.") from error
+        if not all(np.array_equal(kept[name], array) for name, array in arrays.items()):
+            raise ConfigError(
+                f"{path} holds the labels this run began with, which are no longer those that its "
+                "data give: restore the data, or give --workdir another directory."
+            )
+    elif write:
+        partial = path.with_name(path.name + ".partial")
+        with partial.open("wb") as file:
+            np.savez(file, allow_pickle=False, **arrays)
+        partial.replace(path)
+    return hashlib.sha256(arrays["labels"].astype("<i4").tobytes()).hexdigest()
 
 
 def read_json(path: pathlib.Path, *keys: str) -> dict[str, Any]:

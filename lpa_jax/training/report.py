@@ -15,6 +15,7 @@ SHOWN = {
     "validation_accuracy": ("validation accuracy %", 100.0),
     "train_accuracy": ("train accuracy %", 100.0),
 }
+BY_GROUP = "test_accuracy_"
 
 
 def summarise(results: Results) -> dict[str, dict[str, Any]]:
@@ -25,7 +26,7 @@ def summarise(results: Results) -> dict[str, dict[str, Any]]:
       0.625
     """
     summary = {}
-    for name in SHOWN:
+    for name in (*SHOWN, *(name for name in results[0] if name.startswith(BY_GROUP))):
         values = [result[name] for result in results if name in result]
         if values:
             summary[name] = {
@@ -41,14 +42,24 @@ def show_table(title: str, results: Results, console: Console) -> None:
     summary = summarise(results)
     table = Table(title=title, show_footer=len(results) > 1)
     table.add_column("seed", footer="mean ± std")
-    for name, entry in summary.items():
-        label, scale = SHOWN[name]
+    shown = [name for name in SHOWN if name in summary]
+    for name in shown:
+        entry, (label, scale) = summary[name], SHOWN[name]
         spread = "" if entry["std"] is None else f" ± {scale * entry['std']:.2f}"
         table.add_column(label, justify="right", footer=f"{scale * entry['mean']:.2f}{spread}")
     for result in results:
-        cells = [f"{SHOWN[name][1] * result[name]:.2f}" for name in summary]
+        cells = [f"{SHOWN[name][1] * result[name]:.2f}" for name in shown]
         table.add_row(str(result["seed"]), *cells)
     console.print(table)
+    grouped = [name for name in summary if name.startswith(BY_GROUP)]
+    if grouped:
+        table = Table(title="test accuracy % by group of classes")
+        table.add_column("seed")
+        for name in grouped:
+            table.add_column(name.removeprefix(BY_GROUP), justify="right")
+        for result in results:
+            table.add_row(str(result["seed"]), *(f"{100 * result[name]:.2f}" for name in grouped))
+        console.print(table)
 
 
 def plot_curves(path: pathlib.Path, title: str, rows_by_seed: Mapping[int, Results]) -> None:

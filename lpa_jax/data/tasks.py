@@ -1,0 +1,154 @@
+"""What is asked of a set of examples: long-tailed classes, wrong labels, or a part for trials."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from jaxtyping import Int32
+import numpy as np
+
+from lpa_jax.data import label_noise
+from lpa_jax.data.examples import DataError, take
+from lpa_jax.data.long_tail import class_groups, long_tail_subset
+from lpa_jax.data.sources import Dataset, pixel_statistics
+
+NOISES = ("symmetric_inclusive", "symmetric_exclusive", "asymmetric", "human")
+
+
+def make_task(
+    dataset: Dataset, imbalance: Mapping[str, Any], noise: Mapping[str, Any], *, seed: int = 0
+) -> Dataset:
+    """Return a long-tailed set, or one with wrong labels, or one with both.
+
+    The validation set has been held out of the original training set by now, class by class. The
+    long-tailed training set is made, by original labels, of what is left; the validation set keeps
+    the source's class frequencies, as the test set does. Labels are wrong in training and
+    validation alike, since whoever has noisy labels has no clean ones to tune on; those of the
+    test set stay clean.
+
+    Args:
+      dataset: A set as `load` returns it.
+      imbalance: `kind`, `"none"` or one of `long_tail_counts`, and its `ratio`.
+      noise: `kind`, `"none"`, `"symmetric_inclusive"`, `"symmetric_exclusive"`, `"asymmetric"` or
+        `"human"`; its `rate`; for human labels `path` and `key` instead. See `label_noise`.
+      seed: Decides which examples are kept, and which labels are wrong; at least 0.
+
+    Returns:
+      The set with the training examples kept, their labels and pixel statistics.
+
+    Raises:
+      DataError: If an argument is outside its range or human labels cannot be used.
+
+    Example:
+      >>> from lpa_jax import data
+      >>> digits = data.load("digits")
+      >>> tail = make_task(digits, {"kind": "exponential", "ratio": 10}, {"kind": "none"})
+      >>> np.bincount(tail.train.labels).tolist()
+      [128, 99, 76, 59, 46, 35, 27, 21, 16, 12]
+      >>> noisy = make_task(
+      ...     digits, {"kind": "none"}, {"kind": "symmetric_exclusive", "rate": 0.4}
+      ... )
+      >>> {part: round(rate, 2) for part, rate in noise_rates(noisy).items()}
+      {'train': 0.4, 'validation': 0.4}
+    """
+    if imbalance["kind"] != "none":
+        ratio = imbalance["ratio"]
+        labels = dataset.original_labels[dataset.train_index]
+        kept = long_tail_subset(labels, dataset.num_classes, ratio, imbalance["kind"], seed)
+        train = take(dataset.train, kept)
+        mean, std = pixel_statistics(train.images)
+        dataset = dataset._replace(
+            name=f"{dataset.name}, {imbalance['kind']} imbalance {ratio:g}",
+            train=train,
+            train_index=dataset.train_index[kept],
+            mean=mean,
+            std=std,
+        )
+    if noise["kind"] != "none":
+        rate = "" if noise["kind"] == "human" else f" {noise['rate']:g}"
+        labels = _noisy_labels(dataset, noise, seed)
+        dataset = dataset._replace(
+            name=f"{dataset.name}, {noise['kind']} noise{rate}",
+            train=dataset.train._replace(labels=labels[dataset.train_index]),
+            validation=dataset.validation._replace(labels=labels[dataset.validation_index]),
+        )
+    return dataset
+
+
+def _noisy_labels(
+    dataset: Dataset, noise: Mapping[str, Any], seed: int
+) -> Int32[np.ndarray, "source"]:
+    labels, kind = dataset.original_labels, noise["kind"]
+    if kind not in NOISES:
+        raise DataError(f"There is no label noise {kind!r}: give none, {', '.join(NOISES)}.")
+    if kind == "human":
+        return label_noise.human(noise["path"], noise["key"], labels, dataset.num_classes)
+    noisy = labels.copy()
+    # Each part by itself, so that each has the rate asked for.
+    for index in (dataset.train_index, dataset.validation_index):
+        noisy[index] = _drawn(labels[index], kind, noise["rate"], dataset.class_names, seed)
+    return noisy
+
+
+def _drawn(
+    labels: Int32[np.ndarray, "n"], kind: str, rate: float, class_names: tuple[str, ...], seed: int
+) -> Int32[np.ndarray, "n"]:
+    if kind == "asymmetric":
+        return label_noise.asymmetric(labels, rate, class_names, seed)
+    inclusive = kind == "symmetric_inclusive"
+    return label_noise.symmetric(labels, rate, len(class_names), seed, inclusive=inclusive)
+
+
+def noise_rates(dataset: Dataset) -> dict[str, float]:
+    """Return the share of wrong labels in `"train"` and, if there is one, in `"validation"`."""
+    wrong = task_labels(dataset)["labels"] != dataset.original_labels
+    parts = {"train": dataset.train_index, "validation": dataset.validation_index}
+    return {part: float(np.mean(wrong[index])) for part, index in parts.items() if len(index)}
+
+
+def task_labels(dataset: Dataset) -> dict[str, np.ndarray]:
+    """Return what says which examples a set consists of and what their labels are.
+
+    `label_noise.human` reads a file of these arrays.
+
+    Returns:
+      `"labels"`, int32 `[N]`, for all training examples of the source in its order, the original
+      one for an example that is not in use; `"clean_label"`, the original ones; and
+      `"train_index"` and `"validation_index"`, as in the set.
+    """
+    labels = dataset.original_labels.copy()
+    labels[dataset.train_index] = dataset.train.labels
+    labels[dataset.validation_index] = dataset.validation.labels
+    return {
+        "labels": labels,
+        "clean_label": dataset.original_labels,
+        "train_index": dataset.train_index,
+        "validation_index": dataset.validation_index,
+    }
+
+
+def groups_of(dataset: Dataset) -> dict[str, list[int]]:
+    """Return `class_groups` of a long-tailed training set, by original labels; else nothing.
+
+    *Ours*: it is long-tailed if its largest class has at least twice the examples of the smallest.
+    """
+    labels = dataset.original_labels[dataset.train_index]
+    counts = np.bincount(labels, minlength=dataset.num_classes).tolist()
+    return class_groups(counts) if max(counts) >= 2 * min(counts) else {}
+
+
+def limited(dataset: Dataset, limit: int) -> Dataset:
+    """Return at most `limit` examples of each part, evenly spaced: files are often sorted by class.
+
+    The pixel statistics stay those of all.
+    """
+    train, validation, test = (
+        np.linspace(0, len(part.labels) - 1, min(limit, len(part.labels))).astype(int)
+        for part in (dataset.train, dataset.validation, dataset.test)
+    )
+    return dataset._replace(
+        train=take(dataset.train, train),
+        validation=take(dataset.validation, validation),
+        test=take(dataset.test, test),
+        train_index=dataset.train_index[train],
+        validation_index=dataset.validation_index[validation],
+    )
