@@ -322,7 +322,7 @@ class _Walk:
             if names == (sites.INPUTS,) and sites.LABELS in self.chain[i].sites:
                 self._mix(i)
         if names == (sites.PARAM_GRADS,):
-            self.metrics[names[0]] = {"norm": optax.tree.norm(value)}
+            self.metrics[names[0]] = {"norm": pgd.tree_norm(value)}
         else:
             change = _change(before, value, members, self.targets.shape[1])
             self.metrics[names[0]] = change | report
