@@ -89,7 +89,9 @@ class Step:
             if weights.shape != (batch,):
                 raise ValueError(f"weights must have shape ({batch},), not {weights.shape}.")
             # Padding may hold anything, NaN included, which a weight of 0 would not keep out.
-            inputs = jnp.where(pgd.column(weights, inputs) > 0, inputs, 0)
+            inputs, labels = (
+                jnp.where(pgd.column(weights, padded) > 0, padded, 0) for padded in (inputs, labels)
+            )
         start = _Walk(
             chain=self.chain,
             key=jax.random.fold_in(key, state.step),
@@ -203,8 +205,9 @@ class Step:
 
         grads, losses = jax.grad(total, has_aux=True)(logits)
         grads = walk.perturb((sites.LOGIT_GRADS,), grads)
-        # The floor serves a batch that is all padding: its loss and gradient are 0.
-        share = walk.weights / jnp.maximum(jnp.sum(walk.weights), 1e-12)
+        # The loss and gradient of a batch that is all padding are 0.
+        total_weight = jnp.sum(walk.weights)
+        share = walk.weights / jnp.where(total_weight > 0, total_weight, 1.0)
         real = walk.weights > 0
         loss = jnp.sum(jnp.where(real, losses * share, 0.0))
         return loss, jnp.where(real[:, None], grads * share[:, None], 0.0)
