@@ -320,6 +320,18 @@ def test_dropout_zeroes_its_share_and_keeps_the_mean():
     assert (drawn == 0).mean() == pytest.approx(0.3, abs=0.01)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_where_all_is_dropped_there_is_no_gradient(dtype):
+    drop = lpa_jax.dropout("hidden", lambda step: jnp.float32(1.0))
+
+    def total(value):
+        return jnp.sum(drop.update(value, drop.init(value), key=jax.random.key(0))[0])
+
+    value, gradient = jax.value_and_grad(total)(jnp.ones((2, 3), dtype))
+    assert value == 0
+    assert (gradient == 0).all()
+
+
 def test_dropblock_zeroes_whole_blocks_and_keeps_each_mean():
     size = 3
     drawn = np.asarray(
