@@ -719,29 +719,31 @@ def check(program, batches):
             state = new
 
 
-BATCHES = 8
 data = st.data()
+
+
+def draw_and_check(program, data, batches):
+    check(program, [data.draw(any_batch(program[0])) for _ in range(batches)])
 
 
 @draws(max_examples=13)
 @given(any_program(), data)
 def test_any_chain_on_any_batch(program, data):
-    check(program, [data.draw(any_batch(program[0])) for _ in range(BATCHES)])
+    draw_and_check(program, data, batches=8)
 
 
 @pytest.mark.slow
 def test_many_chains_on_many_batches(capsys):
-    cases = 0
+    chains, batches = 0, 16
 
-    @draws(max_examples=260)
+    @draws(max_examples=130)
     @given(any_program(), data)
     def many(program, data):
-        nonlocal cases
-        batches = [data.draw(any_batch(program[0])) for _ in range(BATCHES)]
-        check(program, batches)
-        cases += len(batches)
+        nonlocal chains
+        draw_and_check(program, data, batches)
+        chains += 1
 
     many()
     with capsys.disabled():
-        print(f"\n{cases} batches, each with a chain")
-    assert cases >= 2000
+        print(f"\n{chains} chains on {batches} batches each")
+    assert chains * batches >= 2000
