@@ -34,8 +34,7 @@ def softmax_binary_cross_entropy(
     # 1 - p loses all its digits where p is near 1; there the other classes' sum has them.
     largest = jnp.argmax(logits, axis=1, keepdims=True)
     is_largest = jnp.arange(logits.shape[1]) == largest
-    others = jax.nn.logsumexp(jnp.where(is_largest, -jnp.inf, logits), axis=1, keepdims=True)
-    log_others = others - jax.nn.logsumexp(logits, axis=1, keepdims=True)
+    log_others = jax.nn.logsumexp(jnp.where(is_largest, -jnp.inf, log_p), axis=1, keepdims=True)
     p = jnp.where(is_largest, 0.0, jnp.exp(log_p))
     log_not_p = jnp.where(is_largest, log_others, jnp.log1p(-p))
     return -jnp.mean(targets * log_p + (1.0 - targets) * log_not_p, axis=1)

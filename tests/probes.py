@@ -1,9 +1,14 @@
 """Perturbations that change nothing and remember what they saw, to look inside a step."""
 
+from collections.abc import Callable
+import dataclasses
 import functools
+import inspect
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 import lpa_jax
 
@@ -38,3 +43,59 @@ def before_and_after(perturbation, state, site=None):
 def avals(tree):
     """Return what jit compares: a change of any of these between steps means tracing again."""
     return jax.tree.map(lambda x: (x.shape, x.dtype, getattr(x, "weak_type", False)), tree)
+
+
+def storable(tree):
+    """Replace typed keys, which orbax does not store, by their data."""
+    return jax.tree.map(
+        lambda x: jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x,
+        tree,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """A line of the contract table.
+
+    `strength` is the argument of `factory` that makes it the identity where it is 0, `amount` a
+    value at which it is not. `ball` bounds the change of an example, in units of the amount: its
+    `norm`, or with "relative" its share of the class-mean norm of the value.
+    """
+
+    label: str
+    factory: Callable[..., Any]
+    sites: tuple[str, ...]
+    strength: str
+    amount: float
+    arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
+    ball: float | str | None = None
+    norm: float = 2
+    # Whether the strength may be a schedule; optax's own transforms take plain numbers.
+    schedule: bool = True
+
+    @property
+    def mixes(self):
+        return len(self.sites) > 1 and "labels" in self.sites
+
+    def make(self, number):
+        return self.place(self.factory(**self.arguments, **{self.strength: number}))
+
+    def place(self, transform):
+        """Place an optax transform, or what is left of a perturbation after an optax wrapper."""
+        placed = isinstance(transform, lpa_jax.Perturbation)
+        return transform if placed else lpa_jax.at(self.sites, transform)
+
+    def wrapped(self, strength):
+        """Make the same through `inject_hyperparams` and `optax.chain`."""
+        # What optax counts are updates, and there is one at every site of a step.
+        schedule = fading(self, strength) if len(self.sites) == 1 else lambda _: strength
+        # Every number that is not static becomes an array, `steps` too.
+        static = set(inspect.signature(self.factory).parameters) - {self.strength}
+        inject = optax.inject_hyperparams(self.factory, static_args=static)
+        transform = inject(**self.arguments, **{self.strength: schedule})
+        return self.place(optax.chain(transform, optax.identity()))
+
+
+def fading(line, strength):
+    """Return a schedule that is `strength` at step 0 and 0 from step 1."""
+    return optax.linear_schedule(strength, 0.0, 1) if line.schedule else strength

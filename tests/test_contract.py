@@ -3,7 +3,6 @@
 from collections.abc import Callable
 import dataclasses
 import functools
-import inspect
 import math
 from typing import Any
 
@@ -16,7 +15,7 @@ import jaxtyping
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
-from probes import avals, quick_jit, watched
+from probes import avals, fading, Line, quick_jit, storable, watched
 import pytest
 
 import lpa_jax
@@ -29,49 +28,6 @@ ALL = lpa_jax.splits.all_positive()
 DOWN = lpa_jax.splits.all_negative()
 # Entries of "first" that share one entry of a perturbation.
 POSITIONS = math.sqrt(16)
-
-
-@dataclasses.dataclass(frozen=True)
-class Line:
-    """A line of the contract table.
-
-    `strength` is the argument of `factory` that makes it the identity where it is 0, `amount` a
-    value at which it is not. `ball` bounds the change of an example, in units of the amount: its
-    `norm`, or with "relative" its share of the class-mean norm of the value.
-    """
-
-    label: str
-    factory: Callable[..., Any]
-    sites: tuple[str, ...]
-    strength: str
-    amount: float
-    arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
-    ball: float | str | None = None
-    norm: float = 2
-    # Whether the strength may be a schedule; optax's own transforms take plain numbers.
-    schedule: bool = True
-
-    @property
-    def mixes(self):
-        return len(self.sites) > 1 and "labels" in self.sites
-
-    def make(self, number):
-        return self.place(self.factory(**self.arguments, **{self.strength: number}))
-
-    def place(self, transform):
-        """Place an optax transform, or what is left of a perturbation after an optax wrapper."""
-        placed = isinstance(transform, lpa_jax.Perturbation)
-        return transform if placed else lpa_jax.at(self.sites, transform)
-
-    def wrapped(self, strength):
-        """Make the same through `inject_hyperparams` and `optax.chain`."""
-        # What optax counts are updates, and there is one at every site of a step.
-        schedule = fading(self, strength) if len(self.sites) == 1 else lambda _: strength
-        # Every number that is not static becomes an array, `steps` too.
-        static = set(inspect.signature(self.factory).parameters) - {self.strength}
-        inject = optax.inject_hyperparams(self.factory, static_args=static)
-        transform = inject(**self.arguments, **{self.strength: schedule})
-        return self.place(optax.chain(transform, optax.identity()))
 
 
 def lpa(label, amount=0.3, ball: Any = POSITIONS, site: Any = "first", **arguments):
@@ -196,11 +152,6 @@ def seen():
     )
 
 
-def fading(line, strength):
-    """Return a schedule that is `strength` at step 0 and 0 from step 1."""
-    return optax.linear_schedule(strength, 0.0, 1) if line.schedule else strength
-
-
 NET = Net()
 
 
@@ -271,14 +222,6 @@ def case_of(label):
     case = Case(line, call, variables_of(), fresh, fresh._replace(class_stats=seen()), None)
     case.result = case.run()
     return case
-
-
-def storable(tree):
-    """Replace typed keys, which orbax does not store, by their data."""
-    return jax.tree.map(
-        lambda x: jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x,
-        tree,
-    )
 
 
 def distances(line, before, after):

@@ -112,6 +112,25 @@ def test_a_batch_of_padding_has_loss_and_gradient_zero():
     assert state.class_stats.frequency.sum() == 0
 
 
+def test_weights_count_by_their_shares_however_small():
+    weights = jnp.arange(BATCH) / 3.0
+    expected = run_step(lpa_jax.chain(), weights=weights)[:2]
+    (loss, _), grads = run_step(lpa_jax.chain(), weights=1e-20 * weights)[:2]
+    chex.assert_trees_all_close((loss, grads), (expected[0][0], expected[1]), rtol=1e-5)
+
+
+def test_soft_labels_of_padding_may_be_anything():
+    labels = jax.nn.softmax(2.0 * INPUTS[:, 0, :CLASSES])
+    weights = jnp.ones(BATCH).at[2].set(0.0)
+    lpa = lpa_jax.lpa("group2", 0.3, steps=1, split=lpa_jax.splits.all_positive())
+    results = [
+        run_step(lpa, labels=labels.at[2].set(content), weights=weights)
+        for content in (0.25, jnp.nan)
+    ]
+    chex.assert_tree_all_finite(results)
+    chex.assert_trees_all_equal(*results)
+
+
 def test_another_loss_takes_the_place_of_cross_entropy_everywhere():
     def squares(logits, targets):
         return jnp.sum((logits - targets) ** 2, axis=1)

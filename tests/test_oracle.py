@@ -408,7 +408,8 @@ def test_soft_labels_share_an_example_among_classes(name):
 
 
 def test_manifold_mixup_mixes_values_and_targets_at_one_layer():
-    labels = np.array([0, 1, 2, 3, 2, 1, 0, 3, 2], np.int32)
+    # What is padding is taken to have label 0.
+    labels = np.array([0, 1, 2, 3, 0, 1, 0, 3, 2], np.int32)
     padding = 4
     weights = np.ones(BATCH, np.float32)
     weights[padding] = 0.0

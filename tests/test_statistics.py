@@ -158,29 +158,45 @@ def test_constant_splits_have_one_bound():
 # ---------------------------------------------------------------- projected steps
 
 
-@pytest.mark.parametrize("scale", [1e-30, 1e-10, 1.0, 1e18])
+each_scale = pytest.mark.parametrize("scale", [1e-30, 1e-10, 1.0, 1e18, 1e30])
+
+
+@each_scale
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_rows_of_any_size_have_a_direction(scale, dtype):
+def test_rows_of_any_size_have_a_direction_and_a_norm(scale, dtype):
     rows = (scale * jnp.array([[3.0, 4.0], [0.0, -2.0], [0.0, 0.0]])).astype(dtype)
     expected = np.array([[0.6, 0.8], [0.0, -1.0], [0.0, 0.0]], np.float32)
     digits = 1e-6 if dtype == jnp.float32 else 1e-2
-    np.testing.assert_allclose(np.asarray(pgd.unit(rows), np.float32), expected, rtol=digits)
+    np.testing.assert_allclose(pgd.unit(rows), expected, rtol=digits)
+    np.testing.assert_allclose(pgd.norms(rows), scale * np.array([5.0, 2.0, 0.0]), rtol=digits)
+    tree = {"a": rows[0], "b": rows[1:]}
+    np.testing.assert_allclose(pgd.tree_norm(tree), scale * 29**0.5, rtol=digits)
 
 
-@pytest.mark.parametrize("scale", [1e-30, 1e-10, 1.0, 1e18])
+def test_nothing_has_no_length():
+    assert pgd.norms(jnp.zeros((2, 0))).tolist() == [0, 0]
+    assert pgd.tree_norm({"a": jnp.zeros(3), "b": jnp.zeros((2, 0))}) == 0
+
+
+@each_scale
 def test_rows_of_any_size_are_projected(scale):
     rows = scale * jnp.array([[3.0, 4.0], [0.3, 0.4], [0.0, 0.0], [3.0, 4.0]])
     radii = scale * jnp.array([1.0, 1.0, 1.0, 0.0])
-    if scale < 1e-18:
-        # So small a ball is not resolved, but nothing comes of a ball of radius 0.
-        projected = pgd.project(rows, radii)
-        chex.assert_tree_all_finite(projected)
-        assert (projected[3] == 0).all()
-        radii = jnp.ones(4).at[3].set(0.0)
-        close(pgd.project(rows, radii), rows.at[3].set(0.0))
-    else:
-        expected = scale * np.array([[0.6, 0.8], [0.3, 0.4], [0, 0], [0, 0]], np.float32)
-        np.testing.assert_allclose(pgd.project(rows, radii), expected, rtol=1e-6)
+    expected = scale * np.array([[0.6, 0.8], [0.3, 0.4], [0, 0], [0, 0]], np.float32)
+    np.testing.assert_allclose(pgd.project(rows, radii), expected, rtol=1e-6)
+
+
+@each_scale
+def test_sam_goes_its_radius_whatever_the_size_of_the_gradient(scale):
+    params, grads = {"a": jnp.zeros(2), "b": jnp.ones(1)}, {"a": jnp.ones(2), "b": jnp.ones(1)}
+    sam = lpa_jax.sam(0.3)
+    moved, _ = sam.update(
+        jax.tree.map(lambda grad: scale * grad, grads),
+        sam.init(grads),
+        params,
+        gradient_fn=lambda params: (0.0, params),
+    )
+    close(moved, jax.tree.map(lambda weight: weight + 0.3 / 3**0.5, params))
 
 
 def test_stretching_stops_at_the_origin():
@@ -302,6 +318,18 @@ def test_dropout_zeroes_its_share_and_keeps_the_mean():
     drawn = draws(lpa_jax.dropout("hidden", 0.3), jnp.full((50, 8), 2.0), 50)
     assert np.unique(drawn).tolist() == pytest.approx([0.0, 2 / 0.7])
     assert (drawn == 0).mean() == pytest.approx(0.3, abs=0.01)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_where_all_is_dropped_there_is_no_gradient(dtype):
+    drop = lpa_jax.dropout("hidden", lambda step: jnp.float32(1.0))
+
+    def total(value):
+        return jnp.sum(drop.update(value, drop.init(value), key=jax.random.key(0))[0])
+
+    value, gradient = jax.value_and_grad(total)(jnp.ones((2, 3), dtype))
+    assert value == 0
+    assert (gradient == 0).all()
 
 
 def test_dropblock_zeroes_whole_blocks_and_keeps_each_mean():

@@ -500,6 +500,9 @@ def test_binary_cross_entropy_agrees_with_float64_and_stays_finite():
 
     for scale in (0.0, 1e2, 1e4):
         assert np.isfinite(jax.grad(total)(jnp.float32(logits) * scale)).all()
+    # Two that are equal, and so large that their sum has few digits behind the point.
+    even = losses.softmax_binary_cross_entropy(jnp.array([[1e4, 0.0, 1e4]]), jnp.eye(3)[2:])
+    np.testing.assert_allclose(even, 2 * np.log(2) / 3, rtol=1e-6)
 
 
 def test_metrics_agree_with_scikit_learn():

@@ -251,8 +251,9 @@ def dropout(site: str, rate: sites.Number) -> sites.Perturbation:
     def update(value, *, key, step=0, **_):
         keep = 1.0 - sites.at_step(rate, step)
         kept = jax.random.bernoulli(key, keep, value.shape)
-        # The floor keeps the gradient defined for a schedule that reaches 1.
-        return jnp.where(kept, value / jnp.maximum(keep, 1e-6).astype(value.dtype), 0)
+        # A schedule may reach 1.
+        scale = jnp.where(keep > 0, keep, 1.0).astype(value.dtype)
+        return jnp.where(kept, value / scale, 0)
 
     return sites.stateless(site, update)
 

@@ -115,7 +115,9 @@ class Step:
             if weights.shape != (batch,):
                 raise ValueError(f"weights must have shape ({batch},), not {weights.shape}.")
             # Padding may hold anything, NaN included, which a weight of 0 would not keep out.
-            inputs = jnp.where(pgd.column(weights, inputs) > 0, inputs, 0)
+            inputs, labels = (
+                jnp.where(pgd.column(weights, padded) > 0, padded, 0) for padded in (inputs, labels)
+            )
         start = _Walk(
             chain=self.chain,
             key=jax.random.fold_in(key, state.step),
@@ -229,8 +231,9 @@ class Step:
 
         grads, losses = jax.grad(total, has_aux=True)(logits)
         grads = walk.perturb((sites.LOGIT_GRADS,), grads)
-        # The floor serves a batch that is all padding: its loss and gradient are 0.
-        share = walk.weights / jnp.maximum(jnp.sum(walk.weights), 1e-12)
+        # The loss and gradient of a batch that is all padding are 0.
+        total_weight = jnp.sum(walk.weights)
+        share = walk.weights / jnp.where(total_weight > 0, total_weight, 1.0)
         real = walk.weights > 0
         loss = jnp.sum(jnp.where(real, losses * share, 0.0))
         return loss, jnp.where(real[:, None], grads * share[:, None], 0.0)
@@ -348,7 +351,7 @@ class _Walk:
             if names == (sites.INPUTS,) and sites.LABELS in self.chain[i].sites:
                 self._mix(i)
         if names == (sites.PARAM_GRADS,):
-            self.metrics[names[0]] = {"norm": optax.tree.norm(value)}
+            self.metrics[names[0]] = {"norm": pgd.tree_norm(value)}
         else:
             change = _change(before, value, members, self.targets.shape[1])
             self.metrics[names[0]] = change | report

@@ -5,9 +5,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
-from lpa_jax.perturb import sites
+from lpa_jax.perturb import pgd, sites
 
 
 def sam(rho: sites.Number) -> sites.Perturbation:
@@ -70,7 +69,7 @@ def _sharpness_aware(
                 f"'param_grads', not {site!r}, and not behind optax.masked."
             )
         scaled = jax.tree.map(lambda weight, grad: unit(weight) * grad, params, grads)
-        norm = optax.tree.norm(scaled)
+        norm = pgd.tree_norm(scaled)
         length = sites.at_step(rho, step) / jnp.where(norm > 0, norm, 1.0)
 
         def move(weight, grad):

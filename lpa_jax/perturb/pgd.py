@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree, Shaped
 import optax
 
 UNROLL = 8
@@ -14,19 +14,27 @@ Rows = Float[Array, "rows ..."]
 PerRow = Float[Array, "rows"]
 
 
-def column(per_row: PerRow, like: Rows) -> Rows:
+def column(per_row: PerRow, like: Shaped[Array, "rows ..."]) -> Rows:
     """Reshape `[R]` so that it broadcasts against `like`, `[R, ...]`."""
     return per_row.reshape(per_row.shape + (1,) * (like.ndim - 1))
 
 
 def norms(rows: Rows) -> PerRow:
     """Return the l2 norm of each row, in float32."""
-    flat = rows.astype(jnp.float32).reshape(rows.shape[0], -1)
-    return jnp.sqrt(jnp.sum(flat**2, axis=1))
+    largest, scaled = _scale(rows)
+    return largest * _length(scaled)
+
+
+def tree_norm(tree: PyTree) -> Float[Array, ""]:
+    """Return the l2 norm of all arrays of a tree together, in float32."""
+    tree = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree)
+    largest = optax.tree.norm(tree, ord=jnp.inf)
+    safe = jnp.where(largest > 0, largest, 1.0)
+    return largest * optax.tree.norm(jax.tree.map(lambda leaf: leaf / safe, tree))
 
 
 def unit(rows: Rows) -> Rows:
-    """Scale each row to l2 norm 1; a row of zeros stays zero.
+    """Scale each row to l2 norm 1, in float32; a row of zeros stays zero.
 
     Example:
       >>> import jax.numpy as jnp
@@ -34,17 +42,28 @@ def unit(rows: Rows) -> Rows:
       Array([[0.6, 0.8],
              [0. , 0. ]], dtype=float32)
     """
-    # Scaled by its largest entry first: the square of a small gradient underflows.
-    largest = jnp.max(jnp.abs(rows).reshape(rows.shape[0], -1), axis=1)
-    rows = rows / column(jnp.where(largest > 0, largest, 1.0), rows)
-    return rows / column(jnp.where(largest > 0, norms(rows), 1.0), rows)
+    largest, scaled = _scale(rows)
+    return scaled / column(jnp.where(largest > 0, _length(scaled), 1.0), rows)
+
+
+def _scale(rows: Rows) -> tuple[PerRow, Rows]:
+    """Return the largest entry of each row, and the row in units of it.
+
+    The squares of small numbers underflow, and those of large ones overflow.
+    """
+    rows = rows.astype(jnp.float32)
+    largest = jnp.max(jnp.abs(rows).reshape(rows.shape[0], -1), axis=1, initial=0.0)
+    return largest, rows / column(jnp.where(largest > 0, largest, 1.0), rows)
+
+
+def _length(rows: Rows) -> PerRow:
+    return jnp.sqrt(jnp.sum(rows.reshape(rows.shape[0], -1) ** 2, axis=1))
 
 
 def project(rows: Rows, radii: PerRow) -> Rows:
     """Project each row onto the l2 ball of its radius; exactly 0 where the radius is 0."""
-    # The floor keeps optax's division defined; its square must be a normal float32.
-    balls = jax.vmap(optax.projections.projection_l2_ball)(rows, jnp.maximum(radii, 1e-18))
-    return jnp.where(column(radii, rows) > 0, balls, 0.0)
+    edge = column(radii, rows) * unit(rows)
+    return jnp.where(column(norms(rows), rows) > column(radii, rows), edge, rows)
 
 
 def repeat(

@@ -43,8 +43,8 @@ def value_and_grad(
     - `state`: from `step.init(variables, inputs, labels, **kwargs)`.
     - `inputs`: `[B, ...]`. `labels`: int `[B]` in `[0, C)`, or float `[B, C]`.
     - `key`: a PRNG key. The step count is folded in, so the same key may be given at every step.
-    - `weights`: float `[B]`, 1 for real examples (default) and 0 for padding, whose inputs are
-      taken as 0. Batch normalization sees padding all the same.
+    - `weights`: float `[B]`, 1 for real examples (default) and 0 for padding, whose inputs and
+      labels are taken as 0. Batch normalization sees padding all the same.
     - `kwargs`: passed on to `apply_fn`, such as `train=True, mutable=["batch_stats"]`.
     - `loss`: the weighted mean, float32. `aux["logits"]`: the network's output `[B, C]` before
       perturbations of the logits. `aux["updates"]`: the mutated collections. `aux["metrics"]`: for
