@@ -120,7 +120,7 @@ def test_an_interrupted_run_resumes_to_the_same_bits(end, whole, tmp_path):
         assert time.monotonic() < deadline
         time.sleep(0.01)
     process.send_signal(getattr(signal, end.split()[0]))
-    assert process.wait() == (main.PREEMPTED if end == "SIGTERM" else -signal.SIGKILL)
+    assert process.wait() == (main.TEMPORARY if end == "SIGTERM" else -signal.SIGKILL)
     assert not (tmp_path / "seed0" / "result.json").exists()
     found = (tmp_path / "seed0" / "checkpoints").iterdir()
     # What was being written when it was killed has another name.
