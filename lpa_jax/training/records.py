@@ -58,6 +58,8 @@ def claim(
     Raises:
       ConfigError: If it holds the run of another configuration, or cannot be written.
     """
+    if "\0" in str(workdir):
+        raise ConfigError(f"{str(workdir)!r} cannot serve as work directory: it has a null in it.")
     path, changes_path = workdir / "config.json", workdir / "config_changes.json"
     ours = json.loads(json.dumps(config))
     changes = []
