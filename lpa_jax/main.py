@@ -1,5 +1,6 @@
 """The command line: `python -m lpa_jax.main --config=configs/digits.py --workdir=runs/digits`."""
 
+import os
 import sys
 from typing import NoReturn
 
@@ -15,8 +16,11 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Directory of the run; a run cut off goes on there."
 )
-
-
+_ALLOW_CHANGE = flags.DEFINE_bool(
+    "allow_config_change",
+    False,
+    "Let a run go on with another configuration, as far as its state fits; the change is recorded.",
+)
 _COORDINATOR = flags.DEFINE_string(
     "coordinator_address", None, "HOST:PORT of the first of several processes."
 )
@@ -27,25 +31,41 @@ _DISTRIBUTED = flags.DEFINE_bool(
 )
 
 
-PREEMPTED = 75
-"""Exit code of a run that SIGTERM stopped, after it was saved: the EX_TEMPFAIL of sysexits.h."""
+TEMPORARY = 75
+"""Exit code of a run that the same command takes on, EX_TEMPFAIL in sysexits.h: SIGTERM stopped it,
+after it was saved, or it lost one of its processes."""
+
+
+IO_ERROR = 74
+"""Exit code of a run whose work directory takes no more, EX_IOERR in sysexits.h."""
+
+HEARTBEAT_TIMEOUT = 30
+"""Seconds without a sign of life after which JAX takes another process of the run for lost."""
 
 
 class UsageError(ValueError):
     """A command line that does not say what to run."""
 
 
+class LostError(RuntimeError):
+    """Another process of the run is gone."""
+
+
 def _parse(argv: list[str]) -> list[str]:
     """Parse the flags; whatever is wrong with them ends in a sentence and exit code 2."""
+    # What a file's reader warns of, the sentences below say.
+    logging.set_verbosity(logging.ERROR)
     try:
         rest = flags.FLAGS(argv)
         if len(rest) > 1:
             raise UsageError(f"What is {rest[1]!r}? Options are written --name=value.")
         if flags.FLAGS["config"].value is None:
+            if flags.FLAGS["config"].present:
+                raise UsageError("get_config of --config returns None: return a configuration.")
             raise UsageError("Say what to run, for example --config=configs/digits.py:method=lpa.")
         # A file that cannot be read shows only when the configuration is first used.
         _CONFIG.value.to_dict()
-        if _WORKDIR.value is None:
+        if not _WORKDIR.value:
             raise UsageError("Say where to put the run, for example --workdir=runs/digits.")
     except Exception as error:
         _fail(error)
@@ -62,9 +82,17 @@ def _join() -> None:
             "--coordinator_address, --num_processes and --process_id go together; on a cluster "
             "that JAX knows, --distributed stands for all three."
         )
+    if _COORDINATOR.value is not None:
+        # JAX takes whatever else this may be, and crashes.
+        host, _, port = _COORDINATOR.value.rpartition(":")
+        if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+            raise UsageError(
+                f"--coordinator_address is {_COORDINATOR.value!r}: give HOST:PORT, such as "
+                "localhost:12345."
+            )
     if None not in several or _DISTRIBUTED.value:
         try:
-            jax.distributed.initialize(*several)
+            jax.distributed.initialize(*several, heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT)
         except (ValueError, RuntimeError) as error:
             raise UsageError(
                 f"The processes cannot join ({error}): give --coordinator_address, "
@@ -74,31 +102,52 @@ def _join() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
-def _fail(error: Exception) -> NoReturn:
+def _fail(error: Exception, code: int = 2, *, at_once: bool = False) -> NoReturn:
+    """Say in a sentence what is wrong, and end; `at_once`: without waiting for other processes."""
     sentence = " ".join(str(error.args[0] if isinstance(error, KeyError) else error).split())
     # What a configuration file raises arrives with its traceback in the text.
     if "Traceback" in sentence:
         sentence = sentence.rpartition("Error: ")[2]
-    print(f"lpa_jax: {sentence}", file=sys.stderr)
-    sys.exit(2)
+    print(f"lpa_jax: {sentence}", file=sys.stderr, flush=True)
+    if at_once:
+        os._exit(code)
+    sys.exit(code)
 
 
 def _main(_: list[str]) -> None:
     # Imported late: --help and a wrong flag need not wait for jax.
+    import jax
+
     from lpa_jax.data import DataError
-    from lpa_jax.training import checkpoints, loop
+    from lpa_jax.training import checkpoints, loop, records
 
     stops = (OSError, UsageError, loop.ConfigError, DataError, loop.NonFiniteLossError)
-    # Orbax narrates every checkpoint.
+    # Orbax narrates every checkpoint, and every failure at the length of a page.
     logging.set_verbosity(logging.WARNING)
+    logging.get_absl_handler().addFilter(lambda record: "orbax" not in record.pathname)
     try:
         _join()
-        loop.train_and_evaluate(_CONFIG.value, str(_WORKDIR.value))
+        loop.train_and_evaluate(
+            _CONFIG.value, str(_WORKDIR.value), allow_config_change=_ALLOW_CHANGE.value
+        )
+    except (records.WriteError, TimeoutError, jax.errors.JaxRuntimeError) as error:
+        several = jax.process_count() > 1
+        cause = error.__cause__ or error
+        if several and isinstance(cause, (TimeoutError, jax.errors.JaxRuntimeError)):
+            reason = str(cause).strip().partition("\n")[0]
+            lost = LostError(
+                f"Another process of the run, or the way to it, is lost ({reason}). The same "
+                "commands go on from the last checkpoint."
+            )
+            _fail(lost, TEMPORARY, at_once=True)
+        if not isinstance(error, records.WriteError):
+            raise
+        _fail(error, IO_ERROR, at_once=several)
     except (*stops, checkpoints.CheckpointError) as error:
         _fail(error)
     except loop.PreemptedError as error:
         print(f"lpa_jax: {error} The same command goes on from there.", file=sys.stderr)
-        sys.exit(PREEMPTED)
+        sys.exit(TEMPORARY)
     except KeyboardInterrupt:
         print(
             "lpa_jax: stopped; the same command goes on from the last checkpoint.", file=sys.stderr

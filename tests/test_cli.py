@@ -32,46 +32,6 @@ def call(*arguments, timeout=300):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ([], "--config=configs/digits.py"),
-        (["--config=configs/digits.py"], "--workdir"),
-        (["--config=configs/nowhere.py", "--workdir=W"], "configs/nowhere.py"),
-        (
-            ["--config=configs/digits.py:method=lpq", "--workdir=W"],
-            "lpa_jax: There is no method 'lpq'; did you mean",
-        ),
-        (["--config=configs/digits.py", "--config.epoch=3", "--workdir=W"], "epochs"),
-        (["--config=configs/digits.py", "--config.epochs=many", "--workdir=W"], "many"),
-        (["--config=configs/digits.py", "--workdir=W", "--verbos"], "verbos"),
-        (["--config=configs/digits.py", "--workdir=W", "again"], "'again'"),
-        (
-            ["--config=configs/digits.py:method=lpa", "--workdir=W",
-             "--config.perturbation.lpa.epsilon=-1"],
-            "epsilon must be at least 0",
-        ),
-        (
-            ["--config=configs/digits.py:method=lpa", "--workdir=W",
-             "--config.perturbation.lpa.site=grup2"],
-            "near names: group2",
-        ),
-        (
-            ["--config=configs/cifar10.py", "--workdir=W", "--config.dataset=npz:none.npz"],
-            "none.npz",
-        ),
-    ],
-)  # fmt: skip
-def test_a_mistake_ends_in_one_sentence_and_exit_code_2(arguments, message, tmp_path):
-    workdir = tmp_path / "run"
-    done = call(*(a.replace("--workdir=W", f"--workdir={workdir}") for a in arguments))
-    assert done.returncode == 2, done.stderr
-    assert message in done.stderr
-    assert done.stderr.count("\n") == 1, done.stderr
-    assert done.stderr.startswith("lpa_jax: ")
-    assert not workdir.exists()
-
-
 def start(*arguments):
     return subprocess.Popen(
         command(*arguments),
@@ -120,7 +80,7 @@ def test_an_interrupted_run_resumes_to_the_same_bits(end, whole, tmp_path):
         assert time.monotonic() < deadline
         time.sleep(0.01)
     process.send_signal(getattr(signal, end.split()[0]))
-    assert process.wait() == (main.PREEMPTED if end == "SIGTERM" else -signal.SIGKILL)
+    assert process.wait() == (main.TEMPORARY if end == "SIGTERM" else -signal.SIGKILL)
     assert not (tmp_path / "seed0" / "result.json").exists()
     found = (tmp_path / "seed0" / "checkpoints").iterdir()
     # What was being written when it was killed has another name.

@@ -143,58 +143,6 @@ def test_npz_is_read_as_it_was_written(npz):
     assert data.load(named).class_names == ("a", "b", "c", "d", "e")
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"y_test": None}, r"lacks y_test \(it has x_train, y_train, x_test\): save all four"),
-        ({"y_train": np.array([None] * 40)}, "arrays of Python objects.*refused.*integer labels"),
-        ({"x_train": np.zeros((40, 6, 5, 3))}, r"float64, not uint8: save np.round\(255 \* x\)"),
-        ({"x_test": np.zeros((8, 6, 5, 3), int)}, r"x_test .*int64.*save x.astype\(np.uint8\)"),
-        ({"x_train": np.zeros((40, 9), np.uint8)}, r"shape \(40, 9\): reshape it to \[N, H, W"),
-        ({"x_test": np.zeros((8, 6, 6, 3), np.uint8)}, "x_test of shape .*save both in one shape"),
-        ({"y_train": np.zeros(39, int)}, "40 images but 39 labels; give each image one label"),
-        ({"y_train": np.zeros(40)}, r"y_train .* float64: save integers, y.astype\(np.int32\)"),
-        ({"y_train": np.zeros((40, 1), int)}, r"shape \(40, 1\), not \[N\]: save y.reshape\(-1\)"),
-        ({"y_train": np.arange(40) - 1}, "y_train.*label -1 is outside the classes 0 to 38"),
-        ({"y_train": np.full(40, 40)}, "label 40 among 40 examples: number the classes from 0"),
-        ({"y_test": np.full(8, 4)}, "y_test.*label 4 is outside the classes 0 to 3; remove"),
-        ({"class_names": np.array(["a"])}, "y_train.*label 1 is outside the classes 0 to 0"),
-        ({"class_names": np.array(["a"], "S1")}, r"class_names .* strings: save np.array\(\["),
-        (
-            {"x_test": np.zeros((0, 6, 5, 3), np.uint8), "y_test": np.zeros(0, int)},
-            "x_test.*is empty; give at least one image",
-        ),
-        (
-            {"x_train": np.zeros((0, 6, 5, 3), np.uint8), "y_train": np.zeros(0, np.uint64)},
-            "x_train.*is empty; give at least one image",
-        ),
-    ],
-)
-def test_npz_that_cannot_be_used(npz, changes, message):
-    with pytest.raises(DataError, match=message) as error:
-        data.load(npz(**changes))
-    assert "\n" not in str(error.value)
-
-
-def test_npz_that_is_missing(tmp_path):
-    with pytest.raises(DataError, match=r"no file .*none.npz: write it with np.savez\(path, x_tr"):
-        data.load(f"npz:{tmp_path / 'none.npz'}")
-
-
-@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
-def test_npz_that_is_damaged(tmp_path, save):
-    path = tmp_path / "set.npz"
-    save(path, **make_arrays())
-    whole = path.read_bytes()
-    flipped = bytearray(whole)
-    flipped[len(whole) // 3] ^= 0xFF
-    pieces = [b"", b"no archive", whole[: len(whole) // 2], whole[:-1], bytes(flipped)]
-    for content in pieces:
-        path.write_bytes(content)
-        with pytest.raises(DataError, match=r"truncated, corrupted or no npz.*write it again"):
-            data.load(f"npz:{path}")
-
-
 def test_a_single_array_is_no_npz(tmp_path):
     np.save(tmp_path / "x.npy", np.zeros(3))
     with pytest.raises(DataError, match="no npz file"):
@@ -264,7 +212,7 @@ def test_tfds_name_that_is_unknown(tmp_path):
         data.load("digit", data_dir=str(tmp_path))
     for name in ("no name", "", "cifar10:1.2.*", "cifar10_corrupted/x"):
         with pytest.raises(
-            DataError, match=r"cannot open .*give 'digits', 'npz:PATH', 'NAME'"
+            DataError, match=r"(cannot open|is no name of) .*give 'digits', 'npz:PATH', 'NAME'"
         ) as e:
             data.load(name, data_dir=str(tmp_path))
         assert "\n" not in str(e.value)

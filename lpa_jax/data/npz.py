@@ -10,8 +10,9 @@ import numpy as np
 from lpa_jax.data.examples import checked, DataError, Source
 
 KEYS = ("x_train", "y_train", "x_test", "y_test")
-# What numpy and zipfile raise on damaged files; RuntimeError: bits that claim encryption.
-DAMAGE = (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error)
+# What numpy and zipfile raise on damaged files; RuntimeError: bits that claim encryption,
+# MemoryError: shapes that claim more than the file has.
+DAMAGE = (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error, MemoryError)
 
 
 def read(path: str) -> Source:
@@ -56,7 +57,8 @@ def read_arrays(
       DataError: If the file is missing, damaged, or lacks one of `keys`.
     """
     path = os.path.expanduser(path)
-    if not os.path.isfile(path):
+    # No name of a file has a null in it, which isfile says in Python 3.13 only.
+    if "\0" in path or not os.path.isfile(path):
         arguments = ", ".join(f"{key}=..." for key in keys)
         raise DataError(f"There is no file {path}: write it with np.savez(path, {arguments}).")
     try:
@@ -105,6 +107,9 @@ def checked_labels(where: str, array: np.ndarray) -> np.ndarray:
             f"{where} has shape {array.shape}, not [N]: save y.reshape(-1), or y.argmax(axis=1) "
             "if it is one-hot."
         )
+    if array.dtype == np.uint64:
+        # Those that int64 does not hold would come out as negative.
+        array = np.minimum(array, np.uint64(2**63 - 1))
     return array.astype(np.int64)
 
 

@@ -1,7 +1,10 @@
 """Image sets of tensorflow-datasets that are prepared on disk, read without TensorFlow."""
 
+from collections.abc import Iterator
 import difflib
 import io
+import json
+import pathlib
 import re
 from typing import Any
 
@@ -12,6 +15,10 @@ from lpa_jax.data.examples import checked, DataError, Source
 
 # Pillow's modes by number of channels.
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+# Without a namespace before the name, whose sets are code to be fetched.
+NAME = re.compile(r"(?P<name>[a-z]\w*)(/[\w.+-]+)?(:(\d+|\*)(\.(\d+|\*)){2})?", re.ASCII)
+# Where features.json says of which classes they are.
+CLASS_KEYS = {"type", "pythonClassName", "python_class_name"}
 NPZ_REMEDY = "or save the images with np.savez and load 'npz:PATH'"
 
 
@@ -90,6 +97,13 @@ def _lacks_package(name: str, error: ImportError) -> DataError:
 
 
 def _open(tfds: Any, name: str, data_dir: str | None) -> Any:
+    parts = NAME.fullmatch(name)
+    if parts is None:
+        raise DataError(
+            f"{name!r} is no name of a dataset: give 'digits', 'npz:PATH', 'NAME', 'NAME/CONFIG' "
+            "or 'NAME:VERSION'."
+        )
+    _refuse_code(tfds, parts["name"], data_dir)
     verbosity = logging.get_verbosity()
     try:
         # What it would say of folders that are not prepared, the errors below say.
@@ -118,6 +132,37 @@ def _open(tfds: Any, name: str, data_dir: str | None) -> Any:
             f"{name!r} is not prepared in {builder.data_path}: {_preparation(name, data_dir)}."
         )
     return builder
+
+
+def _refuse_code(tfds: Any, name: str, data_dir: str | None) -> None:
+    # tensorflow-datasets imports whatever module a folder names for its features.
+    folder = pathlib.Path(data_dir or tfds.core.constants.DATA_DIR, name).expanduser()
+    for path in sorted(folder.rglob("features.json")):
+        try:
+            classes = list(_classes(json.loads(path.read_bytes())))
+        except (OSError, ValueError, RecursionError) as error:
+            raise DataError(
+                f"{path} cannot be read ({_reason(error)}): if its files are truncated or "
+                f"corrupted, remove that folder; {_preparation(name, data_dir)}."
+            ) from error
+        for wanted in classes:
+            if not str(wanted).startswith("tensorflow_datasets."):
+                raise DataError(
+                    f"{path} asks for code of {wanted!r}, which is refused: use a set whose "
+                    f"features are tensorflow-datasets' own, {NPZ_REMEDY}."
+                )
+
+
+def _classes(node: Any) -> Iterator[Any]:
+    """Iterate over the names of classes in what `features.json` holds."""
+    if isinstance(node, dict):
+        for key, value in node.items():
+            if key in CLASS_KEYS:
+                yield value
+            yield from _classes(value)
+    elif isinstance(node, list):
+        for value in node:
+            yield from _classes(value)
 
 
 def _preparation(name: str, data_dir: str | None) -> str:

@@ -1,5 +1,6 @@
 """Saving and restoring the state of a run, with orbax."""
 
+import contextlib
 import pathlib
 from typing import Any
 
@@ -10,6 +11,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, UInt32
 import numpy as np
 import orbax.checkpoint as ocp
+
+from lpa_jax.training import records
 
 SUMS = "checksums"
 
@@ -39,19 +42,29 @@ class Checkpoints:
     restores the one before.
 
     Args:
-      directory: Where they are kept; made when the first is saved.
+      directory: Where they are kept; it is made.
+
+    Raises:
+      WriteError: If it cannot be made.
     """
 
     def __init__(self, directory: pathlib.Path):
+        self._directory = directory.absolute()
         options = ocp.CheckpointManagerOptions(max_to_keep=2, create=True)
-        self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
+        with self._writing():
+            self._manager = ocp.CheckpointManager(self._directory, options=options)
 
     def save(self, step: int, state: Any) -> None:
-        """Save `state`, a pytree of arrays, as that of `step`."""
+        """Save `state`, a pytree of arrays, as that of `step`.
+
+        Raises:
+          WriteError: If it, or the one before, cannot be written.
+        """
         # Orbax stores arrays by name in plain trees: the structure is the program's to know.
         leaves = jax.tree.leaves(state)
         named = {str(i): leaf for i, leaf in enumerate(leaves)} | {SUMS: np.asarray(_sums(leaves))}
-        self._manager.save(step, args=ocp.args.StandardSave(named))
+        with self._writing():
+            self._manager.save(step, args=ocp.args.StandardSave(named))
 
     def restore(self, like: Any, shardings: Any) -> Any | None:
         """Return the newest state that can be read; None if there is none.
@@ -79,8 +92,8 @@ class Checkpoints:
                 return treedef.unflatten(restored)
         if steps:
             raise CheckpointError(
-                f"No checkpoint in {self._manager.directory} can be read: remove that directory to "
-                "begin anew, or go on with the versions that wrote it."
+                f"No checkpoint in {self._directory} can be read: remove that directory to "
+                "begin anew, or go on with the configuration and the versions that wrote it."
             )
         return None
 
@@ -94,7 +107,7 @@ class Checkpoints:
             reason = str(error).strip().partition("\n")[0]
             logging.warning(
                 "The checkpoint of step %d in %s cannot be read; taking the one before. (%s)",
-                *(step, self._manager.directory, reason),
+                *(step, self._directory, reason),
             )
             restored = None
         # What one process cannot read none may take.
@@ -104,6 +117,17 @@ class Checkpoints:
         return restored
 
     def close(self) -> None:
-        """Wait until what was saved is written."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        """Wait until what was saved is written.
+
+        Raises:
+          WriteError: If it cannot be.
+        """
+        with self._writing():
+            try:
+                self._manager.wait_until_finished()
+            finally:
+                self._manager.close()
+
+    def _writing(self) -> contextlib.AbstractContextManager[None]:
+        # Errors of any kind: what writes the files is several libraries.
+        return records.writing(f"A checkpoint in {self._directory}", Exception)

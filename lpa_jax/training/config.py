@@ -283,8 +283,37 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return entries
 
 
+def _check_keys(config: Config, like: Config, prefix: str = "") -> None:
+    """Raise `ConfigError` unless `config` has the keys of `like` and values of their types."""
+    for key in like:
+        name, kind = f"config.{prefix}{key}", like.get_type(key)
+        if key not in config:
+            raise ConfigError(f"{name} is missing: begin with lpa_jax.training.config.default().")
+        value = config[key]
+        if isinstance(like[key], config_dict.ConfigDict):
+            if not isinstance(value, config_dict.ConfigDict):
+                raise ConfigError(f"{name} must be a dictionary, not {value!r}.")
+            # What has no entries by default takes any.
+            if like[key]:
+                _check_keys(value, like[key], f"{prefix}{key}.")
+            continue
+        kinds = {float: (float, int), tuple: (tuple, list)}.get(kind, kind)
+        wrong = not isinstance(value, kinds) or (isinstance(value, bool) and kind is not bool)
+        if wrong and not (value is None and like[key] is None):
+            raise ConfigError(f"{name} must be of type {kind.__name__}, not {value!r}.")
+    unknown = sorted(set(config) - set(like))
+    if unknown:
+        close = difflib.get_close_matches(unknown[0], list(like), n=1)
+        hint = f"; did you mean config.{prefix}{close[0]}?" if close else "."
+        raise ConfigError(f"There is no config.{prefix}{unknown[0]}{hint}")
+
+
 def check(config: Config) -> None:
-    """Raise `ConfigError` unless every number of the trainer lies in its range."""
+    """Raise `ConfigError` unless every key is there, and every number in its range."""
+    like = default()
+    # Those of the optimizer that is named, whichever it is.
+    like.optimizer.options = config_dict.ConfigDict()
+    _check_keys(config, like)
     for key, value in flat(config.to_dict()).items():
         numbers = value if isinstance(value, (tuple, list)) else (value,)
         if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
@@ -308,9 +337,11 @@ def check(config: Config) -> None:
     for key, value in not_negative.items():
         if not 0 <= value < math.inf:
             raise ConfigError(f"config.{key} must be at least 0, not {value!r}.")
-    if any(epoch < 0 for epoch in config.schedule.boundaries):
+    boundaries = config.schedule.boundaries
+    numbers = all(isinstance(epoch, (int, float)) and epoch >= 0 for epoch in boundaries)
+    if not numbers or list(boundaries) != sorted(boundaries):
         raise ConfigError(
-            f"config.schedule.boundaries must be epochs from 0, not {config.schedule.boundaries!r}."
+            f"config.schedule.boundaries must be epochs from 0 in order, not {boundaries!r}."
         )
     if config.seed + config.num_seeds > 2**31:
         raise ConfigError(f"config.seed must be below 2**31, not {config.seed!r}.")

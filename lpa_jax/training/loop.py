@@ -49,7 +49,11 @@ class NonFiniteLossError(RuntimeError):
 
 
 def train_and_evaluate(
-    config: Config, workdir: str | pathlib.Path, console: Console | None = None
+    config: Config,
+    workdir: str | pathlib.Path,
+    console: Console | None = None,
+    *,
+    allow_config_change: bool = False,
 ) -> dict[str, Any]:
     """Train `num_seeds` networks, judge each at its last epoch, and leave the results in `workdir`.
 
@@ -61,6 +65,8 @@ def train_and_evaluate(
         there, `labels.npz` where imbalance or label noise is asked for, and `metrics.jsonl`,
         TensorBoard events and checkpoints for each seed.
       console: Where to print; default the standard output.
+      allow_config_change: Whether a run of another configuration may go on with this one, as far
+        as its state fits; the change is kept in `config_changes.json` and `summary.json`.
 
     Returns:
       What `summary.json` holds.
@@ -71,6 +77,7 @@ def train_and_evaluate(
       NonFiniteLossError: If the loss or an update becomes NaN or infinite and `config.nonfinite` is
         `"stop"`, or is so in every step of an epoch; it names where that began.
       PreemptedError: If the process was sent SIGTERM, after the present step has been saved.
+      WriteError: If the work directory takes no more, for instance because the disk is full.
     """
     console = console or Console(quiet=jax.process_index() > 0)
     workdir = pathlib.Path(workdir)
@@ -103,6 +110,11 @@ def train_and_evaluate(
         )
     steps_per_epoch = num_train // config.batch_size
     num_steps = config.epochs * steps_per_epoch
+    if num_steps >= 2**31:
+        raise ConfigError(
+            f"config.epochs is {config.epochs}, which makes {num_steps} steps: give fewer than "
+            "2**31."
+        )
     class_counts = np.bincount(dataset.train.labels, minlength=dataset.num_classes).tolist()
     groups = data.groups_of(dataset)
     devices = mesh.make_mesh(config.batch_size, config.fsdp)
@@ -164,7 +176,9 @@ def train_and_evaluate(
     checkpoint_every = max(1, round(config.checkpoint_every * steps_per_epoch))
     # Of several processes, which share the work directory, the first keeps its records.
     first_process = jax.process_index() == 0
-    records.claim(workdir, config.to_dict(), write=first_process)
+    config_changes = records.claim(
+        workdir, config.to_dict(), write=first_process, allow_change=allow_config_change
+    )
     about_data: dict[str, Any] = {"groups": groups} if groups else {}
     if {imbalance["kind"], noise["kind"]} != {"none"}:
         labels = data.task_labels(dataset)
@@ -217,6 +231,11 @@ def train_and_evaluate(
             state = saved.restore(steps.like, steps.shardings)
             state = steps.init(jnp.int32(seed)) if state is None else state
             first = step = int(state.step)
+            if first > num_steps:
+                raise ConfigError(
+                    f"{directory} has taken {first} steps, but this configuration has "
+                    f"{num_steps}: give config.epochs more."
+                )
             log = records.Records(directory, first, write=first_process)
             with contextlib.ExitStack() as stack:
                 stack.callback(saved.close)
@@ -262,7 +281,8 @@ def train_and_evaluate(
                 result |= _named("test", judge(state.variables, dataset.test))
                 result |= {"perturbation": by_class}
             if first_process:
-                records.write_json(result_path, result)
+                with records.writing(str(result_path)):
+                    records.write_json(result_path, result)
             results.append(result)
             rows_by_seed[seed] = log.rows
 
@@ -278,15 +298,17 @@ def train_and_evaluate(
         "device": f"{devices.size} x {jax.devices()[0].device_kind}",
         "versions": _versions(),
         "config": json.loads(json.dumps(config.to_dict())),
+        "config_changes": config_changes,
     }
     if not first_process:
         return summary
-    records.write_json(workdir / "summary.json", summary)
     title = f"{config.method} on {dataset.name}, {config.model.name}, {config.epochs} epochs"
-    report.plot_curves(workdir / "curves.png", title, rows_by_seed)
     first = results[0]
     seed_title = f"{title}, seed {first['seed']}"
-    report.plot_perturbation(workdir / "perturbation.png", seed_title, first["perturbation"])
+    with records.writing(f"The summary in {workdir}"):
+        records.write_json(workdir / "summary.json", summary)
+        report.plot_curves(workdir / "curves.png", title, rows_by_seed)
+        report.plot_perturbation(workdir / "perturbation.png", seed_title, first["perturbation"])
     report.show_table(title, results, console)
     console.print(f"Plots, metrics and checkpoints are in {workdir}.")
     return summary

@@ -1,11 +1,15 @@
 """What a run leaves in its directory while it goes: JSON lines, TensorBoard, and its own config."""
 
+from collections.abc import Iterator
+import contextlib
 import hashlib
 import json
 import math
+import os
 import pathlib
-from typing import Any
+from typing import Any, TextIO
 
+from absl import logging
 import numpy as np
 
 from lpa_jax.data import DataError, npz
@@ -16,29 +20,78 @@ from lpa_jax.training.config import ConfigError, flat
 FREE = {"num_seeds", "data_dir", "input", "steps_per_dispatch", "fsdp"}
 
 
-def claim(workdir: pathlib.Path, config: dict[str, Any], *, write: bool = True) -> None:
-    """Make the work directory this configuration's own, or find that it is; `write` may be False.
+class WriteError(RuntimeError):
+    """The work directory takes no more, for instance because its disk is full."""
+
+
+@contextlib.contextmanager
+def writing(what: str, *errors: type[Exception]) -> Iterator[None]:
+    """Turn an `OSError`, or one of `errors`, into a `WriteError` that names what was written."""
+    try:
+        yield
+    except (OSError, *errors) as error:
+        told = error.strerror if isinstance(error, OSError) else str(error)
+        # Of the many words of the libraries the first reason is enough.
+        reason = "No space left on device" if "No space left" in str(error) else told
+        raise WriteError(
+            f"{what} cannot be written ({reason}). What was saved before is kept: make room, and "
+            "the same command goes on from there."
+        ) from error
+
+
+def claim(
+    workdir: pathlib.Path,
+    config: dict[str, Any],
+    *,
+    write: bool = True,
+    allow_change: bool = False,
+) -> list[dict[str, Any]]:
+    """Make the work directory this configuration's own, or find that it is.
+
+    Args:
+      workdir: The directory of the run.
+      config: Its configuration.
+      write: Whether to write anything, which one of several processes does.
+      allow_change: Whether the run of another configuration may go on with this one. That it did
+        is kept in `config_changes.json`.
+
+    Returns:
+      The changes so far, in order: for each `{key: [before, after]}`.
 
     Raises:
       ConfigError: If it holds the run of another configuration, or cannot be written.
     """
-    path = workdir / "config.json"
+    if "\0" in str(workdir):
+        raise ConfigError(f"{str(workdir)!r} cannot serve as work directory: it has a null in it.")
+    path, changes_path = workdir / "config.json", workdir / "config_changes.json"
     ours = json.loads(json.dumps(config))
+    changes = []
     try:
+        if changes_path.exists():
+            changes = read_json(changes_path, "changes")["changes"]
         if path.exists():
             new, old = flat(ours), flat(read_json(path))
-            keys = (new | old).keys() - FREE
-            differing = sorted(key for key in keys if new.get(key) != old.get(key))
-            if differing:
+            keys = sorted((new | old).keys() - FREE)
+            change = {k: [old.get(k), new.get(k)] for k in keys if new.get(k) != old.get(k)}
+            if change and not allow_change:
                 raise ConfigError(
                     f"{workdir} holds a run of another configuration (it differs in "
-                    f"{', '.join(differing)}): give --workdir another directory, or remove it."
+                    f"{', '.join(change)}): give --workdir another directory, remove it, or let "
+                    "it go on with this one by --allow_config_change."
                 )
+            if change:
+                told = ", ".join(f"{k} from {a!r} to {b!r}" for k, (a, b) in change.items())
+                logging.warning("%s goes on with another configuration: %s.", workdir, told)
+                changes = [*changes, change]
+                if write:
+                    write_json(changes_path, {"changes": changes})
+                    write_json(path, ours)
         elif write:
             workdir.mkdir(parents=True, exist_ok=True)
             write_json(path, ours)
     except OSError as error:
         raise ConfigError(f"{workdir} cannot serve as work directory: {error}.") from error
+    return changes
 
 
 def keep_labels(path: pathlib.Path, arrays: dict[str, np.ndarray], *, write: bool = True) -> str:
@@ -67,9 +120,10 @@ def keep_labels(path: pathlib.Path, arrays: dict[str, np.ndarray], *, write: boo
             )
     elif write:
         partial = path.with_name(path.name + ".partial")
-        with partial.open("wb") as file:
-            np.savez(file, allow_pickle=False, **arrays)
-        partial.replace(path)
+        with writing(str(path)):
+            with partial.open("wb") as file:
+                np.savez(file, allow_pickle=False, **arrays)
+            partial.replace(path)
     return hashlib.sha256(arrays["labels"].astype("<i4").tobytes()).hexdigest()
 
 
@@ -89,7 +143,11 @@ def read_json(path: pathlib.Path, *keys: str) -> dict[str, Any]:
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
-    """Write a file whole or not at all; numbers that are not finite become null."""
+    """Write a file whole or not at all; numbers that are not finite become null.
+
+    Raises:
+      OSError: If it cannot be written; what stood there before still does.
+    """
     _replace(path, json.dumps(_finite(value), indent=2, allow_nan=False) + "\n")
 
 
@@ -103,8 +161,21 @@ def _finite(value: Any) -> Any:
 
 def _replace(path: pathlib.Path, text: str) -> None:
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    partial.replace(path)
+    try:
+        with partial.open("w") as file:
+            _write_through(file, text)
+        partial.replace(path)
+    except OSError:
+        # What could not be finished must not take the room that is wanted.
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def _write_through(file: TextIO, text: str) -> None:
+    """Write to the disk itself: what is saved later must not outlive what was recorded before."""
+    file.write(text)
+    file.flush()
+    os.fsync(file.fileno())
 
 
 class Records:
@@ -125,11 +196,12 @@ class Records:
         # Its import costs more than all else here, and only a run needs it.
         from tensorboardX import SummaryWriter
 
-        directory.mkdir(parents=True, exist_ok=True)
         self._path = directory / "metrics.jsonl"
         self.rows = [row for row in read_rows(self._path) if row["step"] <= step]
-        _replace(self._path, "".join(json.dumps(row) + "\n" for row in self.rows))
-        self._writer = SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1)
+        with writing(str(self._path)):
+            directory.mkdir(parents=True, exist_ok=True)
+            _replace(self._path, "".join(json.dumps(row) + "\n" for row in self.rows))
+            self._writer = SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1)
 
     def write(self, row: dict[str, Any]) -> None:
         """Record a row; `row["step"]` says when."""
@@ -137,16 +209,18 @@ class Records:
         self.rows.append(row)
         if self._writer is None:
             return
-        with self._path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        for name, value in row.items():
-            if name != "step" and value is not None:
-                self._writer.add_scalar(name, value, row["step"])
+        with writing(str(self._path)), self._path.open("a") as file:
+            _write_through(file, json.dumps(row) + "\n")
+        with writing("TensorBoard's events"):
+            for name, value in row.items():
+                if name != "step" and value is not None:
+                    self._writer.add_scalar(name, value, row["step"])
 
     def close(self) -> None:
         """Flush what TensorBoard has not yet been given."""
         if self._writer is not None:
-            self._writer.close()
+            with writing("TensorBoard's events"):
+                self._writer.close()
 
 
 def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:

@@ -1,0 +1,439 @@
+"""Bad input of every kind: a sentence, exit code 2, and nothing written.
+
+One table: what is wrong, and what is said. Most cases go through forks of one process that has
+imported everything (`forking.py`), some through the command line itself.
+"""
+
+import io
+import json
+import os
+import pathlib
+import pickle
+import re
+import subprocess
+import sys
+import zipfile
+
+import numpy as np
+import pytest
+from tfds_fixture import write_examples, write_tfds
+
+ROOT = pathlib.Path(__file__).parent.parent
+HERE = pathlib.Path(__file__).parent
+RUN = ["--config=configs/digits.py:method=lpa,smoke", "--workdir=DIR/run"]
+
+
+# What a case needs: a function of a directory that prepares it, or None, and the arguments, in
+# which DIR is that directory.
+
+
+def flags(*arguments):
+    return None, [*RUN, *arguments]
+
+
+def only(*arguments):
+    return None, list(arguments)
+
+
+def key(*settings):
+    return flags(*(f"--config.{setting}" for setting in settings))
+
+
+def argument(text):
+    return None, [f"--config=configs/digits.py:{text}", "--workdir=DIR/run"]
+
+
+def config_file(content):
+    def prepare(directory):
+        (directory / "config.py").write_bytes(content)
+
+    return prepare, ["--config=DIR/config.py", "--workdir=DIR/run"]
+
+
+def arrays(**changes):
+    rng = np.random.default_rng(0)
+    whole = {
+        "x_train": rng.integers(0, 256, (40, 6, 5, 3), dtype=np.uint8),
+        "y_train": np.arange(40) % 4,
+        "x_test": rng.integers(0, 256, (8, 6, 5, 3), dtype=np.uint8),
+        "y_test": np.arange(8) % 4,
+    }
+    return {name: value for name, value in (whole | changes).items() if value is not None}
+
+
+SET = [*RUN, "--config.dataset=npz:DIR/set.npz", "--config.batch_size=8"]
+
+
+def npz(*settings, **changes):
+    def prepare(directory):
+        np.savez(directory / "set.npz", **arrays(**changes))
+
+    return prepare, [*SET, *(f"--config.{setting}" for setting in settings)]
+
+
+def cifar(setting):
+    _, (_, workdir, *settings) = npz("augment.padding=1", setting)
+    return npz()[0], ["--config=configs/cifar10.py:smoke", workdir, *settings]
+
+
+def content(change, save=np.savez):
+    """An npz file of which the bytes are changed."""
+
+    def prepare(directory):
+        save(directory / "set.npz", **arrays())
+        path = directory / "set.npz"
+        path.write_bytes(change(path.read_bytes()))
+
+    return prepare, SET
+
+
+def flipped(whole, at):
+    return whole[:at] + bytes([whole[at] ^ 0xFF]) + whole[at + 1 :]
+
+
+def member(data):
+    """An npz file of which one array is other bytes."""
+
+    def prepare(directory):
+        np.savez(directory / "set.npz", **arrays(x_train=None))
+        with zipfile.ZipFile(directory / "set.npz", "a") as archive:
+            archive.writestr("x_train.npy", data)
+
+    return prepare, SET
+
+
+def header(shape, descr="|u1"):
+    file = io.BytesIO()
+    about = {"descr": descr, "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, about)
+    return file.getvalue()
+
+
+def tfds(change, name="tiny_set", **changes):
+    """A prepared set of tensorflow-datasets, of which the folder is changed."""
+
+    def prepare(directory):
+        folder = write_tfds(directory / "sets", "tiny_set", *arrays(**changes).values())
+        change(folder)
+
+    settings = [f"dataset={name}", "data_dir=DIR/sets", "batch_size=8"]
+    return prepare, [*RUN, *(f"--config.{setting}" for setting in settings)]
+
+
+def rewrite(name, change):
+    def of(folder):
+        (path,) = folder.glob(name)
+        path.write_bytes(change(path.read_bytes()))
+
+    return of
+
+
+def texts(directory):
+    import tensorflow_datasets
+
+    features = {"text": tensorflow_datasets.features.Text()}
+    examples = {"train": [{"text": "a"}], "test": []}
+    write_examples(directory / "sets", "tiny_set", features, examples)
+
+
+def code_for_features(folder):
+    """Let the folder ask for a module that would be found and would leave a trace."""
+    (folder.parents[2] / "asked_for.py").write_text("open('executed', 'w')")
+    rewrite(
+        "features.json", lambda b: b.replace(b"tensorflow_datasets.core.features", b"asked_for")
+    )(folder)
+
+
+TFDS = [*RUN, "--config.dataset=tiny_set", "--config.data_dir=DIR/sets"]
+DAMAGED = "is truncated, corrupted or no npz file"
+NO_NAME = "is no name of a dataset: give 'digits', 'npz:PATH', 'NAME'"
+OBJECTS = "holds arrays of Python objects, which are refused because reading them can run code"
+
+CASES = {
+    # ------------------------------------------------------------ the command line
+    "nothing at all": (only(), "--config=configs/digits.py"),
+    "no directory": (only(RUN[0]), "--workdir"),
+    "an empty directory name": (only(RUN[0], "--workdir="), "Say where to put the run"),
+    "a file for a directory": (only(RUN[0], "--workdir=README.md"), "cannot serve as work dir"),
+    "a directory in a file": (only(RUN[0], "--workdir=README.md/run"), "cannot serve as work dir"),
+    "a null in the directory": (only(RUN[0], "--workdir=DIR/\0"), "cannot serve as work dir"),
+    "too long a directory": (only(RUN[0], f"--workdir=DIR/{'x' * 300}"), "File name too long"),
+    "a flag that is not": (flags("--verbos"), "verbos"),
+    "a word": (flags("again"), "What is 'again'? Options are written --name=value."),
+    "one process of how many": (flags("--process_id=0"), "--num_processes and --process_id go tog"),
+    "two in letters": (flags("--num_processes=two"), "--num_processes=two"),
+    "process 5 of 2": (
+        flags("--num_processes=2", "--process_id=5", "--coordinator_address=localhost:1"),
+        "The processes cannot join",
+    ),
+    "an address without port": (
+        flags("--num_processes=1", "--process_id=0", "--coordinator_address=localhost"),
+        "give HOST:PORT",
+    ),
+    "a port that is a word": (
+        flags("--num_processes=1", "--process_id=0", "--coordinator_address=localhost:port"),
+        "give HOST:PORT",
+    ),
+    "a port too high": (
+        flags("--num_processes=1", "--process_id=0", "--coordinator_address=localhost:65536"),
+        "give HOST:PORT",
+    ),
+    "no cluster": (flags("--distributed"), "The processes cannot join"),
+    # ------------------------------------------------------------ the file of the configuration
+    "no file": (only("--config=configs/nowhere.py", RUN[1]), "configs/nowhere.py"),
+    "a directory for a file": (only("--config=configs", RUN[1]), "Is a directory: 'configs'"),
+    "an empty name": (only("--config=", RUN[1]), "Path to config file is an empty string"),
+    "no configuration in the file": (config_file(b""), "no attribute 'get_config'"),
+    "no Python": (config_file(b"def get_config(:"), "invalid syntax (config.py, line 1)"),
+    "bytes": (config_file(bytes(range(128, 256))), "config.py, line 1"),
+    "an error in the file": (
+        config_file(b"def get_config(_=''):\n    raise RuntimeError('this\\nand that')"),
+        "lpa_jax: this and that",
+    ),
+    "no return": (config_file(b"def get_config(_=''):\n    pass"), "returns None: return a conf"),
+    "a part of the keys": (
+        config_file(
+            b"from ml_collections import ConfigDict\n"
+            b"def get_config(_=''):\n    return ConfigDict({'epochs': 3})"
+        ),
+        "is missing: begin with lpa_jax.training.config.default()",
+    ),
+    "one key too many": (
+        config_file(
+            b"from lpa_jax.training.config import *\n"
+            b"def get_config(_=''):\n    c = default()\n    c.epoch = 3\n    return c"
+        ),
+        "There is no config.epoch; did you mean config.epochs?",
+    ),
+    "a key of another type": (
+        config_file(
+            b"from lpa_jax.training.config import *\n"
+            b"def get_config(_=''):\n    c = default().to_dict()\n    c['epochs'] = '3'\n"
+            b"    return config_dict.ConfigDict(c)"
+        ),
+        "config.epochs must be of type int, not '3'",
+    ),
+    # ------------------------------------------------------------ the method
+    "an unknown method": (argument("method=lpq"), "There is no method 'lpq'; did you mean"),
+    "no method": (argument("method="), "There is no method ''"),
+    "half a method": (argument("method=lpa+"), "There is no method ''"),
+    "erm and more": (argument("method=erm+lpa"), "There is no method 'erm'"),
+    "a transform twice": (argument("method=lpa+lpa"), "names a transform twice"),
+    "a word twice": (argument("smoke,smoke"), "says something twice"),
+    "an unknown word": (argument("lpa"), "takes 'method=NAME' and 'smoke' after its colon"),
+    "another method by key": (key("method=lpl"), "config.method is 'lpl', but config.perturbation"),
+    # ------------------------------------------------------------ keys
+    "an unknown key": (key("epoch=3"), "epochs"),
+    "no epochs": (key("epochs=0"), "config.epochs must be at least 1"),
+    "many epochs": (key("epochs=many"), "many"),
+    "half an epoch": (key("epochs=1.5"), "1.5"),
+    "epochs without end": (key("epochs=99999999999999999999"), "give fewer than 2**31"),
+    "no batch": (key("batch_size=0"), "config.batch_size must be at least 1"),
+    "too large a batch": (key("batch_size=5000"), "set a smaller one"),
+    "an uneven batch": (key("batch_size=13"), "cannot be shared by 2 devices"),
+    "no evaluation batch": (key("eval_batch_size=0"), "eval_batch_size must be at least 1"),
+    "a negative rate": (key("schedule.learning_rate=-1"), "learning_rate must be at least 0"),
+    "no number for a rate": (key("schedule.learning_rate=nan"), "learning_rate must be finite"),
+    "an overflowing rate": (key("schedule.learning_rate=1e400"), "learning_rate must be finite"),
+    "an unknown schedule": (key("schedule.name=stairs"), "There is no schedule 'stairs'"),
+    "a boundary before 0": (key("schedule.boundaries=(-1.0,)"), "epochs from 0"),
+    "an infinite boundary": (key("schedule.boundaries=(1e999,)"), "boundaries must be finite"),
+    "a boundary in letters": (key("schedule.boundaries=('a',)"), "epochs from 0"),
+    "boundaries backwards": (key("schedule.boundaries=(2.0,1.0)"), "epochs from 0 in order"),
+    "a negative warm-up": (key("schedule.warmup_epochs=-1"), "warmup_epochs must be at least 0"),
+    "a value for a branch": (key("schedule=1"), "schedule"),
+    "no checkpoints": (key("checkpoint_every=0"), "checkpoint_every must be above 0"),
+    "an unknown optimizer": (key("optimizer.name=sgdd"), "optax has no optimizer 'sgdd'"),
+    "options of another": (key("optimizer.name=adam"), "does not fit optax.adam"),
+    "no optimizer": (key("optimizer.name=chain"), "does not fit optax.chain"),
+    "an optimizer with a line search": (key("optimizer.name=lbfgs"), "does not fit optax.lbfgs"),
+    "a momentum that is none": (key("optimizer.options.momentum=nan"), "momentum must be finite"),
+    "an unknown option": (key("optimizer.options.momentun=0.9"), "momentum"),
+    "a negative decay": (key("optimizer.weight_decay=-1"), "weight_decay must be at least 0"),
+    "nothing accumulated": (key("optimizer.accumulate=0"), "accumulate must be at least 1"),
+    "too much accumulated": (key("optimizer.accumulate=1000"), "more than the run's 40 steps"),
+    "an unknown loss": (key("loss=hinge"), "There is no loss 'hinge'"),
+    "an unknown model": (cifar("model.name=wrn_11_1"), "11"),
+    "options of another model": (key("model.name=wrn_10_1"), "'width'"),
+    "an unknown type": (key("model.dtype=float16"), "float32 or bfloat16"),
+    "no width": (key("model.options.width=0"), "width must be at least 1"),
+    "an unknown remat": (cifar("remat=everything"), "remat must be"),
+    "a negative strength": (key("perturbation.lpa.epsilon=-0.1"), "epsilon must be at least 0"),
+    "a strength that is none": (key("perturbation.lpa.epsilon=nan"), "epsilon must be finite"),
+    "an unknown site": (key("perturbation.lpa.site=grup2"), "near names: group2"),
+    "a site of no letters": (key("perturbation.lpa.site=\udcff"), "no site"),
+    "an unknown split": (key("perturbation.lpa.split.name=half"), "There is no split 'half'"),
+    "all held out": (key("validation_fraction=1.5"), "validation_fraction"),
+    "hardly any left": (key("validation_fraction=0.999"), "would leave no training example"),
+    "an unknown set": (key("dataset=digit"), "did you mean 'digits'"),
+    "a size for digits": (key("image_size=32"), "no effect on 'digits'"),
+    "no size": (key("image_size=0"), "image_size is 0: give at least 1"),
+    "none of them": (key("limit=0"), "config.limit must be at least 1"),
+    "too few of them": (key("limit=10"), "fewer than config.batch_size"),
+    "an unknown place": (key("input=disk"), "input must be auto, device or host"),
+    "a loop on the host": (key("input=host", "steps_per_dispatch=2"), "needs config.input"),
+    "devices unevenly": (key("fsdp=3"), "fsdp must divide the 2 devices"),
+    "too high a seed": (key("seed=2147483648"), "seed must be below"),
+    "no seeds": (key("num_seeds=0"), "num_seeds must be at least 1"),
+    "too much padding": (key("augment.padding=8"), "padding must be below the images' side of 8"),
+    "perhaps flipped": (key("augment.flip=perhaps"), "perhaps"),
+    # ------------------------------------------------------------ files of arrays
+    "no npz": (key("dataset=npz:none.npz"), "no file none.npz: write it with np.savez(path, x_tr"),
+    "no name after npz": (key("dataset=npz:"), "There is no file : write it"),
+    "a folder above": (key("dataset=npz:../.."), "There is no file ../..: write it"),
+    "a device": (key("dataset=npz:/dev/zero"), "There is no file /dev/zero: write it"),
+    "a name that is no text": (key("dataset=npz:DIR/\udcff.npz"), "There is no file"),
+    "a null in the name": (key("dataset=npz:DIR/\0.npz"), "There is no file"),
+    "an array too few": (npz(y_test=None), "lacks y_test (it has x_train, y_train, x_test): save"),
+    "objects for labels": (npz(y_train=np.array([None] * 40)), OBJECTS),
+    "objects for images": (npz(x_train=np.array([[1], [2, 3]], object)), OBJECTS),
+    "objects for names": (npz(class_names=np.array(["a"] * 4, object)), OBJECTS),
+    "floats for images": (
+        npz(x_train=np.zeros((40, 6, 5, 3))), "float64, not uint8: save np.round(255 * x)"
+    ),
+    "int64 for images": (
+        npz(x_test=np.zeros((8, 6, 5, 3), int)), "int64, not uint8: save x.astype(np.uint8)"
+    ),
+    "flat images": (npz(x_train=np.zeros((40, 9), np.uint8)), "shape (40, 9): reshape it to [N, H"),
+    "images of no height": (
+        npz(x_train=np.zeros((40, 0, 5, 3), np.uint8), x_test=np.zeros((8, 0, 5, 3), np.uint8)),
+        "is empty; give at least one image",
+    ),
+    "images of two sizes": (
+        npz(x_test=np.zeros((8, 6, 6, 3), np.uint8)), "x_test of shape (6, 6, 3): save both in one"
+    ),
+    "images below the padding": (
+        npz("augment.padding=5"), "padding must be below the images' side of 5 pixels"
+    ),
+    "a label too few": (npz(y_train=np.zeros(39, int)), "40 images but 39 labels; give each image"),
+    "floats for labels": (npz(y_train=np.zeros(40)), "float64: save integers, y.astype(np.int32)"),
+    "labels that are none": (npz(y_train=np.full(40, np.nan)), "float64: save integers"),
+    "labels in a column": (
+        npz(y_train=np.zeros((40, 1), int)), "shape (40, 1), not [N]: save y.reshape(-1)"
+    ),
+    "a label below 0": (npz(y_train=np.arange(40) - 1), "label -1 is outside the classes 0 to 38"),
+    "a label far above": (npz(y_train=np.full(40, 40)), "label 40 among 40 examples: number the"),
+    "a label beyond int64": (
+        npz(y_train=np.full(40, 2**63 + 5, np.uint64)), "label 9223372036854775807 among 40"
+    ),
+    "a label of the test alone": (
+        npz(y_test=np.full(8, 4)), "label 4 is outside the classes 0 to 3; remove"
+    ),
+    "names too few": (npz(class_names=np.array(["a"])), "label 1 is outside the classes 0 to 0"),
+    "names in bytes": (
+        npz(class_names=np.array(["a"], "S1")), "is no list of strings: save np.array(["
+    ),
+    "one class": (
+        npz(y_train=np.zeros(40, int), y_test=np.zeros(8, int)), "num_classes must be at least 2"
+    ),
+    "no test images": (
+        npz(x_test=np.zeros((0, 6, 5, 3), np.uint8), y_test=np.zeros(0, int)),
+        "is empty; give at least one image",
+    ),
+    "no training images": (
+        npz(x_train=np.zeros((0, 6, 5, 3), np.uint8), y_train=np.zeros(0, np.uint64)),
+        "is empty; give at least one image",
+    ),
+    "nothing in the file": (content(lambda _: b""), DAMAGED),
+    "text in the file": (content(lambda _: b"no archive"), DAMAGED),
+    "a pickle for a file": (content(lambda _: pickle.dumps({"x_train": 1})), DAMAGED),
+    "half a file": (content(lambda whole: whole[: len(whole) // 2]), DAMAGED),
+    "a byte too few": (content(lambda whole: whole[:-1]), DAMAGED),
+    "a byte turned": (content(lambda whole: flipped(whole, len(whole) // 3)), DAMAGED),
+    "a byte turned, compressed": (
+        content(lambda whole: flipped(whole, len(whole) // 3), np.savez_compressed), DAMAGED
+    ),
+    "an empty archive": (content(lambda _: b"PK\5\6" + bytes(18)), "it has none): save all four"),
+    "more claimed than there is": (member(header((10**6, 10**6, 10**5))), DAMAGED),
+    "more claimed than there can be": (member(header((10**9, 10**9, 10**9))), DAMAGED),
+    "a negative shape": (member(header((-5, 8, 8))), DAMAGED),
+    "an array cut short": (member(header((40, 6, 5, 3)) + b"ab"), DAMAGED),
+    "a header of code": (member(b"\x93NUMPY\x01\x00\x10\x00__import__('os')"), DAMAGED),
+    "a header without end": (member(b"\x93NUMPY\x01\x00\xff\xff" + b"(" * 65535), DAMAGED),
+    "a header of objects": (member(header((40, 6, 5, 3), "|O")), OBJECTS),
+    # ------------------------------------------------------------ tensorflow-datasets
+    "a path for a set": (key("dataset=../../etc"), f"'../../etc' {NO_NAME}"),
+    "a path behind a name": (key("dataset=mnist/../../x"), NO_NAME),
+    "no name of a set": (key("dataset="), f"'' {NO_NAME}"),
+    "code of others": (key("dataset=huggingface:mnist"), NO_NAME),
+    "a name of no letters": (key("dataset=\udcff"), NO_NAME),
+    "a set that is not there": (key("dataset=cifar10", "data_dir=DIR"), "is not prepared in"),
+    "a set without features": (
+        tfds(lambda folder: (folder / "features.json").unlink()), "There is no dataset 'tiny_set'"
+    ),
+    "a set half described": (
+        tfds(rewrite("features.json", lambda whole: whole[:40])), "features.json cannot be read"
+    ),
+    "a set without description": (
+        tfds(lambda folder: (folder / "dataset_info.json").unlink()), "tiny_set"
+    ),
+    "a set without its examples": (
+        tfds(lambda folder: next(folder.glob("*train*")).unlink()), "tiny_set"
+    ),
+    "a set cut short": (
+        tfds(rewrite("*train*", lambda whole: whole[: len(whole) // 2])), "cannot be read"
+    ),
+    "a set for TensorFlow": (
+        tfds(rewrite("dataset_info.json", lambda b: b.replace(b"array_record", b"tfrecord"))),
+        "only TensorFlow reads",
+    ),
+    "a set that asks for code": (tfds(code_for_features), "asks for code of 'asked_for."),
+    "a set of texts": ((texts, TFDS), "has no 8-bit 'image' with a class as its 'label'"),
+}  # fmt: skip
+REAL = ("nothing at all", "an unknown method", "a negative strength", "objects for labels")
+"""Those that go through the command line itself."""
+
+
+@pytest.fixture(scope="module")
+def forked():
+    """Return a function of arguments that gives an exit code and what was said."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        [sys.executable, HERE / "forking.py"],
+        cwd=ROOT, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+    def call(arguments):
+        process.stdin.write(json.dumps(arguments) + "\n")
+        process.stdin.flush()
+        return json.loads(process.stdout.readline())
+
+    yield call
+    process.stdin.close()
+    assert process.wait(timeout=60) == 0
+    process.stdout.close()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bad_input_ends_in_one_sentence_and_exit_code_2(case, forked, tmp_path):
+    (prepare, arguments), message = CASES[case]
+    if prepare is not None:
+        prepare(tmp_path)
+    there = sorted(tmp_path.rglob("*"))
+    arguments = [argument.replace("DIR", str(tmp_path)) for argument in arguments]
+    if case in REAL:
+        done = subprocess.run(
+            [sys.executable, "-m", "lpa_jax.main", *arguments],
+            cwd=ROOT, env={**os.environ, "JAX_PLATFORMS": "cpu"}, capture_output=True, text=True,
+            check=False,
+        )  # fmt: skip
+        code, errors = done.returncode, done.stderr
+    else:
+        code, errors = forked(arguments)
+    assert code == 2, errors
+    assert errors.startswith("lpa_jax: ")
+    assert message in errors
+    assert errors.count("\n") == 1, errors
+    assert sorted(tmp_path.rglob("*")) == there
+
+
+def test_there_are_many_cases():
+    assert len(CASES) >= 60
+
+
+def test_nothing_that_is_read_can_hold_code():
+    loaders = re.compile(r"\b(pickle|joblib|dill|marshal|shelve|eval\(|exec\(|allow_pickle=True)")
+    for path in (ROOT / "lpa_jax").rglob("*.py"):
+        found = loaders.findall(re.sub(r"allow_pickle=False", "", path.read_text()))
+        assert not found, (path, found)
+        assert path.read_text().count("np.load(") == path.read_text().count("allow_pickle=False")

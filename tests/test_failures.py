@@ -1,0 +1,223 @@
+"""What goes wrong outside: full disks, directories that take nothing, lost processes."""
+
+import contextlib
+import json
+import os
+import pathlib
+import shutil
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_interruption import leaves
+
+from lpa_jax import main
+from lpa_jax.training import checkpoints, config, records
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+# tensorboardX and orbax are third parties to these; where they cannot write, they leave threads
+# and coroutines behind.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:tensorboardX"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning"),
+]
+
+
+@pytest.fixture
+def mount(tmp_path):
+    """Return a function that mounts a file system of its own; only root may."""
+    mounted = []
+
+    def of_size(options):
+        directory = tmp_path / f"disk{len(mounted)}"
+        directory.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", directory]
+        if not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("no small file system can be mounted here")
+        mounted.append(directory)
+        return directory
+
+    yield of_size
+    for directory in mounted:
+        subprocess.run(["umount", "-l", directory], check=True)
+
+
+def fill(disk, leave=0):
+    """Fill a file system up to `leave` bytes; return the file to remove to make room again."""
+    ballast = disk / "ballast"
+    with ballast.open("wb", buffering=0) as file:
+        room = os.statvfs(disk)
+        count = room.f_bavail * room.f_frsize - leave
+        assert file.write(bytes(count)) == count
+    return ballast
+
+
+STATE = {"a": jnp.arange(30000.0), "b": jnp.int32(1)}
+
+
+def save(directory, step):
+    with contextlib.closing(checkpoints.Checkpoints(directory)) as saved:
+        saved.save(step, scaled(step))
+
+
+def restored(directory):
+    saved = checkpoints.Checkpoints(directory)
+    like = jax.eval_shape(lambda: STATE)
+    state = saved.restore(like, jax.tree.map(lambda leaf: leaf.sharding, STATE))
+    saved.close()
+    return state
+
+
+def scaled(factor):
+    return jax.tree.map(lambda leaf: leaf * factor, STATE)
+
+
+@pytest.mark.parametrize("leave", [0, 30_000, 100_000])
+def test_a_full_disk_leaves_the_checkpoint_before(leave, mount):
+    disk = mount("size=2M")
+    save(disk / "c", 1)
+    ballast = fill(disk, leave)
+    message = r"checkpoint in .*/c cannot be written \(No space left on device\).*make room"
+    with pytest.raises(records.WriteError, match=message):
+        save(disk / "c", 2)
+    jax.tree.map(np.testing.assert_array_equal, restored(disk / "c"), scaled(1))
+    ballast.unlink()
+    save(disk / "c", 2)
+    jax.tree.map(np.testing.assert_array_equal, restored(disk / "c"), scaled(2))
+
+
+def test_a_full_disk_leaves_the_records_before(mount):
+    disk = mount("size=1M")
+    log = records.Records(disk, 0)
+    records.write_json(disk / "result.json", {"seed": 0})
+    log.write({"step": 1, "loss": 0.5})
+    ballast = fill(disk)
+    long = {"step": 2} | {f"class{i}": i / 7 for i in range(400)}
+    with pytest.raises(records.WriteError, match=r"metrics.jsonl cannot be written \(No space"):
+        log.write(long)
+    with pytest.raises(OSError, match="No space"):
+        records.write_json(disk / "result.json", {"seed": "x" * 5000})
+    assert not list(disk.glob("*.partial"))
+    assert records.read_json(disk / "result.json") == {"seed": 0}
+    assert records.read_rows(disk / "metrics.jsonl") == [{"step": 1, "loss": 0.5}]
+    ballast.unlink()
+    again = records.Records(disk, 1)
+    again.write(long)
+    again.close()
+    assert [row["step"] for row in records.read_rows(disk / "metrics.jsonl")] == [1, 2]
+
+
+def test_a_directory_that_takes_nothing_is_named(mount, tmp_path):
+    (tmp_path / "file").touch()
+    for directory in (mount("size=1M,ro") / "run", tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(config.ConfigError, match=r"cannot serve as work directory: .*Errno"):
+            records.claim(directory, {"epochs": 1})
+
+
+# ---------------------------------------------------------------- by command line
+
+SMOKE = [
+    "--config=configs/digits.py:method=lpa+lpl,smoke",
+    "--config.epochs=6",
+    "--config.checkpoint_every=0.5",
+]
+
+
+def start(cache, workdir, *arguments):
+    return subprocess.Popen(
+        [sys.executable, "-m", "lpa_jax.main", *SMOKE, f"--workdir={workdir}", *arguments],
+        cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(cache)},
+    )  # fmt: skip
+
+
+def end(process, timeout=600):
+    _, errors = process.communicate(timeout=timeout)
+    return process.returncode, errors
+
+
+def until_row(process, workdir, number):
+    deadline = time.monotonic() + 600
+    while len(records.read_rows(workdir / "seed0" / "metrics.jsonl")) < number:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_when_there_is_room_again(mount, tmp_path):
+    whole, cache = tmp_path / "whole", tmp_path / "cache"
+    assert end(start(cache, whole))[0] == 0
+    disk = mount("size=4M")
+    process = start(cache, disk / "run")
+    until_row(process, disk / "run", 2)
+    ballast = fill(disk)
+    code, errors = end(process)
+    assert code == main.IO_ERROR, errors
+    sentence = errors.strip().rpartition("\n")[2]
+    assert sentence.startswith("lpa_jax: ")
+    assert "cannot be written (No space left on device)" in sentence
+    assert "make room, and the same command goes on" in sentence
+    kept = [path for path in disk.glob("run/seed0/checkpoints/*") if path.name.isdigit()]
+    assert kept
+    # No room for anything: the same sentence again, and nothing is lost.
+    code, errors = end(start(cache, disk / "run"))
+    assert code == main.IO_ERROR, errors
+    assert all(path.exists() for path in kept)
+    ballast.unlink()
+    code, errors = end(start(cache, disk / "run"))
+    assert code == 0, errors
+    for name in ("metrics.jsonl", "result.json"):
+        ours, theirs = (d / "seed0" / name for d in (disk / "run", whole))
+        assert ours.read_text() == theirs.read_text()
+    ours, theirs = (leaves(d / "seed0" / "checkpoints") for d in (disk / "run", whole))
+    assert ours.keys() == theirs.keys()
+    for key, leaf in theirs.items():
+        np.testing.assert_array_equal(ours[key], leaf)
+
+
+def free_port():
+    with socket.socket() as server:
+        server.bind(("localhost", 0))
+        return server.getsockname()[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_lost_process_ends_the_others_in_time(lost, tmp_path):
+    def pair(*more):
+        address = f"--coordinator_address=localhost:{free_port()}"
+        return [
+            start(tmp_path / f"cache{i}", tmp_path / "run", address, "--num_processes=2",
+                  f"--process_id={i}", *more)
+            for i in range(2)
+        ]  # fmt: skip
+
+    epochs = "--config.epochs=60"
+    processes = pair(epochs)
+    try:
+        until_row(processes[0], tmp_path / "run", 2)
+        processes[lost].kill()
+        # The time that a heart may stand still, and some to notice and to end.
+        code, errors = end(processes[1 - lost], timeout=main.HEARTBEAT_TIMEOUT + 60)
+    finally:
+        for process in processes:
+            process.kill()
+    # Either the trainer notices first, or JAX, which aborts.
+    assert code in (main.TEMPORARY, -6), errors
+    assert ("Another process of the run" in errors) or ("another task died" in errors), errors
+    kept = {p for p in tmp_path.glob("run/seed0/checkpoints/*") if p.name.isdigit()}
+    assert kept
+    assert leaves(tmp_path / "run" / "seed0" / "checkpoints")
+    again = pair(epochs)
+    assert [end(process)[0] for process in again] == [0, 0]
+    rows = records.read_rows(tmp_path / "run" / "seed0" / "metrics.jsonl")
+    assert [row["epoch"] for row in rows] == list(range(1, 61))
+    json.loads((tmp_path / "run" / "seed0" / "result.json").read_text())
