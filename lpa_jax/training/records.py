@@ -122,7 +122,7 @@ def keep_labels(path: pathlib.Path, arrays: dict[str, np.ndarray], *, write: boo
         partial = path.with_name(path.name + ".partial")
         with writing(str(path)):
             with partial.open("wb") as file:
-                np.savez(file, allow_pickle=False, **arrays)
+                np.savez(file, **arrays)
             partial.replace(path)
     return hashlib.sha256(arrays["labels"].astype("<i4").tobytes()).hexdigest()
 
