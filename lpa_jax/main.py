@@ -1,10 +1,11 @@
 """The command line: `python -m lpa_jax.main --config=configs/digits.py --workdir=runs/digits`."""
 
 import sys
-from typing import NoReturn
 
 from absl import app, flags, logging
 from ml_collections import config_flags
+
+from lpa_jax.commands import fail, parse, UsageError
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config",
@@ -31,25 +32,13 @@ PREEMPTED = 75
 """Exit code of a run that SIGTERM stopped, after it was saved: the EX_TEMPFAIL of sysexits.h."""
 
 
-class UsageError(ValueError):
-    """A command line that does not say what to run."""
-
-
-def _parse(argv: list[str]) -> list[str]:
-    """Parse the flags; whatever is wrong with them ends in a sentence and exit code 2."""
-    try:
-        rest = flags.FLAGS(argv)
-        if len(rest) > 1:
-            raise UsageError(f"What is {rest[1]!r}? Options are written --name=value.")
-        if flags.FLAGS["config"].value is None:
-            raise UsageError("Say what to run, for example --config=configs/digits.py:method=lpa.")
-        # A file that cannot be read shows only when the configuration is first used.
-        _CONFIG.value.to_dict()
-        if _WORKDIR.value is None:
-            raise UsageError("Say where to put the run, for example --workdir=runs/digits.")
-    except Exception as error:
-        _fail(error)
-    return rest
+def _check() -> None:
+    if flags.FLAGS["config"].value is None:
+        raise UsageError("Say what to run, for example --config=configs/digits.py:method=lpa.")
+    # A file that cannot be read shows only when the configuration is first used.
+    _CONFIG.value.to_dict()
+    if _WORKDIR.value is None:
+        raise UsageError("Say where to put the run, for example --workdir=runs/digits.")
 
 
 def _join() -> None:
@@ -74,15 +63,6 @@ def _join() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
-def _fail(error: Exception) -> NoReturn:
-    sentence = " ".join(str(error.args[0] if isinstance(error, KeyError) else error).split())
-    # What a configuration file raises arrives with its traceback in the text.
-    if "Traceback" in sentence:
-        sentence = sentence.rpartition("Error: ")[2]
-    print(f"lpa_jax: {sentence}", file=sys.stderr)
-    sys.exit(2)
-
-
 def _main(_: list[str]) -> None:
     # Imported late: --help and a wrong flag need not wait for jax.
     from lpa_jax.data import DataError
@@ -95,7 +75,7 @@ def _main(_: list[str]) -> None:
         _join()
         loop.train_and_evaluate(_CONFIG.value, str(_WORKDIR.value))
     except (*stops, checkpoints.CheckpointError) as error:
-        _fail(error)
+        fail(error)
     except loop.PreemptedError as error:
         print(f"lpa_jax: {error} The same command goes on from there.", file=sys.stderr)
         sys.exit(PREEMPTED)
@@ -107,4 +87,4 @@ def _main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(_main, flags_parser=_parse)
+    app.run(_main, flags_parser=lambda argv: parse(argv, _check))

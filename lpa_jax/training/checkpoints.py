@@ -40,10 +40,13 @@ class Checkpoints:
 
     Args:
       directory: Where they are kept; made when the first is saved.
+      read_only: Whether they are another's, to be restored and otherwise left alone.
     """
 
-    def __init__(self, directory: pathlib.Path):
-        options = ocp.CheckpointManagerOptions(max_to_keep=2, create=True)
+    def __init__(self, directory: pathlib.Path, *, read_only: bool = False):
+        # Orbax's own read_only warns of itself; what saves and deletes nothing writes nothing.
+        options = ocp.CheckpointManagerOptions(max_to_keep=2, create=not read_only)
+        self._read_only = read_only
         self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
 
     def save(self, step: int, state: Any) -> None:
@@ -74,7 +77,7 @@ class Checkpoints:
         for i, step in enumerate(steps):
             restored = self._read(step, shapes)
             if restored is not None:
-                for unreadable in steps[:i]:
+                for unreadable in steps[: 0 if self._read_only else i]:
                     self._manager.delete(unreadable)
                 return treedef.unflatten(restored)
         if steps:

@@ -6,10 +6,11 @@ import math
 import pathlib
 from typing import Any
 
+from ml_collections import config_dict
 import numpy as np
 
 from lpa_jax.data import DataError, npz
-from lpa_jax.training.config import ConfigError, flat
+from lpa_jax.training.config import Config, ConfigError, default, flat
 
 # What may differ when a run goes on: more seeds may be asked for, and the place of the computation
 # changes nothing but its rounding.
@@ -39,6 +40,34 @@ def claim(workdir: pathlib.Path, config: dict[str, Any], *, write: bool = True) 
             write_json(path, ours)
     except OSError as error:
         raise ConfigError(f"{workdir} cannot serve as work directory: {error}.") from error
+
+
+def read_config(workdir: pathlib.Path) -> Config:
+    """Read the configuration of the run in a work directory.
+
+    Raises:
+      ConfigError: If there is no run, or its configuration is damaged or of another version.
+    """
+    path = workdir / "config.json"
+    if not path.exists():
+        raise ConfigError(f"{workdir} holds no run: give --workdir the directory of one.")
+    # JSON has no tuples, which Flax modules need of their attributes.
+    read = _tuples(read_json(path))
+    # What stands under these keys differs from run to run.
+    free = ("perturbation", "model.options", "optimizer.options")
+    known = {key for key in flat(default().to_dict()) if not key.startswith(free)}
+    missing = sorted(known - flat(read).keys())
+    if missing:
+        raise ConfigError(
+            f"{path} has no {', '.join(missing)}: use the version of lpa_jax that wrote it."
+        )
+    return config_dict.ConfigDict(read)
+
+
+def _tuples(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _tuples(entry) for key, entry in value.items()}
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def keep_labels(path: pathlib.Path, arrays: dict[str, np.ndarray], *, write: bool = True) -> str:
