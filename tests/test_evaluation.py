@@ -44,12 +44,14 @@ def judged(num_classes=5, n=400, scale=3.0):
     """Return random outcomes, their probabilities, and labels that leave out the last class."""
     rng = np.random.default_rng(num_classes)
     logits = scale * rng.normal(size=(n, num_classes)).astype(np.float32)
-    labels = rng.integers(0, num_classes - 1, n).astype(np.int32)
-    found = metrics.Outcomes(
-        *map(np.asarray, metrics.outcomes(jnp.asarray(logits), jnp.asarray(labels)))
-    )
     p = np.exp(logits.astype(np.float64))
-    return found, p / p.sum(1, keepdims=True), labels
+    p /= p.sum(1, keepdims=True)
+    # Now over- and now underconfident: else the error would be the same with any bins.
+    right = rng.uniform(size=n) < 0.5 + 0.5 * np.sin(25 * p.max(1))
+    labels = np.where(right, p.argmax(1), rng.integers(0, num_classes - 1, n))
+    labels = np.minimum(labels, num_classes - 2).astype(np.int32)
+    outcomes = metrics.outcomes(jnp.asarray(logits), jnp.asarray(labels))
+    return metrics.Outcomes(*map(np.asarray, outcomes)), p, labels
 
 
 def test_metrics_are_those_of_scikit_learn():
@@ -78,7 +80,7 @@ def ece_by_loops(correct, confidence, bins):
     return total
 
 
-@pytest.mark.parametrize(("num_classes", "scale"), [(2, 1.0), (5, 3.0), (10, 40.0)])
+@pytest.mark.parametrize(("num_classes", "scale"), [(3, 1.0), (5, 3.0), (10, 40.0)])
 def test_the_calibration_error_is_that_of_independent_loops(num_classes, scale):
     # At the largest scale most confidences are 1 exactly: the closed end of the last bin.
     found, p, labels = judged(num_classes, scale=scale)
@@ -97,10 +99,10 @@ def test_the_reliability_diagram_is_that_of_scikit_learn():
     accuracy, confidence = sklearn_calibration.calibration_curve(
         correct, found.confidence, n_bins=15
     )
-    filled = bins.count > 0
+    filled = bins.examples > 0
     # Of five classes none is predicted with less than one fifth.
     assert not filled[:2].any()
-    assert bins.count.sum() == len(labels)
+    assert bins.examples.sum() == len(labels)
     np.testing.assert_allclose(bins.accuracy[filled], accuracy)
     np.testing.assert_allclose(bins.confidence[filled], confidence, rtol=1e-6)
 
@@ -311,7 +313,7 @@ def test_clean_images_are_judged_as_at_the_end_of_the_run(finished):
         np.testing.assert_allclose(
             np.diag(matrix) / matrix.sum(axis=1), result["clean"]["class_accuracy"]
         )
-        assert sum(result["reliability"]["count"]) == 359
+        assert sum(result["reliability"]["examples"]) == 359
     # The trainer itself tells the calibration.
     summary = records.read_json(workdir / "summary.json")
     assert summary["metrics"]["test_ece"] == evaluation["metrics"]["clean"]["ece"]

@@ -12,12 +12,12 @@ class Reliability(NamedTuple):
     """What a reliability diagram shows; accuracy and confidence are 0 in an empty bin.
 
     Attributes:
-      count: Examples of each bin, int64 `[bins]`.
+      examples: Number of examples of each bin, int64 `[bins]`.
       accuracy: Share of these that are classified correctly, float64 `[bins]`.
       confidence: Mean of their confidence, float64 `[bins]`.
     """
 
-    count: Int[np.ndarray, "bins"]
+    examples: Int[np.ndarray, "bins"]
     accuracy: Float[np.ndarray, "bins"]
     confidence: Float[np.ndarray, "bins"]
 
@@ -34,7 +34,7 @@ def reliability(
 
     Example:
       >>> found = reliability(np.array([True, False]), np.array([0.9, 0.2]), bins=2)
-      >>> found.count.tolist(), found.accuracy.tolist(), found.confidence.tolist()
+      >>> found.examples.tolist(), found.accuracy.tolist(), found.confidence.tolist()
       ([1, 1], [0.0, 1.0], [0.2, 0.9])
     """
     # Edges closed on the right, so that a confidence of 1 needs no bin of its own.
@@ -73,4 +73,4 @@ def expected_calibration_error(
       and its 15 bins).
     """
     found = reliability(correct, confidence, bins)
-    return float(found.count @ np.abs(found.accuracy - found.confidence) / len(correct))
+    return float(found.examples @ np.abs(found.accuracy - found.confidence) / len(correct))

@@ -130,7 +130,7 @@ def climb_within(
     def body(_, delta):
         uphill = gradient(moved(delta)).astype(jnp.float32)
         if norm == "linf":
-            delta = jnp.clip(delta + stride * jnp.sign(uphill), -radius, radius)
+            delta = jnp.clip(delta + stride * jnp.sign(uphill), jnp.negative(radius), radius)
         else:
             delta = project(delta + stride * unit(uphill), jnp.full(len(delta), radius))
         return (moved(delta) - values).astype(jnp.float32)

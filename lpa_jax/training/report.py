@@ -122,7 +122,7 @@ def plot_evaluation(path: pathlib.Path, title: str, results: Results) -> None:
     """Draw the reliability diagram of clean images, seeds pooled, and the accuracy by class."""
     figure, (left, right) = _figure(2, title)
     found = [result["reliability"] for result in results]
-    counts = np.array([bins["count"] for bins in found])
+    counts = np.array([bins["examples"] for bins in found])
     filled = counts.sum(axis=0) > 0
     weights = counts[:, filled]
     accuracy, confidence = (
