@@ -1,11 +1,11 @@
 """The command line: `python -m lpa_jax.main --config=configs/digits.py --workdir=runs/digits`."""
 
-import os
 import sys
-from typing import NoReturn
 
 from absl import app, flags, logging
 from ml_collections import config_flags
+
+from lpa_jax.commands import fail, parse, UsageError
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config",
@@ -43,33 +43,19 @@ HEARTBEAT_TIMEOUT = 30
 """Seconds without a sign of life after which JAX takes another process of the run for lost."""
 
 
-class UsageError(ValueError):
-    """A command line that does not say what to run."""
-
-
 class LostError(RuntimeError):
     """Another process of the run is gone."""
 
 
-def _parse(argv: list[str]) -> list[str]:
-    """Parse the flags; whatever is wrong with them ends in a sentence and exit code 2."""
-    # What a file's reader warns of, the sentences below say.
-    logging.set_verbosity(logging.ERROR)
-    try:
-        rest = flags.FLAGS(argv)
-        if len(rest) > 1:
-            raise UsageError(f"What is {rest[1]!r}? Options are written --name=value.")
-        if flags.FLAGS["config"].value is None:
-            if flags.FLAGS["config"].present:
-                raise UsageError("get_config of --config returns None: return a configuration.")
-            raise UsageError("Say what to run, for example --config=configs/digits.py:method=lpa.")
-        # A file that cannot be read shows only when the configuration is first used.
-        _CONFIG.value.to_dict()
-        if not _WORKDIR.value:
-            raise UsageError("Say where to put the run, for example --workdir=runs/digits.")
-    except Exception as error:
-        _fail(error)
-    return rest
+def _check() -> None:
+    if flags.FLAGS["config"].value is None:
+        if flags.FLAGS["config"].present:
+            raise UsageError("get_config of --config returns None: return a configuration.")
+        raise UsageError("Say what to run, for example --config=configs/digits.py:method=lpa.")
+    # A file that cannot be read shows only when the configuration is first used.
+    _CONFIG.value.to_dict()
+    if not _WORKDIR.value:
+        raise UsageError("Say where to put the run, for example --workdir=runs/digits.")
 
 
 def _join() -> None:
@@ -102,18 +88,6 @@ def _join() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
-def _fail(error: Exception, code: int = 2, *, at_once: bool = False) -> NoReturn:
-    """Say in a sentence what is wrong, and end; `at_once`: without waiting for other processes."""
-    sentence = " ".join(str(error.args[0] if isinstance(error, KeyError) else error).split())
-    # What a configuration file raises arrives with its traceback in the text.
-    if "Traceback" in sentence:
-        sentence = sentence.rpartition("Error: ")[2]
-    print(f"lpa_jax: {sentence}", file=sys.stderr, flush=True)
-    if at_once:
-        os._exit(code)
-    sys.exit(code)
-
-
 def _main(_: list[str]) -> None:
     # Imported late: --help and a wrong flag need not wait for jax.
     import jax
@@ -139,12 +113,12 @@ def _main(_: list[str]) -> None:
                 f"Another process of the run, or the way to it, is lost ({reason}). The same "
                 "commands go on from the last checkpoint."
             )
-            _fail(lost, TEMPORARY, at_once=True)
+            fail(lost, TEMPORARY, at_once=True)
         if not isinstance(error, records.WriteError):
             raise
-        _fail(error, IO_ERROR, at_once=several)
+        fail(error, IO_ERROR, at_once=several)
     except (*stops, checkpoints.CheckpointError) as error:
-        _fail(error)
+        fail(error)
     except loop.PreemptedError as error:
         print(f"lpa_jax: {error} The same command goes on from there.", file=sys.stderr)
         sys.exit(TEMPORARY)
@@ -156,4 +130,4 @@ def _main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(_main, flags_parser=_parse)
+    app.run(_main, flags_parser=lambda argv: parse(argv, _check))

@@ -19,7 +19,7 @@ import sklearn.datasets
 import tensorboardX
 import tensorflow_datasets
 
-from lpa_jax import main
+from lpa_jax import commands, main
 from lpa_jax.training import loop
 
 SECONDS = 300
@@ -41,7 +41,7 @@ def call(arguments):
             sys.argv = ["lpa_jax.main", *arguments]
             code = 0
             try:
-                app.run(main._main, flags_parser=main._parse)
+                app.run(main._main, flags_parser=lambda argv: commands.parse(argv, main._check))
             except SystemExit as stop:
                 code = stop.code
             # To take all that was imported to pieces again would cost more than the call.

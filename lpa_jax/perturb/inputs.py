@@ -106,20 +106,16 @@ def adversarial(
         default = size if steps == 1 else 2.5 * size / steps
         stride = default if step_size is None else at_step(step_size, step)
 
-        def moved(delta):
-            new = start + delta.astype(start.dtype)
-            return new if bounds is None else jnp.clip(new, *bounds)
-
-        def body(_, delta):
-            gradient = gradient_fn(moved(delta))[1].astype(jnp.float32)
-            if norm == "linf":
-                delta = jnp.clip(delta + stride * jnp.sign(gradient), -size, size)
-            else:
-                radii = jnp.full(value.shape[0], size)
-                delta = pgd.project(delta + stride * pgd.unit(gradient), radii)
-            return (moved(delta) - start).astype(jnp.float32)
-
-        delta = pgd.repeat(body, jnp.zeros(value.shape, jnp.float32), steps)
+        delta = pgd.climb_within(
+            lambda moved: gradient_fn(moved)[1],
+            start,
+            jnp.zeros(value.shape, jnp.float32),
+            size,
+            stride,
+            steps,
+            norm,
+            bounds,
+        )
         return value + delta.astype(value.dtype)
 
     return stateless(site, update)

@@ -1,9 +1,11 @@
 """Projected gradient steps on many perturbations at once, one a row."""
 
 from collections.abc import Callable
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, PyTree, Shaped
 import optax
 
@@ -103,6 +105,54 @@ def ascend(
 
     def body(_, delta):
         return project(delta + column(stride, delta) * direction(delta), radii)
+
+    return repeat(body, start, steps)
+
+
+def climb_within(
+    gradient: Callable[[Rows], Rows],
+    values: Rows,
+    start: Rows,
+    radius: ArrayLike,
+    stride: ArrayLike,
+    steps: int,
+    norm: Literal["linf", "l2"],
+    bounds: tuple[float, float] | list[float] | None,
+) -> Rows:
+    """Take projected steps uphill in a ball around the values: the inner part of FGSM and PGD.
+
+    Args:
+      gradient: Maps values `[R, ...]` to the gradients at them.
+      values: Centres of the balls, `[R, ...]`.
+      start: First perturbations, float32 `[R, ...]`, within ball and bounds.
+      radius: Radius of the balls, at least 0.
+      stride: Length of a step, at least 0.
+      steps: Number of steps, at least 1.
+      norm: `"linf"`, steps along the sign of the gradient, or `"l2"`, along the gradient.
+      bounds: Range of the values moved, or None.
+
+    Returns:
+      Perturbations, float32 `[R, ...]`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> uphill = lambda x: jnp.ones_like(x)
+      >>> values, start = jnp.array([[0.5, 0.9]]), jnp.zeros((1, 2))
+      >>> climb_within(uphill, values, start, 0.3, 0.2, 2, "linf", (0.0, 1.0)).round(3)
+      Array([[0.3, 0.1]], dtype=float32)
+    """
+
+    def moved(delta):
+        new = values + delta.astype(values.dtype)
+        return new if bounds is None else jnp.clip(new, *bounds)
+
+    def body(_, delta):
+        uphill = gradient(moved(delta)).astype(jnp.float32)
+        if norm == "linf":
+            delta = jnp.clip(delta + stride * jnp.sign(uphill), jnp.negative(radius), radius)
+        else:
+            delta = project(delta + stride * unit(uphill), jnp.full(len(delta), radius))
+        return (moved(delta) - values).astype(jnp.float32)
 
     return repeat(body, start, steps)
 

@@ -43,14 +43,17 @@ class Checkpoints:
 
     Args:
       directory: Where they are kept; it is made.
+      read_only: Whether they are another's, to be restored and otherwise left alone.
 
     Raises:
       WriteError: If it cannot be made.
     """
 
-    def __init__(self, directory: pathlib.Path):
+    def __init__(self, directory: pathlib.Path, *, read_only: bool = False):
         self._directory = directory.absolute()
-        options = ocp.CheckpointManagerOptions(max_to_keep=2, create=True)
+        # Orbax's own read_only warns of itself; what saves and deletes nothing writes nothing.
+        self._read_only = read_only
+        options = ocp.CheckpointManagerOptions(max_to_keep=2, create=not read_only)
         with self._writing():
             self._manager = ocp.CheckpointManager(self._directory, options=options)
 
@@ -87,7 +90,7 @@ class Checkpoints:
         for i, step in enumerate(steps):
             restored = self._read(step, shapes)
             if restored is not None:
-                for unreadable in steps[:i]:
+                for unreadable in steps[: 0 if self._read_only else i]:
                     self._manager.delete(unreadable)
                 return treedef.unflatten(restored)
         if steps:

@@ -18,26 +18,19 @@ import jax
 from jax.experimental import multihost_utils
 import jax.numpy as jnp
 import numpy as np
-import optax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import lpa_jax
-from lpa_jax import data, losses, models
+from lpa_jax import data
 from lpa_jax.evaluation import metrics
-from lpa_jax.perturb.engine import LossFn
-from lpa_jax.training import checkpoints, mesh, records, report, schedules
-from lpa_jax.training import config as configuration
+from lpa_jax.training import checkpoints, experiment, mesh, records, report
 from lpa_jax.training import feed as feeds
 from lpa_jax.training.config import Config, ConfigError
 from lpa_jax.training.state import epoch_means
 from lpa_jax.training.step import make_steps
 
 REMEDY = "lower the learning rate or the strength of the perturbation"
-LOSSES = {
-    "softmax_cross_entropy": optax.softmax_cross_entropy,
-    "softmax_binary_cross_entropy": losses.softmax_binary_cross_entropy,
-}
 
 
 class PreemptedError(RuntimeError):
@@ -84,72 +77,11 @@ def train_and_evaluate(
     began = time.monotonic()
 
     # --- Build everything; nothing is written until all of it fits together. ---------------------
-    configuration.check(config)
-    dataset = data.load(
-        config.dataset,
-        data_dir=config.data_dir,
-        validation_fraction=config.validation_fraction,
-        seed=config.data_seed,
-        image_size=config.image_size,
-    )
-    imbalance, noise = dict(config.imbalance), dict(config.noise)
-    dataset = data.make_task(dataset, imbalance, noise, seed=config.data_seed)
-    if config.limit is not None:
-        dataset = data.limited(dataset, config.limit)
-    num_train = len(dataset.train.labels)
-    if num_train < config.batch_size:
-        raise ConfigError(
-            f"The training set has {num_train} examples, fewer than config.batch_size "
-            f"{config.batch_size}: set a smaller one."
-        )
-    side = min(dataset.train.images.shape[1:3])
-    if config.augment.padding >= side:
-        raise ConfigError(
-            f"config.augment.padding must be below the images' side of {side} pixels, not "
-            f"{config.augment.padding}."
-        )
-    steps_per_epoch = num_train // config.batch_size
-    num_steps = config.epochs * steps_per_epoch
-    if num_steps >= 2**31:
-        raise ConfigError(
-            f"config.epochs is {config.epochs}, which makes {num_steps} steps: give fewer than "
-            "2**31."
-        )
-    class_counts = np.bincount(dataset.train.labels, minlength=dataset.num_classes).tolist()
-    groups = data.groups_of(dataset)
+    parts = experiment.build(config)
+    dataset, steps_per_epoch, num_steps = parts.dataset, parts.steps_per_epoch, parts.num_steps
+    num_train, accumulate = len(dataset.train.labels), config.optimizer.accumulate
     devices = mesh.make_mesh(config.batch_size, config.fsdp)
-    with _as_config_error():
-        model = models.create(
-            config.model.name,
-            num_classes=dataset.num_classes,
-            mean=dataset.mean,
-            std=dataset.std,
-            dtype=jnp.dtype(config.model.dtype),
-            **({} if config.remat is None else {"remat": config.remat}),
-            **config.model.options,
-        )
-        perturbed = lpa_jax.value_and_grad(
-            model.apply,
-            configuration.perturbation(config, class_counts),
-            num_classes=dataset.num_classes,
-            loss_fn=_loss_named(config.loss),
-        )
-        accumulate = config.optimizer.accumulate
-        if accumulate > num_steps:
-            raise ConfigError(
-                f"config.optimizer.accumulate is {accumulate}, more than the run's {num_steps} "
-                "steps: no parameter would ever move."
-            )
-        rate = schedules.learning_rate(
-            **config.schedule, epochs=config.epochs, steps_per_epoch=steps_per_epoch / accumulate
-        )
-        tx = schedules.optimizer(
-            config.optimizer.name,
-            rate,
-            config.optimizer.weight_decay,
-            dict(config.optimizer.options),
-            accumulate,
-        )
+    with experiment.as_config_error():
         feed = feeds.make_feed(
             config.input, dataset.train, config.batch_size, num_steps, devices, config.sampling
         )
@@ -159,9 +91,9 @@ def train_and_evaluate(
                 "config.steps_per_dispatch above 1 needs config.input to be 'device'."
             )
         steps = make_steps(
-            model.init,
-            perturbed,
-            tx,
+            parts.model.init,
+            parts.perturbed,
+            parts.tx,
             devices,
             (config.batch_size, *dataset.train.images.shape[1:]),
             feed.take,
@@ -170,17 +102,16 @@ def train_and_evaluate(
             nonfinite=config.nonfinite,
         )
     place = functools.partial(mesh.put, sharding=mesh.batched(devices))
-    predict = metrics.make_predict(model.apply, place, mesh.replicated(devices))
-    most = max(len(dataset.validation.labels), len(dataset.test.labels))
-    eval_batch_size = -(-min(config.eval_batch_size, most) // devices.size) * devices.size
+    predict = metrics.make_predict(parts.model.apply, place, mesh.replicated(devices))
+    eval_batch_size = mesh.multiple(devices, parts.eval_batch_size)
     checkpoint_every = max(1, round(config.checkpoint_every * steps_per_epoch))
     # Of several processes, which share the work directory, the first keeps its records.
     first_process = jax.process_index() == 0
     config_changes = records.claim(
         workdir, config.to_dict(), write=first_process, allow_change=allow_config_change
     )
-    about_data: dict[str, Any] = {"groups": groups} if groups else {}
-    if {imbalance["kind"], noise["kind"]} != {"none"}:
+    about_data: dict[str, Any] = {"groups": parts.groups} if parts.groups else {}
+    if {config.imbalance.kind, config.noise.kind} != {"none"}:
         labels = data.task_labels(dataset)
         sha256 = records.keep_labels(workdir / "labels.npz", labels, write=first_process)
         about_data |= {"noise_rate": data.noise_rates(dataset), "labels_sha256": sha256}
@@ -191,7 +122,7 @@ def train_and_evaluate(
 
     def judge(variables, examples):
         judged = metrics.evaluate(
-            predict, variables, examples, dataset.num_classes, eval_batch_size, groups
+            predict, variables, examples, dataset.num_classes, eval_batch_size, parts.groups
         )
         if not math.isfinite(judged["nll"]):
             raise NonFiniteLossError(f"The loss of the trained network is not finite: {REMEDY}.")
@@ -260,7 +191,8 @@ def train_and_evaluate(
                     if rest == 0:
                         state = steps.end_epoch(state)
                         row, _ = epoch_means(state.epoch)
-                        row |= {"learning_rate": float(np.asarray(rate((step - 1) // accumulate)))}
+                        learning_rate = parts.rate((step - 1) // accumulate)
+                        row |= {"learning_rate": float(np.asarray(learning_rate))}
                         if config.nonfinite == "skip":
                             row |= {"nonfinite_steps": int(state.nonfinite_steps)}
                         if len(dataset.validation.labels) and epoch % config.evaluate_every == 0:
@@ -332,21 +264,6 @@ def _preemption() -> Iterator[Callable[[], bool]]:
         yield lambda: bool(came)
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-@contextlib.contextmanager
-def _as_config_error() -> Iterator[None]:
-    """Turn what the builders raise of a wrong argument into a `ConfigError`."""
-    try:
-        yield
-    except (ValueError, TypeError) as error:
-        raise ConfigError(str(error)) from error
-
-
-def _loss_named(name: str) -> LossFn:
-    if name not in LOSSES:
-        raise ConfigError(f"There is no loss {name!r}; the losses are {', '.join(LOSSES)}.")
-    return LOSSES[name]
 
 
 def _dispatches(first: int, last: int, most: int, *stops: int) -> Iterator[int]:

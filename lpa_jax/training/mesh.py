@@ -63,6 +63,11 @@ def sharded(mesh: Mesh, tree: PyTree) -> PyTree:
     return jax.tree.map(rule, tree)
 
 
+def multiple(mesh: Mesh, count: int) -> int:
+    """Return the smallest number from `count` on that the devices can share evenly."""
+    return -(-count // mesh.size) * mesh.size
+
+
 def put(values: PyTree, sharding: NamedSharding) -> PyTree:
     """Place arrays of the host, the same in all processes, on the devices of all."""
 

@@ -10,10 +10,11 @@ import pathlib
 from typing import Any, TextIO
 
 from absl import logging
+from ml_collections import config_dict
 import numpy as np
 
 from lpa_jax.data import DataError, npz
-from lpa_jax.training.config import ConfigError, flat
+from lpa_jax.training.config import Config, ConfigError, default, flat
 
 # What may differ when a run goes on: more seeds may be asked for, and the place of the computation
 # changes nothing but its rounding.
@@ -94,6 +95,34 @@ def claim(
     return changes
 
 
+def read_config(workdir: pathlib.Path) -> Config:
+    """Read the configuration of the run in a work directory.
+
+    Raises:
+      ConfigError: If there is no run, or its configuration is damaged or of another version.
+    """
+    path = workdir / "config.json"
+    if not path.exists():
+        raise ConfigError(f"{workdir} holds no run: give --workdir the directory of one.")
+    # JSON has no tuples, which Flax modules need of their attributes.
+    read = _tuples(read_json(path))
+    # What stands under these keys differs from run to run.
+    free = ("perturbation", "model.options", "optimizer.options")
+    known = {key for key in flat(default().to_dict()) if not key.startswith(free)}
+    missing = sorted(known - flat(read).keys())
+    if missing:
+        raise ConfigError(
+            f"{path} has no {', '.join(missing)}: use the version of lpa_jax that wrote it."
+        )
+    return config_dict.ConfigDict(read)
+
+
+def _tuples(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _tuples(entry) for key, entry in value.items()}
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
 def keep_labels(path: pathlib.Path, arrays: dict[str, np.ndarray], *, write: bool = True) -> str:
     """Leave the labels of a run in its directory, or find that those there are the same.
 
@@ -122,7 +151,7 @@ def keep_labels(path: pathlib.Path, arrays: dict[str, np.ndarray], *, write: boo
         partial = path.with_name(path.name + ".partial")
         with writing(str(path)):
             with partial.open("wb") as file:
-                np.savez(file, **arrays)
+                np.savez(file, allow_pickle=False, **arrays)
             partial.replace(path)
     return hashlib.sha256(arrays["labels"].astype("<i4").tobytes()).hexdigest()
 

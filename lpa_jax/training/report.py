@@ -5,6 +5,7 @@ import pathlib
 import statistics
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -15,6 +16,7 @@ SHOWN = {
     "validation_accuracy": ("validation accuracy %", 100.0),
     "train_accuracy": ("train accuracy %", 100.0),
 }
+CALIBRATION = "test_ece"
 BY_GROUP = "test_accuracy_"
 
 
@@ -26,15 +28,20 @@ def summarise(results: Results) -> dict[str, dict[str, Any]]:
       0.625
     """
     summary = {}
-    for name in (*SHOWN, *(name for name in results[0] if name.startswith(BY_GROUP))):
+    grouped = (name for name in results[0] if name.startswith(BY_GROUP))
+    for name in (*SHOWN, CALIBRATION, *grouped):
         values = [result[name] for result in results if name in result]
         if values:
-            summary[name] = {
-                "mean": statistics.fmean(values),
-                "std": statistics.stdev(values) if len(values) > 1 else None,
-                "n": len(values),
-            }
+            summary[name] = _spread(values)
     return summary
+
+
+def _spread(values: Sequence[float]) -> dict[str, Any]:
+    return {
+        "mean": statistics.fmean(values),
+        "std": statistics.stdev(values) if len(values) > 1 else None,
+        "n": len(values),
+    }
 
 
 def show_table(title: str, results: Results, console: Console) -> None:
@@ -44,9 +51,8 @@ def show_table(title: str, results: Results, console: Console) -> None:
     table.add_column("seed", footer="mean ± std")
     shown = [name for name in SHOWN if name in summary]
     for name in shown:
-        entry, (label, scale) = summary[name], SHOWN[name]
-        spread = "" if entry["std"] is None else f" ± {scale * entry['std']:.2f}"
-        table.add_column(label, justify="right", footer=f"{scale * entry['mean']:.2f}{spread}")
+        label, scale = SHOWN[name]
+        table.add_column(label, justify="right", footer=_with_spread(summary[name], scale))
     for result in results:
         cells = [f"{SHOWN[name][1] * result[name]:.2f}" for name in shown]
         table.add_row(str(result["seed"]), *cells)
@@ -60,6 +66,82 @@ def show_table(title: str, results: Results, console: Console) -> None:
         for result in results:
             table.add_row(str(result["seed"]), *(f"{100 * result[name]:.2f}" for name in grouped))
         console.print(table)
+
+
+def _with_spread(entry: Mapping[str, Any], scale: float, digits: int = 2) -> str:
+    spread = "" if entry["std"] is None else f" ± {scale * entry['std']:.{digits}f}"
+    return f"{scale * entry['mean']:.{digits}f}{spread}"
+
+
+def summarise_conditions(results: Results) -> dict[str, dict[str, dict[str, Any]]]:
+    """Return for each condition mean, deviation and n over seeds of each of its scalars.
+
+    Example:
+      >>> results = [{"seed": 0, "clean": {"error": 0.1, "class_accuracy": [0.9]}}]
+      >>> summarise_conditions(results)["clean"]
+      {'error': {'mean': 0.1, 'std': None, 'n': 1}}
+    """
+    conditions = {
+        name: [key for key, value in judged.items() if not isinstance(value, list)]
+        for name, judged in results[0].items()
+        if isinstance(judged, dict) and "error" in judged
+    }
+    return {
+        name: {key: _spread([result[name][key] for result in results]) for key in keys}
+        for name, keys in conditions.items()
+    }
+
+
+def show_evaluation(
+    title: str, metrics: Mapping[str, Mapping[str, Mapping[str, Any]]], console: Console
+) -> None:
+    """Print error, likelihood and calibration in each condition, and the accuracy of groups."""
+    n = metrics["clean"]["error"]["n"]
+    table = Table("condition", title=f"{title}, {f'mean ± sd of {n} seeds' if n > 1 else '1 seed'}")
+    columns = {"error": ("top-1 error %", 100, 2), "nll": ("NLL", 1, 3), "ece": ("ECE %", 100, 2)}
+    for label, _, _ in columns.values():
+        table.add_column(label, justify="right")
+    for condition, entries in metrics.items():
+        cells = (_with_spread(entries[key], *rest) for key, (_, *rest) in columns.items())
+        table.add_row(condition, *cells)
+    console.print(table)
+    # Of attacks and corruptions the file has them.
+    shown = [name for name in ("clean", "logit_adjusted") if name in metrics]
+    groups = [name for name in metrics["clean"] if name.startswith("accuracy_")]
+    if groups:
+        table = Table("group", title="accuracy % by group of classes")
+        for condition in shown:
+            table.add_column(condition, justify="right")
+        for name in groups:
+            cells = (_with_spread(metrics[condition][name], 100) for condition in shown)
+            table.add_row(name.removeprefix("accuracy_"), *cells)
+        console.print(table)
+
+
+def plot_evaluation(path: pathlib.Path, title: str, results: Results) -> None:
+    """Draw the reliability diagram of clean images, seeds pooled, and the accuracy by class."""
+    figure, (left, right) = _figure(2, title)
+    found = [result["reliability"] for result in results]
+    counts = np.array([bins["examples"] for bins in found])
+    filled = counts.sum(axis=0) > 0
+    weights = counts[:, filled]
+    accuracy, confidence = (
+        np.average(np.array([bins[name] for bins in found])[:, filled], axis=0, weights=weights)
+        for name in ("accuracy", "confidence")
+    )
+    centres = (np.arange(counts.shape[1])[filled] + 0.5) / counts.shape[1]
+    left.bar(centres, accuracy, width=1 / counts.shape[1], edgecolor="white", label="accuracy")
+    left.plot(confidence, accuracy, "o", color="black", markersize=3, label="at mean confidence")
+    left.plot([0, 1], [0, 1], "--", color="tab:gray")
+    ece = 100 * statistics.fmean(result["clean"]["ece"] for result in results)
+    left.set(xlabel="confidence", ylabel="accuracy", title=f"ECE {ece:.2f} %", xlim=(0, 1))
+    left.legend(fontsize="small")
+    # A class without examples is None, in every seed alike.
+    by_class = np.array([result["clean"]["class_accuracy"] for result in results], float)
+    spread = by_class.std(axis=0, ddof=1) if len(results) > 1 else None
+    right.bar(range(by_class.shape[1]), by_class.mean(axis=0), yerr=spread, capsize=2)
+    right.set(xlabel="class", ylabel="accuracy", ylim=(0, 1), title="accuracy of each class")
+    _save(figure, path)
 
 
 def plot_curves(path: pathlib.Path, title: str, rows_by_seed: Mapping[int, Results]) -> None:

@@ -1,0 +1,43 @@
+"""What the command lines share: flags, and errors that end in a sentence."""
+
+from collections.abc import Callable
+import os
+import sys
+from typing import NoReturn
+
+from absl import flags, logging
+
+
+class UsageError(ValueError):
+    """A command line that does not say what to do."""
+
+
+def parse(argv: list[str], check: Callable[[], None]) -> list[str]:
+    """Parse the flags; whatever is wrong with them ends in a sentence and exit code 2.
+
+    Args:
+      argv: The words of the command line.
+      check: Raises an error if the flags do not say what to do.
+    """
+    # What a file's reader warns of, the sentences below say.
+    logging.set_verbosity(logging.ERROR)
+    try:
+        rest = flags.FLAGS(argv)
+        if len(rest) > 1:
+            raise UsageError(f"What is {rest[1]!r}? Options are written --name=value.")
+        check()
+    except Exception as error:
+        fail(error)
+    return rest
+
+
+def fail(error: Exception, code: int = 2, *, at_once: bool = False) -> NoReturn:
+    """Say in a sentence what is wrong, and end; `at_once`: without waiting for other processes."""
+    sentence = " ".join(str(error.args[0] if isinstance(error, KeyError) else error).split())
+    # What a configuration file raises arrives with its traceback in the text.
+    if "Traceback" in sentence:
+        sentence = sentence.rpartition("Error: ")[2]
+    print(f"lpa_jax: {sentence}", file=sys.stderr, flush=True)
+    if at_once:
+        os._exit(code)
+    sys.exit(code)

@@ -1,0 +1,44 @@
+"""The command line that judges a run: `python -m lpa_jax.evaluate --workdir=runs/digits`."""
+
+from absl import app, flags, logging
+
+from lpa_jax.commands import fail, parse, UsageError
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a run, finished or not.")
+_SEED = flags.DEFINE_multi_integer("seed", None, "Seed to judge, or several; default all.")
+_PART = flags.DEFINE_enum("part", "test", ["test", "validation"], "Images to judge by.")
+_ATTACKS = flags.DEFINE_bool("attacks", False, "Attack the networks too, by FGSM and PGD-20.")
+_CORRUPTIONS = flags.DEFINE_bool("corruptions", False, "Judge by corrupted images too.")
+_LOGIT_ADJUSTMENT = flags.DEFINE_float(
+    "logit_adjustment", None, "Judge too with this times log(prior) subtracted from the logits."
+)
+
+
+def _check() -> None:
+    if _WORKDIR.value is None:
+        raise UsageError("Say which run to judge, for example --workdir=runs/digits.")
+
+
+def _main(_: list[str]) -> None:
+    # Imported late: --help and a wrong flag need not wait for jax.
+    from lpa_jax.data import DataError
+    from lpa_jax.training import checkpoints, evaluate
+    from lpa_jax.training.config import ConfigError
+
+    # Orbax narrates every checkpoint.
+    logging.set_verbosity(logging.WARNING)
+    try:
+        evaluate.evaluate_run(
+            str(_WORKDIR.value),
+            seeds=_SEED.value,
+            part=_PART.value,  # pyright: ignore[reportArgumentType]
+            attack=_ATTACKS.value,
+            corrupt=_CORRUPTIONS.value,
+            logit_adjustment=_LOGIT_ADJUSTMENT.value,
+        )
+    except (OSError, ConfigError, DataError, checkpoints.CheckpointError) as error:
+        fail(error)
+
+
+if __name__ == "__main__":
+    app.run(_main, flags_parser=lambda argv: parse(argv, _check))

@@ -1,0 +1,94 @@
+"""Attacks on the pixels of a trained network: FGSM and PGD, from a random start.
+
+They move images within `[0, 1]` uphill in the network's cross-entropy at the true labels.
+"""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lpa_jax.evaluation.metrics import Change
+from lpa_jax.perturb.pgd import climb_within
+
+EPSILON = 8 / 255
+BOUNDS = (0.0, 1.0)
+
+
+def fgsm(epsilon: float = EPSILON) -> Change:
+    """Return the fast gradient sign attack: one step of `epsilon` along the gradient's sign.
+
+    Args:
+      epsilon: Largest change of a pixel in [0, 1], at least 0.
+
+    Returns:
+      What `metrics.make_predict` takes as `change`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> linear = lambda images: images.reshape(1, 2) * jnp.array([1.0, 4.0])
+      >>> images = jnp.array([0.5, 0.0]).reshape(1, 1, 2, 1)
+      >>> fgsm(0.1)(linear, images, jnp.array([0]), jnp.array([0])).ravel()
+      Array([0.4, 0.1], dtype=float32)
+
+    References:
+      Goodfellow, Shlens and Szegedy, arXiv:1412.6572.
+    """
+
+    def change(logits_fn, images, labels, index):
+        del index
+        start = jnp.zeros(images.shape, jnp.float32)
+        return _attack(logits_fn, images, labels, start, epsilon, epsilon, 1)
+
+    return change
+
+
+def pgd(
+    epsilon: float = EPSILON, step_size: float = 2 / 255, steps: int = 20, seed: int = 0
+) -> Change:
+    """Return the projected gradient attack in the l-infinity ball, from a random point of it.
+
+    Args:
+      epsilon: Largest change of a pixel in [0, 1], at least 0.
+      step_size: Length of a step along the gradient's sign, at least 0.
+      steps: Number of steps, at least 1; the defaults are PGD-20.
+      seed: With the number of an example, decides where its attack starts.
+
+    Returns:
+      What `metrics.make_predict` takes as `change`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> linear = lambda images: images.reshape(1, 2) * jnp.array([1.0, 4.0])
+      >>> images = jnp.array([0.5, 0.0]).reshape(1, 1, 2, 1)
+      >>> attack = pgd(0.1, step_size=0.05, steps=4)
+      >>> attack(linear, images, jnp.array([0]), jnp.array([0])).ravel()
+      Array([0.4, 0.1], dtype=float32)
+
+    References:
+      Madry et al., arXiv:1706.06083.
+    """
+
+    def change(logits_fn, images, labels, index):
+        start = random_start(images, index, epsilon, seed)
+        return _attack(logits_fn, images, labels, start, epsilon, step_size, steps)
+
+    return change
+
+
+def random_start(images: jax.Array, index: jax.Array, epsilon: float, seed: int = 0) -> jax.Array:
+    """Return a change of each image, uniform in the ball, by its number: the same in any batch."""
+
+    def draw(i):
+        key = jax.random.fold_in(jax.random.key(seed), i)
+        return jax.random.uniform(key, images.shape[1:], minval=-epsilon, maxval=epsilon)
+
+    return jnp.clip(images + jax.vmap(draw)(index), *BOUNDS) - images
+
+
+def _attack(logits_fn, images, labels, delta, epsilon, step_size, steps):
+    def total(images):
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits_fn(images), labels)
+        return jnp.sum(losses)
+
+    delta = climb_within(jax.grad(total), images, delta, epsilon, step_size, steps, "linf", BOUNDS)
+    return images + delta

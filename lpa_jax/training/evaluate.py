@@ -1,0 +1,238 @@
+"""A run's networks judged again: on clean, attacked and corrupted images, from its checkpoints."""
+
+from collections.abc import Iterator, Mapping, Sequence
+import functools
+import pathlib
+import statistics
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jaxtyping import PyTree
+from rich.console import Console
+
+import lpa_jax
+from lpa_jax import data
+from lpa_jax.evaluation import attacks, calibration, corruptions, metrics
+from lpa_jax.training import checkpoints, experiment, mesh, records, report
+from lpa_jax.training.config import Config, ConfigError
+from lpa_jax.training.experiment import Experiment
+from lpa_jax.training.state import TrainState
+from lpa_jax.training.step import make_steps, Steps
+
+Part = Literal["test", "validation"]
+ATTACKS = {"fgsm": attacks.fgsm(), "pgd": attacks.pgd()}
+
+
+def evaluate_run(
+    workdir: str | pathlib.Path,
+    *,
+    seeds: Sequence[int] | None = None,
+    part: Part = "test",
+    attack: bool = False,
+    corrupt: bool = False,
+    logit_adjustment: float | None = None,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Judge the last readable checkpoint of each seed of a run, finished or not.
+
+    Nothing of the run itself is changed.
+
+    Args:
+      workdir: Directory of the run. `evaluation.json` and `evaluation.png` are left there, with
+        `_validation` in their names for that part.
+      seeds: Which seeds; None for all that have a checkpoint.
+      part: `"test"` or `"validation"`.
+      attack: Whether to attack the networks as well, by FGSM and PGD-20 of radius 8/255 on pixels
+        in [0, 1].
+      corrupt: Whether to judge them on corrupted images as well, see `evaluation.corruptions`.
+      logit_adjustment: Tau, at least 0: judge them as well with `tau * log(prior)` subtracted from
+        the logits, the prior being the share of each class in the training labels.
+      console: Where to print; default the standard output.
+
+    Returns:
+      What `evaluation.json` holds: under `"metrics"`, for each condition (`"clean"`,
+      `"logit_adjusted"`, `"fgsm"`, `"pgd"`, `"gaussian_noise_1"`, ..., `"corruptions"`, the mean
+      of these) mean, standard deviation and n over seeds of `"error"`, `"accuracy"`, `"nll"`,
+      `"ece"` and the accuracy of groups; and under `"seeds"` the same for each seed, with its step,
+      the accuracy of each class, and of clean images the confusion matrix (rows are true classes)
+      and the bins of the reliability diagram.
+
+    Raises:
+      ConfigError: If there is no such run, seed or part, or an argument is outside its range.
+      DataError: If the data cannot be read.
+      CheckpointError: If a seed has checkpoints, but none that can be read.
+
+    References:
+      Menon et al., Long-tail learning via logit adjustment, ICLR 2021, arXiv:2007.07314 (equation
+      9, post hoc).
+    """
+    console = console or Console()
+    workdir = pathlib.Path(workdir)
+    config = records.read_config(workdir)
+    parts = _rebuild(config, workdir)
+    dataset = parts.dataset
+    examples = dataset.test if part == "test" else dataset.validation
+    if not len(examples.labels):
+        raise ConfigError(f"The run in {workdir} held out no validation images: use --part=test.")
+    devices = mesh.make_mesh(jax.device_count())
+    networks = _restore(config, parts, devices, workdir, seeds)
+    results: list[dict[str, Any]] = [
+        {"seed": seed, "step": step} for seed, (step, _) in networks.items()
+    ]
+    for result in results:
+        if result["step"] < parts.num_steps:
+            console.print(
+                f"Seed {result['seed']} stands at step {result['step']} of {parts.num_steps}.",
+                highlight=False,
+            )
+
+    batch_size = mesh.multiple(devices, parts.eval_batch_size)
+    conditions = _conditions(parts, devices, examples, attack, corrupt, logit_adjustment)
+    with console.status("") as status:
+        for name, predict, shown in conditions:
+            status.update(name)
+            for result, (_, variables) in zip(results, networks.values(), strict=True):
+                found = metrics.collect(predict, variables, shown, batch_size)
+                judged = metrics.summarise(found, shown.labels, dataset.num_classes, parts.groups)
+                result[name] = {"error": 1.0 - judged["accuracy"], **judged}
+                if name == "clean":
+                    predicted, labels = found.predicted, shown.labels
+                    matrix = metrics.confusion(predicted, labels, dataset.num_classes)
+                    bins = calibration.reliability(predicted == labels, found.confidence)
+                    result["confusion"] = matrix.tolist()
+                    result["reliability"] = {k: v.tolist() for k, v in bins._asdict().items()}
+    if corrupt:
+        for result in results:
+            result["corruptions"] = _mean(result)
+
+    evaluation = {
+        "part": part,
+        "num_examples": len(examples.labels),
+        "logit_adjustment": logit_adjustment,
+        "metrics": report.summarise_conditions(results),
+        "seeds": results,
+    }
+    stem = "evaluation" if part == "test" else f"evaluation_{part}"
+    title = f"{config.method} on {dataset.name}, {len(examples.labels)} {part} images"
+    records.write_json(workdir / f"{stem}.json", evaluation)
+    report.plot_evaluation(workdir / f"{stem}.png", title, results)
+    report.show_evaluation(title, evaluation["metrics"], console)
+    console.print(f"Figures and a plot are in {workdir / stem}.json and .png.", highlight=False)
+    return evaluation
+
+
+def _rebuild(config: Config, workdir: pathlib.Path) -> Experiment:
+    """Build what the run was made of, and find that the data are still the same."""
+    with experiment.as_config_error():
+        parts = experiment.build(config)
+    kept = workdir / "labels.npz"
+    if kept.exists():
+        records.keep_labels(kept, data.task_labels(parts.dataset), write=False)
+    return parts
+
+
+def _restore(
+    config: Config,
+    parts: Experiment,
+    devices: Mesh,
+    workdir: pathlib.Path,
+    seeds: Sequence[int] | None,
+) -> dict[int, tuple[int, PyTree]]:
+    """Return the step and the variables of each seed."""
+    shape = (config.batch_size, *parts.dataset.train.images.shape[1:])
+    with experiment.as_config_error():
+        # Only the structure of the state is wanted, for which no batch is ever taken.
+        steps = make_steps(
+            parts.model.init,
+            parts.perturbed,
+            parts.tx,
+            devices,
+            shape,
+            lambda _, *batch: batch,
+            **config.augment,
+        )
+    present = {
+        int(path.parent.name.removeprefix("seed")): path
+        for path in workdir.glob("seed*/checkpoints")
+        if path.parent.name.removeprefix("seed").isdigit()
+    }
+    networks = {}
+    for seed in sorted(present) if seeds is None else dict.fromkeys(seeds):
+        state = None
+        if seed in present:
+            state = _newest(present[seed], steps)
+        if state is not None:
+            networks[seed] = int(state.step), state.variables
+        elif seeds is not None:
+            raise ConfigError(
+                f"{workdir} has no checkpoint of seed {seed}: it has those of "
+                f"{', '.join(map(str, sorted(present))) or 'none'}."
+            )
+    if not networks:
+        raise ConfigError(f"{workdir} has no checkpoint yet: wait for the first one.")
+    return networks
+
+
+def _newest(directory: pathlib.Path, steps: Steps) -> TrainState | None:
+    while True:
+        before = {path.name for path in directory.iterdir()}
+        saved = checkpoints.Checkpoints(directory, read_only=True)
+        try:
+            return saved.restore(steps.like, steps.shardings)
+        except checkpoints.CheckpointError:
+            # A run that goes on deletes what is old, for it has saved newer ones.
+            if {path.name for path in directory.iterdir()} == before:
+                raise
+        finally:
+            saved.close()
+
+
+def _conditions(
+    parts: Experiment,
+    devices: Mesh,
+    examples: data.Examples,
+    attack: bool,
+    corrupt: bool,
+    tau: float | None,
+) -> Iterator[tuple[str, metrics.Predict, data.Examples]]:
+    """Yield the name of each condition, how the networks are run in it, and on what."""
+    place = functools.partial(mesh.put, sharding=mesh.batched(devices))
+    make = functools.partial(metrics.make_predict, place=place, sharding=mesh.replicated(devices))
+    apply_fn = parts.model.apply
+    predict = make(apply_fn)
+    adjusted = None if tau is None else make(_adjusted(apply_fn, parts.class_counts, tau))
+    yield "clean", predict, examples
+    if adjusted is not None:
+        yield "logit_adjusted", adjusted, examples
+    for name, change in ATTACKS.items() if attack else ():
+        yield name, make(apply_fn, change=change), examples
+    for name in corruptions.CORRUPTIONS if corrupt else ():
+        for severity in corruptions.SEVERITIES:
+            images = corruptions.corrupt(examples.images, name, severity)
+            yield f"{name}_{severity}", predict, examples._replace(images=images)
+
+
+def _adjusted(apply_fn: Any, class_counts: Sequence[int], tau: float) -> Any:
+    """Return `apply_fn` with `tau * log(prior)` subtracted from the logits."""
+    with experiment.as_config_error():
+        adjustment = lpa_jax.logit_adjustment(class_counts, tau)
+    zeros = jnp.zeros((1, len(class_counts)), jnp.float32)
+    shift, _ = adjustment.update(zeros, adjustment.init(zeros))
+
+    def adjusted(variables, images, **kwargs):
+        return apply_fn(variables, images, **kwargs) - shift
+
+    return adjusted
+
+
+def _mean(result: Mapping[str, Any]) -> dict[str, float]:
+    """Return the mean of the scalars over all corruptions and severities."""
+    corrupted = [
+        result[f"{name}_{severity}"]
+        for name in corruptions.CORRUPTIONS
+        for severity in corruptions.SEVERITIES
+    ]
+    scalars = [name for name, value in corrupted[0].items() if not isinstance(value, list)]
+    return {name: statistics.fmean(judged[name] for judged in corrupted) for name in scalars}

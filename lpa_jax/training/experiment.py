@@ -1,0 +1,152 @@
+"""What a configuration describes: examples, a network, its perturbation, and an optimizer."""
+
+from collections.abc import Iterator
+import contextlib
+from typing import NamedTuple
+
+from flax import linen as nn
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import lpa_jax
+from lpa_jax import data, losses, models
+from lpa_jax.perturb.engine import LossFn, Step
+from lpa_jax.training import config as configuration
+from lpa_jax.training import schedules
+from lpa_jax.training.config import Config, ConfigError
+
+LOSSES = {
+    "softmax_cross_entropy": optax.softmax_cross_entropy,
+    "softmax_binary_cross_entropy": losses.softmax_binary_cross_entropy,
+}
+
+
+class Experiment(NamedTuple):
+    """All of a run but the devices, and where it leaves what it finds.
+
+    Attributes:
+      dataset: The examples, long-tailed or noisily labelled where that was asked for.
+      class_counts: Number of training examples of each class, by the labels that are trained on.
+      groups: Classes of each group on a long tail, see `data.class_groups`; else nothing.
+      model: The network, in Flax.
+      perturbed: From `lpa_jax.value_and_grad`.
+      rate: The learning rate, by updates.
+      tx: The optimizer.
+      steps_per_epoch: Full batches of an epoch.
+      num_steps: Steps of the whole run.
+      eval_batch_size: Examples to evaluate at a time, at most.
+    """
+
+    dataset: data.Dataset
+    class_counts: list[int]
+    groups: dict[str, list[int]]
+    model: nn.Module
+    perturbed: Step
+    rate: optax.Schedule
+    tx: optax.GradientTransformation
+    steps_per_epoch: int
+    num_steps: int
+    eval_batch_size: int
+
+
+def build(config: Config) -> Experiment:
+    """Build what a configuration describes.
+
+    Raises:
+      ConfigError: If it cannot be built.
+      DataError: If the data cannot be read.
+    """
+    configuration.check(config)
+    dataset = data.load(
+        config.dataset,
+        data_dir=config.data_dir,
+        validation_fraction=config.validation_fraction,
+        seed=config.data_seed,
+        image_size=config.image_size,
+    )
+    imbalance, noise = dict(config.imbalance), dict(config.noise)
+    dataset = data.make_task(dataset, imbalance, noise, seed=config.data_seed)
+    if config.limit is not None:
+        dataset = data.limited(dataset, config.limit)
+    num_train = len(dataset.train.labels)
+    if num_train < config.batch_size:
+        raise ConfigError(
+            f"The training set has {num_train} examples, fewer than config.batch_size "
+            f"{config.batch_size}: set a smaller one."
+        )
+    side = min(dataset.train.images.shape[1:3])
+    if config.augment.padding >= side:
+        raise ConfigError(
+            f"config.augment.padding must be below the images' side of {side} pixels, not "
+            f"{config.augment.padding}."
+        )
+    steps_per_epoch = num_train // config.batch_size
+    num_steps = config.epochs * steps_per_epoch
+    if num_steps >= 2**31:
+        raise ConfigError(
+            f"config.epochs is {config.epochs}, which makes {num_steps} steps: give fewer than "
+            "2**31."
+        )
+    class_counts = np.bincount(dataset.train.labels, minlength=dataset.num_classes).tolist()
+    with as_config_error():
+        model = models.create(
+            config.model.name,
+            num_classes=dataset.num_classes,
+            mean=dataset.mean,
+            std=dataset.std,
+            dtype=jnp.dtype(config.model.dtype),
+            **({} if config.remat is None else {"remat": config.remat}),
+            **config.model.options,
+        )
+        perturbed = lpa_jax.value_and_grad(
+            model.apply,
+            configuration.perturbation(config, class_counts),
+            num_classes=dataset.num_classes,
+            loss_fn=_loss_named(config.loss),
+        )
+        accumulate = config.optimizer.accumulate
+        if accumulate > num_steps:
+            raise ConfigError(
+                f"config.optimizer.accumulate is {accumulate}, more than the run's {num_steps} "
+                "steps: no parameter would ever move."
+            )
+        rate = schedules.learning_rate(
+            **config.schedule, epochs=config.epochs, steps_per_epoch=steps_per_epoch / accumulate
+        )
+        tx = schedules.optimizer(
+            config.optimizer.name,
+            rate,
+            config.optimizer.weight_decay,
+            dict(config.optimizer.options),
+            accumulate,
+        )
+    return Experiment(
+        dataset=dataset,
+        class_counts=class_counts,
+        groups=data.groups_of(dataset),
+        model=model,
+        perturbed=perturbed,
+        rate=rate,
+        tx=tx,
+        steps_per_epoch=steps_per_epoch,
+        num_steps=num_steps,
+        eval_batch_size=min(
+            config.eval_batch_size, max(len(dataset.validation.labels), len(dataset.test.labels))
+        ),
+    )
+
+
+@contextlib.contextmanager
+def as_config_error() -> Iterator[None]:
+    """Turn what the builders raise of a wrong argument into a `ConfigError`."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        raise ConfigError(str(error)) from error
+
+
+def _loss_named(name: str) -> LossFn:
+    if name not in LOSSES:
+        raise ConfigError(f"There is no loss {name!r}; the losses are {', '.join(LOSSES)}.")
+    return LOSSES[name]
