@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 import contextlib
 import functools
 import importlib.metadata
+import inspect
 import itertools
 import json
 import math
@@ -37,6 +38,8 @@ REMEDY = "lower the learning rate or the strength of the perturbation"
 LOSSES = {
     "softmax_cross_entropy": optax.softmax_cross_entropy,
     "softmax_binary_cross_entropy": losses.softmax_binary_cross_entropy,
+    "softmax_focal_loss": losses.softmax_focal_loss,
+    "generalized_cross_entropy": losses.generalized_cross_entropy,
 }
 
 
@@ -118,9 +121,9 @@ def train_and_evaluate(
         )
         perturbed = lpa_jax.value_and_grad(
             model.apply,
-            configuration.perturbation(config, class_counts),
+            configuration.perturbation(config, class_counts, dataset.mean, num_steps),
             num_classes=dataset.num_classes,
-            loss_fn=_loss_named(config.loss),
+            loss_fn=_loss_named(**config.loss),
         )
         accumulate = config.optimizer.accumulate
         if accumulate > num_steps:
@@ -321,10 +324,12 @@ def _as_config_error() -> Iterator[None]:
         raise ConfigError(str(error)) from error
 
 
-def _loss_named(name: str) -> LossFn:
+def _loss_named(name: str, **known: float) -> LossFn:
     if name not in LOSSES:
         raise ConfigError(f"There is no loss {name!r}; the losses are {', '.join(LOSSES)}.")
-    return LOSSES[name]
+    loss = LOSSES[name]
+    taken = inspect.signature(loss).parameters
+    return functools.partial(loss, **{key: known[key] for key in known if key in taken})
 
 
 def _dispatches(first: int, last: int, most: int, *stops: int) -> Iterator[int]:
