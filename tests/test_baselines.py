@@ -419,8 +419,9 @@ def test_isda_needs_the_vector_that_the_head_takes_in():
 
 # ---------------------------------------------------------------- ELR
 
-# Of twelve training examples; the fourth place of the second batch repeats its first.
-EXAMPLES = [[0, 4, 9, 7, 2, 5, 11], [4, 7, 1, 4, 0, 3, 11], [11, 10, 5, 4, 7, 9, 0]]
+# Of twelve; the fourth place of the second batch repeats its first, and the padding of the third,
+# in its third and sixth places, names examples that are known.
+EXAMPLES = [[0, 4, 9, 7, 2, 5, 11], [4, 7, 1, 4, 0, 3, 11], [11, 10, 2, 4, 7, 4, 0]]
 
 
 def early_learning(params, x, t, average, strength):
