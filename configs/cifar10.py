@@ -17,7 +17,9 @@ Published test error %, CIFAR-10-LT at ratios 100 and 10, in the LPL paper: LDAM
 logit adjustment 22.33, 11.07; LPL 22.05, 10.59. That set (12,406 and 20,431 images) is
 `--config.imbalance.kind=exponential --config.imbalance.ratio=100 --config.validation_fraction=0`;
 its usual network `--config.model.name=resnet_32`; the four head classes of LPL's code
-`--config.perturbation.lpl.split.name=tail --config.perturbation.lpl.split.num_head=4`.
+`--config.perturbation.lpl.split.name=tail --config.perturbation.lpl.split.num_head=4`;
+LDAM-DRW is `method=ldam+drw`, class-balanced CE `method=reweight`, which with
+`--config.loss.name=softmax_focal_loss` is class-balanced focal loss.
 Asymmetric label noise knows CIFAR-10 by its names: an npz file needs `class_names` for that.
 
 Measured: not yet; a run of 200 epochs needs a GPU.

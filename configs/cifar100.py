@@ -24,7 +24,12 @@ Measured: not yet; a run of 200 epochs needs a GPU.
 
 from lpa_jax.training import config as configuration
 
-METHODS = {"sam": {"rho": 0.1}, "asam": {"rho": 1.0}}
+METHODS = {
+    "sam": {"rho": 0.1},
+    "asam": {"rho": 1.0},
+    "cutout": {"size": 8.0},
+    "elr": {"strength": 7.0, "beta": 0.9},
+}
 SMOKE = {
     "model.name": "wrn_10_1",
     "limit": 1024,

@@ -27,6 +27,7 @@ METHODS = {
     "lpl": {"epsilon": 0.5},
     "dropblock": {"site": "group2", "block_size": 2},
     "adversarial": {"epsilon": 0.03},
+    "cutout": {"size": 4.0},
 }
 SMOKE = {
     "epochs": 2,

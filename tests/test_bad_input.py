@@ -252,7 +252,15 @@ CASES = {
     "a negative decay": (key("optimizer.weight_decay=-1"), "weight_decay must be at least 0"),
     "nothing accumulated": (key("optimizer.accumulate=0"), "accumulate must be at least 1"),
     "too much accumulated": (key("optimizer.accumulate=1000"), "more than the run's 40 steps"),
-    "an unknown loss": (key("loss=hinge"), "There is no loss 'hinge'"),
+    "an unknown loss": (key("loss.name=hinge"), "There is no loss 'hinge'"),
+    "a q of 0": (
+        key("loss.name=generalized_cross_entropy", "loss.q=0"),
+        "q must be above 0",
+    ),
+    "a negative gamma": (
+        key("loss.name=softmax_focal_loss", "loss.gamma=-1"),
+        "gamma must be at least 0",
+    ),
     "an unknown model": (cifar("model.name=wrn_11_1"), "11"),
     "options of another model": (key("model.name=wrn_10_1"), "'width'"),
     "an unknown type": (key("model.dtype=float16"), "float32 or bfloat16"),

@@ -23,6 +23,7 @@ from lpa_jax.perturb import statistics
 
 NUM_CLASSES = 6
 BATCH = 16
+EXAMPLES = jnp.asarray(np.random.default_rng(3).permutation(2 * BATCH)[:BATCH])
 COUNTS = [40, 10, 20, 5, 30, 2]
 ALL = lpa_jax.splits.all_positive()
 DOWN = lpa_jax.splits.all_negative()
@@ -36,6 +37,10 @@ def lpa(label, amount=0.3, ball: Any = POSITIONS, site: Any = "first", **argumen
     return Line(f"lpa-{label}", lpa_jax.lpa, sites, "epsilon", amount, arguments, ball)
 
 
+def clipping(sharpness):
+    return lpa_jax.gradient_clipping(1.0 / sharpness)
+
+
 def logits(factory, strength, amount, *, label="", **arguments):
     ball = arguments.pop("ball", None)
     name = factory.__name__ + label
@@ -47,6 +52,11 @@ def adversarial(norm, site, **arguments):
     order = np.inf if norm == "linf" else 2
     make = lpa_jax.adversarial
     return Line(f"adversarial-{norm}", make, (site,), "epsilon", 0.1, arguments, 1.0, order)
+
+
+def isda(label="", **arguments):
+    arguments |= {"site": "second", "num_classes": NUM_CLASSES}
+    return Line(f"isda{label}", lpa_jax.isda, ("second", "logits"), "strength", 2.0, arguments)
 
 
 def adaptive(epsilon):
@@ -107,6 +117,17 @@ TABLE = [
     logits(lpa_jax.logit_adjustment, "tau", 1.0, class_counts=COUNTS),
     # A margin of 0 is the identity where the scale is 1.
     logits(lpa_jax.ldam, "max_margin", 0.5, class_counts=COUNTS, scale=1.0),
+    logits(lpa_jax.additive_margin, "margin", 0.5),
+    isda(),
+    isda("-diagonal", diagonal=True),
+    Line("reweight", lpa_jax.reweight, ("logit_grads",), "beta", 0.9, {"class_counts": COUNTS}),
+    Line("drw", lpa_jax.drw, ("logit_grads",), "beta", 0.9, {"class_counts": COUNTS, "start": 0}),
+    Line("elr", lpa_jax.elr, ("logit_grads",), "strength", 3.0, {"num_examples": 2 * BATCH}),
+    Line("cutmix", lpa_jax.cutmix, ("inputs", "labels"), "alpha", 2.0),
+    Line("cutout", lpa_jax.cutout, ("inputs",), "size", 2.0, {"mean": (0.1, -0.2)}),
+    Line("shake", lpa_jax.shake, ("first",), "strength", 0.5, {"site": "first"}),
+    Line("gradient_clipping", clipping, ("param_grads",), "sharpness", 20.0, schedule=False),
+    Line("gradient_noise", lpa_jax.gradient_noise, ("param_grads",), "eta", 0.1),
     Line("sam", lpa_jax.sam, ("param_grads",), "rho", 0.1),
     Line("asam", lpa_jax.asam, ("param_grads",), "rho", 0.5),
     Line("at-add_noise", add_noise, ("first",), "eta", 0.1, schedule=False),
@@ -209,7 +230,8 @@ def jitted(make):
     @quick_jit
     def call(strength, variables, state, inputs, labels, weights):
         step = step_of(watched(make(strength)))
-        return step(variables, state, inputs, labels, jax.random.key(7), weights=weights)
+        given = {"weights": weights, "examples": EXAMPLES}
+        return step(variables, state, inputs, labels, jax.random.key(7), **given)
 
     return call
 
@@ -450,8 +472,10 @@ def direct(line, dtype):
             labels=labels,
             targets=jax.nn.one_hot(labels, NUM_CLASSES),
             weights=jnp.ones(BATCH),
+            examples=EXAMPLES,
             class_stats=seen(),
             gradient_fn=losses,
+            logits=jnp.zeros((BATCH, NUM_CLASSES)),
             never_heard_of="this",
         )[0]
 
@@ -474,7 +498,8 @@ def test_a_bfloat16_network_has_float32_losses_and_gradients(line):
 
     def run(variables, inputs, labels):
         state = step.init(variables, inputs, labels)
-        return state, step(variables, state, inputs, labels, jax.random.key(0))
+        key = jax.random.key(0)
+        return state, step(variables, state, inputs, labels, key, examples=EXAMPLES)
 
     state, ((loss, _), grads, new) = jax.eval_shape(run, variables, *batch())
     assert loss.dtype == jnp.float32
@@ -560,6 +585,22 @@ def refused(factory, *arguments, **keywords):
         refused(lpa_jax.logit_adjustment, class_counts=[]),
         refused(lpa_jax.ldam, class_counts=[3, -1]),
         refused(lpa_jax.ldam, class_counts=[3, 1], scale=-1.0),
+        refused(lpa_jax.additive_margin, margin=0.1, scale=-1.0),
+        refused(lpa_jax.isda, "labels", 0.5, num_classes=3),
+        refused(lpa_jax.isda, "logits", 0.5, num_classes=3),
+        refused(lpa_jax.isda, "first", 0.5, num_classes=1),
+        refused(lpa_jax.isda, "first", 0.5, num_classes=3, num_steps=0),
+        refused(lpa_jax.reweight, [3, 0]),
+        refused(lpa_jax.reweight, [3, 1], beta=1.1),
+        refused(lpa_jax.drw, [3, 1], start=-1),
+        refused(lpa_jax.drw, [3, 1], start=1.0),
+        refused(lpa_jax.elr, 0, strength=1.0),
+        refused(lpa_jax.elr, 10, strength=1.0, beta=1.1),
+        refused(lpa_jax.cutmix, alpha=1.0, probability=1.1),
+        refused(lpa_jax.shake, "labels", strength=0.1),
+        refused(lpa_jax.shake, "first", strength=1.1),
+        refused(lpa_jax.gradient_clipping, -1.0),
+        refused(lpa_jax.gradient_noise, 0.1, gamma=-1.0),
         refused(lpa_jax.asam, 0.1, eta=-0.1),
         refused(lpa_jax.adaptive, lpa_jax.lpa(("first", "second"), 0.1), every=1),
         refused(lpa_jax.adaptive, lpa_jax.lpa("first", 0.1), every=2),
@@ -611,10 +652,11 @@ def test_the_table_has_a_line_for_every_public_factory():
     [
         lpa_jax.chain(lpa_jax.lpa("first", 0.3), lpa_jax.lpg(0.1)),
         adaptive(0.3),
+        lpa_jax.chain(lpa_jax.isda("second", 0.5, NUM_CLASSES), lpa_jax.elr(BATCH, 3.0)),
         lpa_jax.at("first", optax.add_noise(0.01, 0.55, key=0)),
         lpa_jax.at("logits", optax.inject_hyperparams(lpa_jax.lpl)(optax.constant_schedule(0.1))),
     ],
-    ids=["stateless", "adaptive", "add_noise", "inject_hyperparams"],
+    ids=["stateless", "adaptive", "isda and elr", "add_noise", "inject_hyperparams"],
 )
 def test_the_state_survives_a_checkpoint_bit_for_bit(perturbation, tmp_path):
     step = step_of(perturbation)

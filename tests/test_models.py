@@ -119,6 +119,7 @@ def test_groups_and_blocks_are_sites(name):
         assert outputs[f"group{i}"].shape == (4, *shape)
         if name != "small_cnn":
             assert outputs[f"group{i}/block0"].shape == (4, *shape)
+    assert outputs["features"].shape == (4, shape[-1])
 
 
 def test_depth_counts_the_blocks():
@@ -133,7 +134,8 @@ def test_dtypes(name, dtype):
     variables, logits, outputs = trace(create(name, dtype=dtype))
     assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
     assert logits.dtype == jnp.float32
-    inner = {path: out.dtype for path, out in outputs.items() if path not in ("", "head")}
+    # From the mean over positions on, all is float32.
+    inner = {p: out.dtype for p, out in outputs.items() if p not in ("", "features", "head")}
     assert set(inner.values()) == {jnp.dtype(dtype)}, inner
 
 

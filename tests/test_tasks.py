@@ -502,9 +502,9 @@ def test_a_run_counts_and_draws_the_labels_it_trains_on(monkeypatch, tmp_path):
     given = []
     build, draw = configuration.perturbation, data.train_batches
 
-    def counted(config, class_counts):
+    def counted(config, class_counts, *others):
         given.append(class_counts)
-        return build(config, class_counts)
+        return build(config, class_counts, *others)
 
     def drawn(seed, epoch, labels, batch_size, sampling):
         given.append((sampling, np.bincount(labels).tolist()))

@@ -1,5 +1,6 @@
 """The trainer, in this process: what a run leaves behind, and what it refuses."""
 
+import contextlib
 import functools
 import gc
 import io
@@ -274,8 +275,9 @@ def test_device_and_host_give_the_same_batches_in_the_same_order():
     both = [batches_of(place, 0) for place in ("device", "host")]
     jax.tree.map(np.testing.assert_array_equal, *both)
     expected = [b for epoch in range(4) for b in data.train_batches(3, epoch, np.arange(40), 16)]
-    for (_, labels), indices in zip(both[0], expected, strict=False):
+    for (_, labels, examples), indices in zip(both[0], expected, strict=False):
         np.testing.assert_array_equal(labels, indices)
+        np.testing.assert_array_equal(examples, indices)
 
 
 @pytest.mark.parametrize("sampling", ["class_balanced", "class_aware"])
@@ -284,8 +286,9 @@ def test_device_and_host_draw_the_same_examples_by_class(sampling):
     jax.tree.map(np.testing.assert_array_equal, *both)
     labels = np.sqrt(np.arange(40)).astype(np.int32)
     expected = [b for e in range(4) for b in data.train_batches(3, e, labels, 16, sampling)]
-    for (_, given), indices in zip(both[0], expected, strict=False):
+    for (_, given, examples), indices in zip(both[0], expected, strict=False):
         np.testing.assert_array_equal(given, labels[indices])
+        np.testing.assert_array_equal(examples, indices)
 
 
 @pytest.mark.parametrize("sampling", ["uniform", "class_balanced", "class_aware"])
@@ -293,6 +296,39 @@ def test_device_and_host_draw_the_same_examples_by_class(sampling):
 def test_batches_go_on_where_they_were_cut_off(place, sampling):
     late, all_ = batches_of(place, 3, 4, sampling), batches_of(place, 0, sampling=sampling)
     jax.tree.map(np.testing.assert_array_equal, late, all_[3:])
+
+
+@pytest.mark.parametrize(("place", "fsdp"), [("device", 1), ("host", 8)])
+def test_the_step_is_told_which_examples_it_is_given(place, fsdp):
+    """ELR remembers the predictions on those and on no others."""
+    examples = data.load("digits").train
+    grid = mesh.make_mesh(64, fsdp)
+    source = feed.make_feed(place, examples, 64, 20, grid)
+    model = models.create("small_cnn", num_classes=10, mean=(0.5,), std=(0.25,), width=4)
+    # As many as eight devices can share.
+    chain = lpa_jax.chain(lpa_jax.elr(1600, 3.0), lpa_jax.isda("features", 0.5, 10))
+    steps = make_steps(
+        model.init,
+        lpa_jax.value_and_grad(model.apply, chain, num_classes=10),
+        optax.sgd(0.1),
+        grid,
+        (64, 8, 8, 1),
+        source.take,
+        padding=1,
+        flip=False,
+    )
+    state = steps.init(jnp.int32(0))
+    with contextlib.closing(source.open(0, 0)) as batches:
+        for given in itertools.islice(batches, 2):
+            state = steps.train(state, jnp.int32(0), jnp.int32(1), *given)
+    table, _ = state.perturbation.perturbations
+    assert table.addressable_shards[0].data.shape == (1600 // fsdp, 10)
+    remembered, covariances = jax.device_get(state.perturbation.perturbations)
+    seen = data.train_batches(0, 0, examples.labels, 64)[:2].ravel()
+    np.testing.assert_array_equal(np.flatnonzero(remembered.any(1)), np.sort(seen))
+    np.testing.assert_allclose(remembered[seen].sum(1), 0.3, rtol=1e-5)
+    counts = np.bincount(examples.labels[seen], minlength=10)
+    np.testing.assert_array_equal(covariances.counts, counts)
 
 
 def test_large_sets_stay_on_the_host(monkeypatch):
@@ -338,8 +374,38 @@ def test_accumulated_gradients_are_those_of_the_larger_batch():
 @pytest.mark.parametrize("name", configuration.TRANSFORMS)
 def test_every_transform_can_be_configured(name):
     config = digits.get_config(f"method={name}")
-    (perturbation,) = configuration.perturbation(config, [10] * 10)
+    (perturbation,) = configuration.perturbation(config, [10] * 10, (0.5,), 20)
     assert perturbation.sites
+
+
+def test_deferred_weights_begin_late_and_isda_reaches_its_strength_at_the_end():
+    counts, num_steps = [90, 10, *[20] * 8], 600
+    config = digits.get_config("method=ldam+drw+isda")
+    _, drw, isda = configuration.perturbation(config, counts, (0.5,), num_steps)
+    labels, weights, ones = jnp.array([0, 1]), jnp.ones(2), jnp.ones((2, 10))
+    given = {"labels": labels, "weights": weights}
+    before, after = (
+        drw.update(ones, drw.init(ones), step=jnp.int32(480 + late), **given)[0][:, 0]
+        for late in (-1, 0)
+    )
+    np.testing.assert_array_equal(before, [1.0, 1.0])
+    assert after[1] / after[0] == pytest.approx(9.0, rel=0.01)
+
+    state = isda.init(jnp.zeros((2, 3)))
+    state = state._replace(covariances=jnp.ones_like(state.covariances))
+    head = {"head": {"kernel": jnp.eye(3, 10) + jnp.eye(3, 10, 3)}}
+    given |= {"site": "logits"}
+    half, whole = (
+        isda.update(0 * ones, state, head, step=jnp.int32(step), **given)[0]
+        for step in (num_steps // 2, num_steps)
+    )
+    # 0.25 of (1 - 0)^2, and of (1 - 1)^2, sums of the columns' entries.
+    np.testing.assert_allclose(whole[0], [0.0] * 6 + [0.25] * 4, atol=1e-6)
+    np.testing.assert_allclose(half, whole / 2, atol=1e-6)
+
+    config.perturbation.drw.start = 160.0
+    with pytest.raises(configuration.ConfigError, match=r"drw.start must be a share of the run"):
+        configuration.perturbation(config, counts, (0.5,), num_steps)
 
 
 def test_a_checkpoint_restores_what_was_saved(tmp_path):

@@ -62,9 +62,18 @@ def batch_norm(*, train: bool, dtype: DTypeLike, name: str) -> nn.BatchNorm:
     )
 
 
+class Average(nn.Module):
+    """The mean over the positions, a module so that what the head takes in is a site."""
+
+    @nn.compact
+    def __call__(self, inputs: Float[Array, "B H W C"]) -> Float32[Array, "B C"]:
+        """Return the mean of each channel, float32 `[B, C]`."""
+        return inputs.mean(axis=(1, 2), dtype=jnp.float32)
+
+
 def classify(activation: Float[Array, "B H W C"], num_classes: int) -> Float32[Array, "B K"]:
-    """Average over positions and apply the linear module `head`, all in float32."""
-    features = activation.mean(axis=(1, 2), dtype=jnp.float32)
+    """Average over positions (`features`) and apply the linear module `head`, all in float32."""
+    features = Average(name="features")(activation)
     return nn.Dense(num_classes, dtype=jnp.float32, name="head")(features)
 
 

@@ -16,7 +16,8 @@ class PreActResNet(nn.Module):
     The units are those of He et al. 2016 (arXiv:1603.05027). As in the published CIFAR code of
     Manifold Mixup, the stem keeps the resolution and nothing stands between the last sum and the
     pooling: no normalisation, no relu. Its modules are `stem`, `group1`, ... (of 64, 128, 256 and
-    512 channels at 1, 1/2, 1/4 and 1/8 of the resolution; with modules `block0`, ...) and `head`.
+    512 channels at 1, 1/2, 1/4 and 1/8 of the resolution; with modules `block0`, ...), `features`
+    and `head`.
 
     Attributes:
       stage_sizes: Number of blocks of each group: (2, 2, 2, 2) for 18 layers, (3, 4, 6, 3) for 34.

@@ -77,7 +77,8 @@ class ResNet(nn.Module):
     """Residual network for CIFAR (He et al. 2015, arXiv:1512.03385, section 4.2).
 
     Its modules are `stem`, `stem_norm`, `group1`, `group2`, `group3` (of 16, 32 and 64 channels at
-    1, 1/2 and 1/4 of the resolution; with modules `block0`, `block1`, ...) and `head`.
+    1, 1/2 and 1/4 of the resolution; with modules `block0`, `block1`, ...), `features` and
+    `head`.
 
     Attributes:
       depth: Number of convolutions and the head, 6n+2: 20, 32, 110, ...

@@ -33,7 +33,7 @@ class SmallCNN(nn.Module):
 
     Made to learn scikit-learn's digits, grey images of 8x8 pixels, in seconds on a CPU. Its modules
     are `group1`, `group2`, `group3` (of 1, 2 and 4 times `width` channels at 1, 1/2 and 1/4 of the
-    resolution) and `head`.
+    resolution), `features` and `head`.
 
     Attributes:
       num_classes: Number of logits.

@@ -23,8 +23,8 @@ class WideResNet(nn.Module):
     """Wide residual network WRN-depth-k (Zagoruyko & Komodakis 2016, arXiv:1605.07146).
 
     Its modules are `stem`, `group1`, `group2`, `group3` (of k * 16, 32 and 64 channels at 1, 1/2
-    and 1/4 of the resolution; with modules `block0`, `block1`, ...), `norm` and `head`. There is no
-    dropout.
+    and 1/4 of the resolution; with modules `block0`, `block1`, ...), `norm`, `features` and
+    `head`. There is no dropout.
 
     Attributes:
       depth: Number of convolutions of the deepest path and the head, 6n+4.

@@ -75,6 +75,8 @@ class Step:
         inputs: Array,
         labels: membership.Labels,
         key: Array,
+        *,
+        examples: Int[Array, "batch"] | None = None,
         **apply_kwargs: Any,
     ) -> tuple[collections.OrderedDict[str, Array], PyTree]:
         """Return in words, in the order of computation, whether each value of a step is finite.
@@ -84,7 +86,9 @@ class Step:
         """
         taps = self.network.trace(variables, inputs, apply_kwargs).taps
         logits, values, _ = self._run(variables, inputs, {}, taps, apply_kwargs)
-        (loss, aux), grads, _ = self(variables, state, inputs, labels, key, **apply_kwargs)
+        (loss, aux), grads, _ = self(
+            variables, state, inputs, labels, key, examples=examples, **apply_kwargs
+        )
         parts = {"the parameters": variables, "the inputs": inputs}
         parts |= {f"{tap.name!r}": value for tap, value in zip(taps, values, strict=True)}
         parts |= {"the logits": logits}
@@ -103,6 +107,7 @@ class Step:
         key: Array,
         *,
         weights: Float[Array, "batch"] | None = None,
+        examples: Int[Array, "batch"] | None = None,
         **apply_kwargs: Any,
     ) -> tuple[tuple[Array, dict[str, Any]], PyTree, StepState]:
         """Return `((loss, aux), grads, state)`; see `lpa_jax.value_and_grad`."""
@@ -118,6 +123,9 @@ class Step:
             inputs, labels = (
                 jnp.where(pgd.column(weights, padded) > 0, padded, 0) for padded in (inputs, labels)
             )
+        if examples is not None:
+            examples = _checked_examples(examples, batch)
+        params = variables["params"]
         start = _Walk(
             chain=self.chain,
             key=jax.random.fold_in(key, state.step),
@@ -127,6 +135,8 @@ class Step:
             labels=labels,
             targets=_soft(labels, self.num_classes),
             weights=weights,
+            examples=examples,
+            params=params,
         )
 
         def loss_and_grads(params):
@@ -137,11 +147,8 @@ class Step:
             loss, cotangent = self._loss(walk, logits)
             return loss, pullback(cotangent)[0], walk, raw, updates
 
-        params = variables["params"]
         loss, grads, walk, raw, updates = loss_and_grads(params)
-        grads = walk.perturb(
-            (sites.PARAM_GRADS,), grads, lambda moved: loss_and_grads(moved)[:2], params=params
-        )
+        grads = walk.perturb((sites.PARAM_GRADS,), grads, lambda moved: loss_and_grads(moved)[:2])
         state = StepState(
             step=jnp.asarray(optax.safe_increment(state.step)),
             class_stats=statistics.end_batch(walk.class_stats, walk.members()),
@@ -153,7 +160,8 @@ class Step:
         self, start: "_Walk", variables: PyTree, inputs: Array, kwargs: Mapping[str, Any]
     ) -> tuple[Array, tuple["_Walk", Array, PyTree]]:
         """Walk to the logits; return them perturbed, and the walk, them raw, and the mutated."""
-        walk = dataclasses.replace(start, metrics={})
+        # Gradients flow into the parameters that a transform uses, as into those of the network.
+        walk = dataclasses.replace(start, metrics={}, params=variables["params"])
         trace = self.network.trace(variables, inputs, kwargs)
         taps = self._taps(trace)
         frozen = jax.lax.stop_gradient(variables)
@@ -230,7 +238,7 @@ class Step:
             return jnp.sum(losses), losses
 
         grads, losses = jax.grad(total, has_aux=True)(logits)
-        grads = walk.perturb((sites.LOGIT_GRADS,), grads)
+        grads = walk.perturb((sites.LOGIT_GRADS,), grads, logits=logits)
         # The loss and gradient of a batch that is all padding are 0.
         total_weight = jnp.sum(walk.weights)
         share = walk.weights / jnp.where(total_weight > 0, total_weight, 1.0)
@@ -305,6 +313,8 @@ class _Walk:
     labels: membership.Labels
     targets: Array
     weights: Array
+    examples: Array | None
+    params: PyTree
     metrics: dict[str, dict[str, Array]] = dataclasses.field(default_factory=dict)
     measured: bool = False
 
@@ -335,7 +345,7 @@ class _Walk:
         value: PyTree,
         gradient_fn: Callable[[PyTree], tuple[Array, PyTree]] | None = None,
         *,
-        params: PyTree = None,
+        logits: Array | None = None,
         time: int = 0,
     ) -> PyTree:
         """Let the transforms at a site have its value, in the order of the chain."""
@@ -344,7 +354,7 @@ class _Walk:
             return value
         before, members, report = value, self.members(), {}
         for i, site in standing:
-            value, state = self._update(i, site, value, gradient_fn, params, time)
+            value, state = self._update(i, site, value, gradient_fn, logits, time)
             self.states = (*self.states[:i], state, *self.states[i + 1 :])
             if (describe := self.chain[i].report) is not None:
                 report |= describe(site, self.class_stats, self.step)
@@ -367,7 +377,7 @@ class _Walk:
             if len(self.chain[i].sites) > 1:
                 self._mix(i)
             else:
-                self.targets, state = self._update(i, site, self.targets, None, None, 0)
+                self.targets, state = self._update(i, site, self.targets)
                 self.states = (*self.states[:i], state, *self.states[i + 1 :])
         if standing:
             change = _change(before, self.targets, self.members(), before.shape[1])
@@ -380,18 +390,18 @@ class _Walk:
         themselves between classes; one that stands at the labels alone (smoothing) does not.
         """
         labels = _soft(self.labels, self.targets.shape[1])
-        moved, _ = self._update(index, sites.LABELS, labels, None, None, 0)
-        self.targets, state = self._update(index, sites.LABELS, self.targets, None, None, 0)
+        moved, _ = self._update(index, sites.LABELS, labels)
+        self.targets, state = self._update(index, sites.LABELS, self.targets)
         self.labels = moved
         self.states = (*self.states[:index], state, *self.states[index + 1 :])
 
-    def _update(self, index, site, value, gradient_fn, params, time) -> tuple[Any, Any]:
+    def _update(self, index, site, value, gradient_fn=None, logits=None, time=0) -> tuple[Any, Any]:
         # The same key at all sites of a perturbation: its draws agree without a state.
         key = jax.random.fold_in(self.key, index)
         return self.chain[index].update(
             value,
             self.states[index],
-            params,
+            self.params,
             site=site,
             # Several calls of one module draw anew.
             key=jax.random.fold_in(key, time),
@@ -399,15 +409,18 @@ class _Walk:
             labels=self.labels,
             targets=self.targets,
             weights=self.weights,
+            examples=self.examples,
             class_stats=self.class_stats,
             gradient_fn=gradient_fn,
+            logits=logits,
         )
 
 
 jax.tree_util.register_dataclass(
     _Walk,
     data_fields=[
-        "key", "states", "step", "class_stats", "labels", "targets", "weights", "metrics",
+        "key", "states", "step", "class_stats", "labels", "targets", "weights", "examples",
+        "params", "metrics",
     ],
     meta_fields=["chain", "measured"],
 )  # fmt: skip
@@ -454,6 +467,15 @@ def _earliest(
             for leaf, candidate, position in zip(leaves, candidates, positions, strict=True)
         ]
     return jax.tree.unflatten(treedef, leaves)
+
+
+def _checked_examples(examples: Array, batch: int) -> Int[Array, "batch"]:
+    if examples.shape != (batch,) or not jnp.issubdtype(examples.dtype, jnp.integer):
+        raise ValueError(
+            f"examples must be integers [{batch}], the places of the batch's examples in the "
+            f"training set, not {examples.dtype} {examples.shape}."
+        )
+    return jnp.asarray(examples)
 
 
 def _is_here(labels: Array) -> bool:

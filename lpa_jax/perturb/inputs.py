@@ -6,6 +6,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
 
 from lpa_jax.perturb import pgd
 from lpa_jax.perturb.sites import (
@@ -190,3 +191,104 @@ def mixup(alpha: Number) -> Perturbation:
       Zhang et al., mixup, ICLR 2018, arXiv:1710.09412.
     """
     return manifold_mixup(INPUTS, alpha)
+
+
+def cutmix(alpha: Number, probability: Number = 1.0) -> Perturbation:
+    r"""CutMix: paste a box of another example, and mix the targets by the box's area.
+
+    The box, one for the batch, has `1 - lambda` of the area, `lambda ~ Beta(alpha, alpha)`, and a
+    centre drawn anywhere in the image, whose borders cut it off; the targets are mixed by what is
+    left of it. Each example is paired with the one before it, as in `manifold_mixup` (*ours*).
+
+    Args:
+      alpha: Parameter of the Beta distribution, at least 0 (0: no mixing), or a schedule. The
+        paper's: 1.0.
+      probability: Share of the batches that are mixed, in [0, 1], or a schedule. The paper's code:
+        0.5 on CIFAR.
+
+    Raises:
+      ValueError: If an argument is outside its range, or the inputs are not `[B, H, W, channels]`.
+
+    Example:
+      >>> import lpa_jax
+      >>> lpa_jax.cutmix(alpha=1.0)
+      Perturbation(sites=('inputs', 'labels'))
+
+    References:
+      Yun et al., CutMix, ICCV 2019, arXiv:1905.04899.
+    """
+    check_number("alpha", alpha)
+    check_number("probability", probability, 0.0, 1.0)
+
+    def update(value, state, params=None, *, site=INPUTS, key, weights, step=0, **_):
+        del params
+        real = weights > 0
+        paired = real & jnp.roll(real, 1)
+        other = jnp.roll(value, 1, axis=0)
+        if site == LABELS:
+            # The area in pixels, which the labels do not tell, comes from the inputs.
+            lam = jnp.where(paired, state, 1.0)[:, None].astype(value.dtype)
+            return jnp.where(lam < 1, lam * value + (1 - lam) * other, value), state
+        size = jnp.asarray(_image_size("cutmix", value), jnp.float32)
+        lam_key, centre_key, apply_key = jax.random.split(key, 3)
+        concentration = at_step(alpha, step)
+        safe = jnp.maximum(concentration, 1e-3)
+        applied = jax.random.bernoulli(apply_key, at_step(probability, step))
+        lam = jax.random.beta(lam_key, safe, safe)
+        lam = jnp.where(applied & (concentration > 0), lam, 1.0)
+        centre = jnp.floor(jax.random.uniform(centre_key, (1, 2)) * size)
+        box = _box(value, centre, jnp.floor(size * jnp.sqrt(1.0 - lam)))
+        mixed = jnp.where(paired[:, None, None, None] & box, other, value)
+        return mixed, 1.0 - jnp.mean(box.astype(jnp.float32))
+
+    return Perturbation((INPUTS, LABELS), lambda _: jnp.ones((), jnp.float32), update)
+
+
+def cutout(size: Number, mean: float | Sequence[float] = 0.0) -> Perturbation:
+    """Cutout: cover a square of each image, at a place of its own.
+
+    Args:
+      size: Side of the square in pixels, at least 0, or a schedule; the borders cut it off. The
+        paper's: 16 on CIFAR-10, 8 on CIFAR-100.
+      mean: What covers it, one number or one for each channel. The paper's is the mean of the
+        training images.
+
+    Raises:
+      ValueError: If `size` is negative, or the inputs are not `[B, H, W, channels]`.
+
+    Example:
+      >>> import lpa_jax
+      >>> lpa_jax.cutout(16, mean=(0.49, 0.48, 0.45))
+      Perturbation(sites=('inputs',))
+
+    References:
+      DeVries and Taylor, arXiv:1708.04552.
+    """
+    check_number("size", size)
+    color = jnp.asarray(mean)
+
+    def update(value, *, key, step=0, **_):
+        shape = jnp.asarray(_image_size("cutout", value), jnp.float32)
+        centre = jnp.floor(jax.random.uniform(key, (value.shape[0], 2)) * shape)
+        square = _box(value, centre, jnp.full(2, at_step(size, step)))
+        return jnp.where(square, color.astype(value.dtype), value)
+
+    return stateless(INPUTS, update)
+
+
+def _image_size(name: str, value: Array) -> tuple[int, int]:
+    if value.ndim != 4:
+        raise ValueError(f"{name} needs inputs [B, H, W, channels], not {value.shape}.")
+    return value.shape[1], value.shape[2]
+
+
+def _box(
+    value: Float[Array, "B H W C"], centre: Float[Array, "boxes 2"], size: Float[Array, "2"]
+) -> Bool[Array, "boxes H W 1"]:
+    """Return which pixels lie in a box: from half its size before its centre to half beyond."""
+
+    def within(axis):
+        offset = jnp.arange(value.shape[1 + axis]) - centre[:, axis, None]
+        return (offset >= -size[axis] / 2) & (offset < size[axis] / 2)
+
+    return (within(0)[:, :, None] & within(1)[:, None])[..., None]

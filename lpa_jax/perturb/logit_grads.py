@@ -1,8 +1,11 @@
-"""Perturbations of the per-example gradient of the loss at the logits, `[B, C]`: LPG."""
+"""Perturbations of the per-example gradient of the loss at the logits, `[B, C]`: LPG, ELR."""
 
+from collections.abc import Sequence
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from lpa_jax.perturb import classwise, membership, pgd, sites, splits
 
@@ -74,3 +77,146 @@ def _iterate(mean: pgd.Rows, signs: pgd.PerRow, radii: pgd.PerRow, steps: int = 
         return pgd.project(delta + pgd.column(signs * length, delta) * pgd.unit(total), radii)
 
     return pgd.repeat(body, jnp.zeros_like(mean), steps)
+
+
+def reweight(class_counts: Sequence[float], beta: sites.Number = 0.9999) -> sites.Perturbation:
+    r"""Class-balanced re-weighting: scale each example's gradient by the weight of its class.
+
+    .. math::
+        w_c \propto \frac{1 - \beta}{1 - \beta^{n_c}}, \qquad \sum_c w_c = C
+
+    the inverse of the effective number of samples. With cross-entropy the parameter gradient is
+    that of class-balanced CE, with `losses.softmax_focal_loss` that of class-balanced focal loss;
+    the loss the step returns is not weighted. The mean is over the examples, as in the paper
+    (LDAM's code divides by the sum of the weights in the batch).
+
+    Args:
+      class_counts: Number of training examples of each class, `[C]`, all positive.
+      beta: In [0, 1], or a schedule. 0: no weights; 1: by inverse frequency.
+
+    With soft labels an example has the mixture of the weights of its classes (*ours*).
+
+    Raises:
+      ValueError: If an argument is outside its range.
+
+    Example:
+      >>> import jax.numpy as jnp, lpa_jax
+      >>> balance = lpa_jax.reweight([30, 10], beta=1.0)
+      >>> given = dict(labels=jnp.array([0, 1]), weights=jnp.ones(2))
+      >>> balance.update(jnp.ones((2, 2)), balance.init(None), **given)[0].tolist()
+      [[0.5, 0.5], [1.5, 1.5]]
+
+    References:
+      Cui et al., Class-Balanced Loss Based on Effective Number of Samples, CVPR 2019,
+      arXiv:1901.05555.
+    """
+    counts = membership.counts_of(class_counts)
+    sites.check_number("beta", beta, 0.0, 1.0)
+
+    def update(value, *, labels, weights, step=0, **_):
+        membership.check_classes(counts, value)
+        rest = 1.0 - sites.at_step(beta, step)
+        safe = jnp.where(rest > 0, rest, 1.0)
+        # 1 - beta^n, with all its digits where beta is near 1.
+        grown = -jnp.expm1(counts * jnp.log1p(-safe))
+        by_class = 1.0 / jnp.where(rest > 0, grown / safe, counts)
+        by_class *= counts.shape[0] / jnp.sum(by_class)
+        members = membership.by_class(labels, weights, value.shape[1])
+        factors = members.spread(members.take_class(by_class))
+        return value * factors[:, None].astype(value.dtype)
+
+    return sites.stateless(sites.LOGIT_GRADS, update)
+
+
+def drw(
+    class_counts: Sequence[float], start: int, beta: sites.Number = 0.9999
+) -> sites.Perturbation:
+    """DRW: deferred re-weighting, `reweight` from step `start` on and nothing before it.
+
+    Args:
+      class_counts: Number of training examples of each class, `[C]`, all positive.
+      start: First step that is weighted, at least 0. The paper's: epoch 160 of 200.
+      beta: As in `reweight`.
+
+    Raises:
+      ValueError: If an argument is outside its range.
+
+    Example:
+      >>> import lpa_jax
+      >>> lpa_jax.chain(lpa_jax.ldam([30, 10], scale=1.0), lpa_jax.drw([30, 10], start=8000))
+      (Perturbation(sites=('logits',)), Perturbation(sites=('logit_grads',)))
+
+    References:
+      Cao et al., LDAM, NeurIPS 2019, arXiv:1906.07413.
+    """
+    sites.check_count("start", start, low=0)
+    sites.check_number("beta", beta, 0.0, 1.0)
+
+    def deferred(step):
+        return jnp.where(jnp.asarray(step) < start, 0.0, sites.at_step(beta, step))
+
+    return reweight(class_counts, deferred)
+
+
+def elr(num_examples: int, strength: sites.Number, beta: sites.Number = 0.7) -> sites.Perturbation:
+    r"""ELR: early-learning regularisation, which holds predictions to what they used to be.
+
+    .. math::
+        \ell_i + \lambda \log(1 - \langle p_i, t_i \rangle), \qquad
+        t_i \leftarrow \beta t_i + (1 - \beta) p_i
+
+    with `t_i` a moving average of the predictions on example i of the training set, begun at 0 and
+    a constant for the gradient. What is added at the logits is the gradient of the second term,
+    `lambda * p * (<p, t> - t) / (1 - <p, t>)`; the loss the step returns is without it.
+
+    Args:
+      num_examples: Number of training examples N; the state is float32 `[N, C]`.
+      strength: The paper's lambda, at least 0, or a schedule. 3 on CIFAR-10 and 7 on CIFAR-100.
+      beta: Decay of the average, in [0, 1], or a schedule. 0.7 on CIFAR-10 and 0.9 on CIFAR-100.
+
+    *Ours*: `p` is the softmax of the logits as other perturbations have made them; the denominator
+    is at least 1e-4 (the paper's code clips `p`); an example that a batch has several times counts
+    once, with the mean of its predictions; after mixing, an example's average is of its mixtures.
+
+    Raises:
+      ValueError: If an argument is outside its range. The step raises it if it is not told which
+        `examples` it is given; an example of N or more makes the gradient NaN.
+
+    Example:
+      >>> import lpa_jax
+      >>> lpa_jax.elr(num_examples=50_000, strength=3.0)
+      Perturbation(sites=('logit_grads',))
+
+    References:
+      Liu et al., Early-Learning Regularization Prevents Memorization of Noisy Labels, NeurIPS 2020,
+      arXiv:2007.00151.
+    """
+    sites.check_count("num_examples", num_examples)
+    sites.check_number("strength", strength)
+    sites.check_number("beta", beta, 0.0, 1.0)
+
+    def init(value: Float[Array, "batch classes"]) -> Float[Array, "examples classes"]:
+        return jnp.zeros((num_examples, value.shape[1]), jnp.float32)
+
+    def update(value, state, params=None, *, weights, logits, examples=None, step=0, **_):
+        del params
+        if examples is None:
+            raise ValueError(
+                "elr remembers every example of the training set: give the step examples=, the "
+                "places of the batch's examples in it."
+            )
+        real = weights > 0
+        p = jnp.where(real[:, None], jax.nn.softmax(logits), 0.0)
+        # One mean for all of an example's places in the batch: writes to one row have no order.
+        same = ((examples[:, None] == examples) & real).astype(jnp.float32)
+        total = jnp.matmul(same, p, precision=jax.lax.Precision.HIGHEST)
+        own = total / jnp.maximum(jnp.sum(same, axis=1, keepdims=True), 1.0)
+        decay = sites.at_step(beta, step)
+        before = state.at[examples].get(mode="fill", fill_value=jnp.nan)
+        t = jnp.where(real[:, None], decay * before + (1.0 - decay) * own, 0.0)
+        state = state.at[jnp.where(real, examples, num_examples)].set(t, mode="drop")
+        agreement = jnp.sum(p * t, axis=1, keepdims=True)
+        pull = p * (agreement - t) / jnp.maximum(1.0 - agreement, 1e-4)
+        return value + (sites.at_step(strength, step) * pull).astype(value.dtype), state
+
+    return sites.Perturbation(sites.LOGIT_GRADS, init, update)

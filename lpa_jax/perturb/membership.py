@@ -1,5 +1,6 @@
 """Which classes the examples of a batch belong to: the only interface of class-level work."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -61,7 +62,14 @@ class Membership(NamedTuple):
         """Look up a table by class, `[C, ...]`, for each row."""
         return table[jnp.minimum(self.classes, table.shape[0] - 1)]
 
-    def put(self, table: Float[Array, "classes"], per_row: Float[Array, "rows"]) -> Array:
+    def shares(self) -> Float[Array, "batch rows"]:
+        """Return the share of each example in each row, by weight; 0 for padding."""
+        rows = self.rows
+        if rows.ndim == 1:
+            rows = jax.nn.one_hot(rows, self.classes.shape[0], dtype=jnp.float32)
+        return jnp.where(self.weights > 0, self.weights, 0.0)[:, None] * rows
+
+    def put(self, table: Float[Array, "classes ..."], per_row: Float[Array, "rows ..."]) -> Array:
         """Write the entries of the rows with members into a table by class."""
         present = jnp.where(self.counts > 0, self.classes, table.shape[0])
         return table.at[present].set(per_row, mode="drop")
@@ -99,3 +107,22 @@ def by_example(labels: Labels, weights: Float[Array, "batch"]) -> Membership:
     classes = labels if labels.ndim == 1 else jnp.argmax(labels, axis=1)
     weights = weights.astype(jnp.float32)
     return Membership(jnp.arange(labels.shape[0]), classes, weights, weights)
+
+
+def counts_of(class_counts: Sequence[float]) -> Float[Array, "classes"]:
+    """Return the number of training examples of each class as an array.
+
+    Raises:
+      ValueError: If a count is not positive.
+    """
+    if not len(class_counts) or not all(count > 0 for count in class_counts):
+        raise ValueError(f"class_counts must be positive, not {class_counts!r}.")
+    return jnp.asarray(class_counts, jnp.float32)
+
+
+def check_classes(counts: Float[Array, "counted"], logits: Float[Array, "batch classes"]) -> None:
+    """Raise `ValueError` unless there is a logit for each class counted."""
+    if counts.shape[0] != logits.shape[1]:
+        raise ValueError(
+            f"class_counts names {counts.shape[0]} classes, but there are {logits.shape[1]} logits."
+        )

@@ -1,10 +1,11 @@
-"""Perturbations of the parameter gradient: SAM and ASAM (clipping and noise are optax's own)."""
+"""Perturbations of the parameter gradient: SAM, ASAM, clipping, noise."""
 
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from lpa_jax.perturb import pgd, sites
 
@@ -76,5 +77,62 @@ def _sharpness_aware(
             return weight + (length * unit(weight) * grad).astype(weight.dtype)
 
         return gradient_fn(jax.tree.map(move, params, scaled))[1]
+
+    return sites.stateless(sites.PARAM_GRADS, update)
+
+
+def gradient_clipping(max_norm: sites.Number) -> sites.Perturbation:
+    """Scale the gradient down to a global norm, where it is longer.
+
+    Args:
+      max_norm: Largest l2 norm of the whole gradient, at least 0, or a schedule.
+
+    Raises:
+      ValueError: If `max_norm` is negative or not a number.
+
+    Example:
+      >>> import jax.numpy as jnp, lpa_jax
+      >>> clip = lpa_jax.gradient_clipping(1.0)
+      >>> clip.update(jnp.array([3.0, 4.0]), clip.init(None))[0].round(2).tolist()
+      [0.6, 0.8]
+
+    References:
+      Pascanu, Mikolov and Bengio, ICML 2013, arXiv:1211.5063.
+    """
+    sites.check_number("max_norm", max_norm)
+
+    def update(grads, *, step=0, **_):
+        norm, limit = optax.tree.norm(grads), sites.at_step(max_norm, step)
+        factor = jnp.where(norm > limit, limit / jnp.where(norm > 0, norm, 1.0), 1.0)
+        return jax.tree.map(lambda grad: grad * factor.astype(grad.dtype), grads)
+
+    return sites.stateless(sites.PARAM_GRADS, update)
+
+
+def gradient_noise(eta: sites.Number, gamma: float = 0.55) -> sites.Perturbation:
+    r"""Add independent normal noise of variance `eta / (1 + step)^gamma` to the gradient.
+
+    Args:
+      eta: Variance at the first step, at least 0, or a schedule. The paper's: 0.01, 0.3 or 1.
+      gamma: Decay of the variance, at least 0.
+
+    Raises:
+      ValueError: If an argument is negative or not a number.
+
+    Example:
+      >>> import lpa_jax
+      >>> lpa_jax.gradient_noise(eta=0.01)
+      Perturbation(sites=('param_grads',))
+
+    References:
+      Neelakantan et al., arXiv:1511.06807. Unlike `optax.add_noise` it draws from the step's key.
+    """
+    sites.check_number("eta", eta)
+    sites.check_number("gamma", gamma)
+
+    def update(grads, *, key, step=0, **_):
+        stddev = jnp.sqrt(sites.at_step(eta, step) / (1.0 + step) ** gamma)
+        noise = optax.tree.random_like(key, grads, jax.random.normal)
+        return jax.tree.map(lambda grad, z: grad + stddev.astype(grad.dtype) * z, grads, noise)
 
     return sites.stateless(sites.PARAM_GRADS, update)

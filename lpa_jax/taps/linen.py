@@ -37,7 +37,8 @@ def value_and_grad(
     """Build a training step's loss and gradient, with perturbations at their sites.
 
     The result is a pure function, to be used inside the caller's own `jax.jit`:
-    `(loss, aux), grads, state = step(variables, state, inputs, labels, key, weights=w, **kwargs)`
+    `(loss, aux), grads, state = step(variables, state, inputs, labels, key, weights=w, examples=i,
+    **kwargs)`
 
     - `variables`: what `model.init` returned; the gradient is with respect to its `"params"`.
     - `state`: from `step.init(variables, inputs, labels, **kwargs)`.
@@ -45,6 +46,8 @@ def value_and_grad(
     - `key`: a PRNG key. The step count is folded in, so the same key may be given at every step.
     - `weights`: float `[B]`, 1 for real examples (default) and 0 for padding, whose inputs and
       labels are taken as 0. Batch normalization sees padding all the same.
+    - `examples`: int `[B]`, which examples of the training set these are, for the perturbations
+      that remember each of them (`elr`); others do without.
     - `kwargs`: passed on to `apply_fn`, such as `train=True, mutable=["batch_stats"]`.
     - `loss`: the weighted mean, float32. `aux["logits"]`: the network's output `[B, C]` before
       perturbations of the logits. `aux["updates"]`: the mutated collections. `aux["metrics"]`: for
@@ -53,10 +56,12 @@ def value_and_grad(
 
     A transform's `update` receives, keyword-only: `site`, `key`, `step`, `labels` (the class
     membership: int `[B]`, or float `[B, C]` after mixing), `targets` `[B, C]`, `weights`,
-    `class_stats` (`statistics.ClassStats`), and `gradient_fn(value)`, which returns per-example
-    losses `[B]` and their gradient through the rest of the network (None where the site has none).
-    At `"param_grads"` the value is the gradient tree, `params` is given, and `gradient_fn(params)`
-    returns loss and gradient.
+    `examples` (None where the step was given none), `class_stats` (`statistics.ClassStats`), and
+    `gradient_fn(value)`, which returns per-example losses `[B]` and their gradient through the rest
+    of the network (None where the site has none). At `"logit_grads"` there are also the `logits` at
+    which the gradient was taken. At `"param_grads"` the value is the gradient tree, and
+    `gradient_fn(params)` returns loss and gradient. Optax's third argument, `params`, is the
+    network's parameters, through which gradients flow.
 
     Args:
       apply_fn: `model.apply` of a Flax linen model that returns logits `[B, num_classes]`.

@@ -1,6 +1,6 @@
 """What a run is made of: the keys of a configuration, their defaults, and methods by name."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import difflib
 import inspect
 import math
@@ -13,12 +13,20 @@ from lpa_jax.data import batching, long_tail, tasks
 from lpa_jax.perturb import splits
 
 TRANSFORMS = (
+    "additive_margin",
     "adversarial",
     "asam",
+    "cutmix",
+    "cutout",
     "disturb_label",
     "dropblock",
     "dropout",
+    "drw",
+    "elr",
     "gaussian_noise",
+    "gradient_clipping",
+    "gradient_noise",
+    "isda",
     "label_smoothing",
     "ldam",
     "logit_adjustment",
@@ -27,8 +35,12 @@ TRANSFORMS = (
     "lpl",
     "manifold_mixup",
     "mixup",
+    "reweight",
     "sam",
+    "shake",
 )
+# Arguments of transforms that follow from the data and the length of the run.
+TASK = ("class_counts", "mean", "num_classes", "num_examples", "num_steps")
 # For each transform, the arguments that have no default or another one here: those for CIFAR.
 METHODS = {
     "lpa": {"site": "group3", "epsilon": 0.1, "radius": "relative"},
@@ -43,6 +55,17 @@ METHODS = {
     "label_smoothing": {"alpha": 0.1},
     "disturb_label": {"rate": 0.1},
     "ldam": {"scale": 1.0},
+    "additive_margin": {"margin": 0.35},
+    "cutmix": {"alpha": 1.0, "probability": 0.5},
+    "cutout": {"size": 16.0},
+    # As a share of the run: epoch 160 of 200.
+    "drw": {"start": 0.8},
+    "elr": {"strength": 3.0, "beta": 0.7},
+    "gradient_clipping": {"max_norm": 5.0},
+    # Ours; the variance of the paper is 0.01 and more.
+    "gradient_noise": {"eta": 1e-6},
+    "isda": {"site": "features", "strength": 0.5},
+    "shake": {"site": "group3", "strength": 0.5},
     "sam": {"rho": 0.05},
     "asam": {"rho": 0.5},
 }
@@ -106,7 +129,9 @@ def default() -> Config:
             "model": {"name": "wrn_28_10", "dtype": "float32", "options": {}},
             # What blocks keep for the backward pass instead of everything: "nothing_saveable", ...
             "remat": config_dict.placeholder(str),
-            "loss": "softmax_cross_entropy",
+            # "softmax_cross_entropy", "softmax_binary_cross_entropy", "softmax_focal_loss" (which
+            # takes gamma) or "generalized_cross_entropy" (which takes q).
+            "loss": {"name": "softmax_cross_entropy", "gamma": 2.0, "q": 0.7},
             # What was asked for by name, and what that means.
             "method": "erm",
             "perturbation": {},
@@ -201,7 +226,7 @@ def choose(
 def arguments_of(name: str, known: Mapping[str, Any]) -> dict[str, Any]:
     """Return every argument of a transform that a configuration can set, with its value.
 
-    The class counts of logit adjustment, LDAM and the tail split come from the training set.
+    What is in `TASK`, such as the class counts of LDAM, comes from the training set and the run.
     """
     if name not in TRANSFORMS:
         close = difflib.get_close_matches(name, TRANSFORMS, n=3)
@@ -212,7 +237,7 @@ def arguments_of(name: str, known: Mapping[str, Any]) -> dict[str, Any]:
         )
     arguments = {}
     for parameter in inspect.signature(getattr(lpa_jax, name)).parameters.values():
-        if parameter.name == "class_counts":
+        if parameter.name in TASK:
             continue
         if parameter.name == "split":
             value: Any = dict(SPLIT) | dict(known.get("split", {}))
@@ -231,8 +256,16 @@ def arguments_of(name: str, known: Mapping[str, Any]) -> dict[str, Any]:
     return arguments
 
 
-def perturbation(config: Config, class_counts: list[int]) -> tuple[lpa_jax.Perturbation, ...]:
+def perturbation(
+    config: Config, class_counts: list[int], mean: Sequence[float], num_steps: int
+) -> tuple[lpa_jax.Perturbation, ...]:
     """Build the chain of a configuration, in the order in which `method` names its transforms.
+
+    Args:
+      config: The configuration.
+      class_counts: Number of training examples of each class.
+      mean: Of the training images, a number for each channel.
+      num_steps: Number of steps of the run.
 
     Raises:
       ValueError: If an argument is outside its range.
@@ -244,19 +277,30 @@ def perturbation(config: Config, class_counts: list[int]) -> tuple[lpa_jax.Pertu
             f"{'+'.join(config.perturbation) or 'erm'}: choose the method after the colon of "
             "--config, as in FILE.py:method=lpa."
         )
-    return lpa_jax.chain(
-        *(_transform(name, config.perturbation[name], class_counts) for name in names)
-    )
+    task = {
+        "class_counts": class_counts,
+        "mean": tuple(mean),
+        "num_classes": len(class_counts),
+        "num_examples": sum(class_counts),
+        "num_steps": num_steps,
+    }
+    return lpa_jax.chain(*(_transform(name, config.perturbation[name], task) for name in names))
 
 
-def _transform(name: str, config: Config, class_counts: list[int]) -> lpa_jax.Perturbation:
+def _transform(name: str, config: Config, task: Mapping[str, Any]) -> lpa_jax.Perturbation:
     factory = getattr(lpa_jax, name)
     arguments = dict(config)
     if "split" in arguments:
-        arguments["split"] = _split(arguments["split"], class_counts)
-    if "class_counts" in inspect.signature(factory).parameters:
-        arguments["class_counts"] = class_counts
-    return factory(**arguments)
+        arguments["split"] = _split(arguments["split"], task["class_counts"])
+    if "start" in arguments:
+        if not 0 <= arguments["start"] <= 1:
+            raise ConfigError(
+                f"config.perturbation.{name}.start must be a share of the run, between 0 and 1, "
+                f"not {arguments['start']!r}."
+            )
+        arguments["start"] = round(arguments["start"] * task["num_steps"])
+    taken = inspect.signature(factory).parameters
+    return factory(**arguments, **{key: task[key] for key in TASK if key in taken})
 
 
 def _split(config: Config, class_counts: list[int]) -> splits.Split:

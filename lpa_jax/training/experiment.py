@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator
 import contextlib
+import functools
+import inspect
 from typing import NamedTuple
 
 from flax import linen as nn
@@ -19,6 +21,8 @@ from lpa_jax.training.config import Config, ConfigError
 LOSSES = {
     "softmax_cross_entropy": optax.softmax_cross_entropy,
     "softmax_binary_cross_entropy": losses.softmax_binary_cross_entropy,
+    "softmax_focal_loss": losses.softmax_focal_loss,
+    "generalized_cross_entropy": losses.generalized_cross_entropy,
 }
 
 
@@ -101,9 +105,9 @@ def build(config: Config) -> Experiment:
         )
         perturbed = lpa_jax.value_and_grad(
             model.apply,
-            configuration.perturbation(config, class_counts),
+            configuration.perturbation(config, class_counts, dataset.mean, num_steps),
             num_classes=dataset.num_classes,
-            loss_fn=_loss_named(config.loss),
+            loss_fn=_loss_named(**config.loss),
         )
         accumulate = config.optimizer.accumulate
         if accumulate > num_steps:
@@ -146,7 +150,9 @@ def as_config_error() -> Iterator[None]:
         raise ConfigError(str(error)) from error
 
 
-def _loss_named(name: str) -> LossFn:
+def _loss_named(name: str, **known: float) -> LossFn:
     if name not in LOSSES:
         raise ConfigError(f"There is no loss {name!r}; the losses are {', '.join(LOSSES)}.")
-    return LOSSES[name]
+    loss = LOSSES[name]
+    taken = inspect.signature(loss).parameters
+    return functools.partial(loss, **{key: known[key] for key in known if key in taken})

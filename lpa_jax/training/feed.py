@@ -14,7 +14,8 @@ from lpa_jax import data
 from lpa_jax.training import mesh as meshes
 from lpa_jax.training.config import ConfigError
 
-Batch = tuple[UInt8[Array, "batch height width channels"], Int[Array, "batch"]]
+Batch = tuple[UInt8[Array, "batch height width channels"], Int[Array, "batch"], Int[Array, "batch"]]
+"""Images, labels, and which examples of the training set these are."""
 Batches = Callable[[int, int], Int[np.ndarray, "steps batch"]]
 SHARE = 0.25
 """Part of a device's memory that the training images may fill."""
@@ -92,7 +93,7 @@ def _from_device(
     def take(step, images, labels, order):
         indices = order[step % order.shape[0]]
         batch = jax.lax.with_sharding_constraint(images[indices], meshes.batched(mesh))
-        return batch, labels[indices]
+        return batch, labels[indices], indices
 
     return Feed(open_, take, resident=True)
 
@@ -114,14 +115,14 @@ def _from_host(
         def read(step):
             epoch, at = divmod(int(step), steps_per_epoch)
             indices = order(epoch)[at][rows]
-            return examples.images[indices], examples.labels[indices]
+            return examples.images[indices], examples.labels[indices], indices
 
         ahead = grain.ReadOptions(num_threads=4, prefetch_buffer_size=8)
         for local in grain.MapDataset.range(first, num_steps).map(read).to_iter_dataset(ahead):
             yield tuple(jax.make_array_from_process_local_data(sharding, part) for part in local)
 
-    def take(step: Any, images, labels):
+    def take(step: Any, images, labels, indices):
         del step
-        return images, labels
+        return images, labels, indices
 
     return Feed(open_, take, resident=False)

@@ -83,19 +83,21 @@ def make_steps(
         augment_key, perturb_key = jax.random.split(
             jax.random.fold_in(jax.random.key(seed), state.step)
         )
-        images, labels = take(state.step, *given)
+        images, labels, examples = take(state.step, *given)
         images = data.augment(augment_key, images, padding=padding, flip=flip)
-        return data.to_float(images), labels, perturb_key
+        return data.to_float(images), labels, perturb_key, examples
 
     @jax.jit
     def init(seed):
         images, labels = jnp.zeros(shape, jnp.float32), jnp.zeros(shape[0], jnp.int32)
+        examples = jnp.arange(shape[0], dtype=jnp.int32)
         key = jax.random.key(seed)
         variables = init_fn(key, images[:1], train=False)
         state = perturbed.init(variables, images, labels, **APPLY)
         # What is traced is shared only if the mesh is the same; values are not moved by this.
-        given = jax.lax.with_sharding_constraint((variables, state, images, labels, key), whole)
-        (_, aux), _, _ = jax.eval_shape(run, *given)
+        given = (variables, state, images, labels, key, examples)
+        *given, examples = jax.lax.with_sharding_constraint(given, whole)
+        (_, aux), _, _ = jax.eval_shape(run, *given, examples=examples)
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             variables=variables,
@@ -114,12 +116,14 @@ def make_steps(
     )
 
     def train_step(state, seed, *given):
-        images, labels, key = batch_of(state, seed, *given)
+        images, labels, key, examples = batch_of(state, seed, *given)
         # Sharded arrays are gathered for the step, and their gradients scattered after it.
         variables, perturbation = jax.lax.with_sharding_constraint(
             (state.variables, state.perturbation), whole
         )
-        (loss, aux), grads, perturbation = run(variables, perturbation, images, labels, key)
+        (loss, aux), grads, perturbation = run(
+            variables, perturbation, images, labels, key, examples=examples
+        )
         grads = jax.lax.with_sharding_constraint(grads, shardings.variables["params"])
         params = state.variables["params"]
         updates, opt_state = tx.update(grads, state.opt_state, params)
@@ -155,8 +159,10 @@ def make_steps(
         )
 
     def diagnose(state, seed, *given):
-        batch = batch_of(state, seed, *given)
-        found, grads = perturbed.diagnose(state.variables, state.perturbation, *batch, **APPLY)
+        *batch, examples = batch_of(state, seed, *given)
+        found, grads = perturbed.diagnose(
+            state.variables, state.perturbation, *batch, examples=examples, **APPLY
+        )
         updates, _ = tx.update(grads, state.opt_state, state.variables["params"])
         found["the update"] = all_finite(updates)
         return found
