@@ -137,6 +137,12 @@ def test_classes_learned_equally_well_are_all_left_alone(number):
     assert lpa_jax.splits.mean_threshold().signs(stats, jnp.arange(number)).tolist() == [0] * number
 
 
+def test_what_differs_by_a_rounding_is_equal():
+    stats = known([0.5 + 3e-7, 0.5 - 3e-7, 0.5 + 1e-5, 0.5 - 1e-5], [1.0] * 4)
+    split = lpa_jax.splits.threshold(0.5)
+    assert split.signs(stats, jnp.arange(4)).tolist() == [0, 0, -1, 1]
+
+
 def test_nothing_is_known_at_the_first_step():
     stats = statistics.init(4)
     for split in (
