@@ -11,7 +11,7 @@ from probes import quick_jit, watched
 import pytest
 
 import lpa_jax
-from lpa_jax.perturb import membership, pgd, statistics
+from lpa_jax.perturb import classwise, membership, pgd, statistics
 
 close = functools.partial(chex.assert_trees_all_close, rtol=1e-5, atol=1e-6)
 
@@ -159,6 +159,15 @@ def test_constant_splits_have_one_bound():
     for split, sign in ((lpa_jax.splits.all_positive(), 1), (lpa_jax.splits.all_negative(), -1)):
         assert split.signs(stats, jnp.arange(4)).tolist() == [sign] * 4
         assert split.spread(stats, jnp.arange(4)).tolist() == [0] * 4
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_row_without_members_has_neither_sign_nor_bound(size):
+    planner = classwise.planner(0.5, 0.0, lpa_jax.splits.all_positive())
+    members = membership.by_class(LABELS, WEIGHTS, size)
+    plan = planner.of(members, statistics.init(size), 0)
+    assert plan.sign.tolist() == (members.counts > 0).tolist()
+    assert plan.radius.tolist() == (0.5 * (members.counts > 0)).tolist()
 
 
 # ---------------------------------------------------------------- projected steps
