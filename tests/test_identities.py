@@ -455,6 +455,7 @@ def test_12_sam_is_that_of_optax():
 
 
 def test_each_site_has_its_own_bound():
+    assert lpa_jax.layer_scale(1.0, 3) == pytest.approx((0.49, 0.7, 1.0))
     bounds = lpa_jax.layer_scale(0.4, 2, beta=0.5)
     assert bounds == pytest.approx((0.2, 0.4))
     split = lpa_jax.splits.all_positive()

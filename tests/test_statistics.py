@@ -11,7 +11,7 @@ from probes import quick_jit, watched
 import pytest
 
 import lpa_jax
-from lpa_jax.perturb import membership, pgd, statistics
+from lpa_jax.perturb import classwise, membership, pgd, statistics
 
 close = functools.partial(chex.assert_trees_all_close, rtol=1e-5, atol=1e-6)
 
@@ -137,6 +137,12 @@ def test_classes_learned_equally_well_are_all_left_alone(number):
     assert lpa_jax.splits.mean_threshold().signs(stats, jnp.arange(number)).tolist() == [0] * number
 
 
+def test_what_differs_by_a_rounding_is_equal():
+    stats = known([0.5 + 3e-7, 0.5 - 3e-7, 0.5 + 1e-5, 0.5 - 1e-5], [1.0] * 4)
+    split = lpa_jax.splits.threshold(0.5)
+    assert split.signs(stats, jnp.arange(4)).tolist() == [0, 0, -1, 1]
+
+
 def test_nothing_is_known_at_the_first_step():
     stats = statistics.init(4)
     for split in (
@@ -155,6 +161,15 @@ def test_constant_splits_have_one_bound():
         assert split.spread(stats, jnp.arange(4)).tolist() == [0] * 4
 
 
+@pytest.mark.parametrize("size", SIZES)
+def test_a_row_without_members_has_neither_sign_nor_bound(size):
+    planner = classwise.planner(0.5, 0.0, lpa_jax.splits.all_positive())
+    members = membership.by_class(LABELS, WEIGHTS, size)
+    plan = planner.of(members, statistics.init(size), 0)
+    assert plan.sign.tolist() == (members.counts > 0).tolist()
+    assert plan.radius.tolist() == (0.5 * (members.counts > 0)).tolist()
+
+
 # ---------------------------------------------------------------- projected steps
 
 
@@ -164,13 +179,14 @@ each_scale = pytest.mark.parametrize("scale", [1e-30, 1e-10, 1.0, 1e18, 1e30])
 @each_scale
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_rows_of_any_size_have_a_direction_and_a_norm(scale, dtype):
-    rows = (scale * jnp.array([[3.0, 4.0], [0.0, -2.0], [0.0, 0.0]])).astype(dtype)
-    expected = np.array([[0.6, 0.8], [0.0, -1.0], [0.0, 0.0]], np.float32)
-    digits = 1e-6 if dtype == jnp.float32 else 1e-2
-    np.testing.assert_allclose(pgd.unit(rows), expected, rtol=digits)
-    np.testing.assert_allclose(pgd.norms(rows), scale * np.array([5.0, 2.0, 0.0]), rtol=digits)
+    rows = (scale * jnp.array([[3.0, 4.1], [0.0, -2.0], [0.0, 0.0]])).astype(dtype)
+    exact = np.asarray(rows, np.float64)
+    norms = np.linalg.norm(exact, axis=1)
+    expected = exact / np.where(norms > 0, norms, 1.0)[:, None]
+    np.testing.assert_allclose(pgd.unit(rows), expected, rtol=1e-6)
+    np.testing.assert_allclose(pgd.norms(rows), norms, rtol=1e-6)
     tree = {"a": rows[0], "b": rows[1:]}
-    np.testing.assert_allclose(pgd.tree_norm(tree), scale * 29**0.5, rtol=digits)
+    np.testing.assert_allclose(pgd.tree_norm(tree), np.linalg.norm(exact), rtol=1e-6)
 
 
 def test_nothing_has_no_length():
