@@ -1,6 +1,7 @@
 """The command line: `python -m lpa_jax.main --config=configs/digits.py --workdir=runs/digits`."""
 
 import os
+import re
 import sys
 from typing import NoReturn
 
@@ -114,6 +115,12 @@ def _fail(error: Exception, code: int = 2, *, at_once: bool = False) -> NoReturn
     sys.exit(code)
 
 
+def _tells_of_a_loss(error: BaseException) -> bool:
+    # What it is raised as depends on where it is met: a step, a transfer, a barrier, a save.
+    words = "Gloo|NCCL|UNAVAILABLE|DEADLINE_EXCEEDED|[Bb]arrier|heartbeat|Connection (reset|closed)"
+    return re.search(words, str(error)) is not None
+
+
 def _main(_: list[str]) -> None:
     # Imported late: --help and a wrong flag need not wait for jax.
     import jax
@@ -121,7 +128,10 @@ def _main(_: list[str]) -> None:
     from lpa_jax.data import DataError
     from lpa_jax.training import checkpoints, loop, records
 
-    stops = (OSError, UsageError, loop.ConfigError, DataError, loop.NonFiniteLossError)
+    stops = (
+        *(OSError, UsageError, DataError),
+        *(loop.ConfigError, loop.NonFiniteLossError, checkpoints.CheckpointError),
+    )
     # Orbax narrates every checkpoint, and every failure at the length of a page.
     logging.set_verbosity(logging.WARNING)
     logging.get_absl_handler().addFilter(lambda record: "orbax" not in record.pathname)
@@ -130,24 +140,23 @@ def _main(_: list[str]) -> None:
         loop.train_and_evaluate(
             _CONFIG.value, str(_WORKDIR.value), allow_config_change=_ALLOW_CHANGE.value
         )
-    except (records.WriteError, TimeoutError, jax.errors.JaxRuntimeError) as error:
-        several = jax.process_count() > 1
+    except Exception as error:
+        several = jax.distributed.is_initialized()
         cause = error.__cause__ or error
-        if several and isinstance(cause, (TimeoutError, jax.errors.JaxRuntimeError)):
+        if several and _tells_of_a_loss(cause):
             reason = str(cause).strip().partition("\n")[0]
             lost = LostError(
                 f"Another process of the run, or the way to it, is lost ({reason}). The same "
                 "commands go on from the last checkpoint."
             )
             _fail(lost, TEMPORARY, at_once=True)
-        if not isinstance(error, records.WriteError):
-            raise
-        _fail(error, IO_ERROR, at_once=several)
-    except (*stops, checkpoints.CheckpointError) as error:
-        _fail(error)
-    except loop.PreemptedError as error:
-        print(f"lpa_jax: {error} The same command goes on from there.", file=sys.stderr)
-        sys.exit(TEMPORARY)
+        if isinstance(error, records.WriteError):
+            _fail(error, IO_ERROR, at_once=several)
+        if isinstance(error, loop.PreemptedError):
+            _fail(loop.PreemptedError(f"{error} The same command goes on from there."), TEMPORARY)
+        if isinstance(error, stops):
+            _fail(error)
+        raise
     except KeyboardInterrupt:
         print(
             "lpa_jax: stopped; the same command goes on from the last checkpoint.", file=sys.stderr
