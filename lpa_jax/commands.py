@@ -7,6 +7,8 @@ from typing import NoReturn
 
 from absl import flags, logging
 
+WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; a run cut off goes on there.")
+
 
 class UsageError(ValueError):
     """A command line that does not say what to do."""

@@ -2,9 +2,8 @@
 
 from absl import app, flags, logging
 
-from lpa_jax.commands import fail, parse, UsageError
+from lpa_jax.commands import fail, parse, UsageError, WORKDIR
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a run, finished or not.")
 _SEED = flags.DEFINE_multi_integer("seed", None, "Seed to judge, or several; default all.")
 _PART = flags.DEFINE_enum("part", "test", ["test", "validation"], "Images to judge by.")
 _ATTACKS = flags.DEFINE_bool("attacks", False, "Attack the networks too, by FGSM and PGD-20.")
@@ -15,7 +14,7 @@ _LOGIT_ADJUSTMENT = flags.DEFINE_float(
 
 
 def _check() -> None:
-    if _WORKDIR.value is None:
+    if WORKDIR.value is None:
         raise UsageError("Say which run to judge, for example --workdir=runs/digits.")
 
 
@@ -29,7 +28,7 @@ def _main(_: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)
     try:
         evaluate.evaluate_run(
-            str(_WORKDIR.value),
+            str(WORKDIR.value),
             seeds=_SEED.value,
             part=_PART.value,  # pyright: ignore[reportArgumentType]
             attack=_ATTACKS.value,

@@ -1,20 +1,18 @@
 """The command line: `python -m lpa_jax.main --config=configs/digits.py --workdir=runs/digits`."""
 
+import re
 import sys
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from lpa_jax.commands import fail, parse, UsageError
+from lpa_jax.commands import fail, parse, UsageError, WORKDIR
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config",
     None,
     "File of the configuration, FILE.py or FILE.py:method=NAME,smoke.",
     lock_config=True,
-)
-_WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Directory of the run; a run cut off goes on there."
 )
 _ALLOW_CHANGE = flags.DEFINE_bool(
     "allow_config_change",
@@ -54,7 +52,7 @@ def _check() -> None:
         raise UsageError("Say what to run, for example --config=configs/digits.py:method=lpa.")
     # A file that cannot be read shows only when the configuration is first used.
     _CONFIG.value.to_dict()
-    if not _WORKDIR.value:
+    if not WORKDIR.value:
         raise UsageError("Say where to put the run, for example --workdir=runs/digits.")
 
 
@@ -88,6 +86,12 @@ def _join() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
+def _tells_of_a_loss(error: BaseException) -> bool:
+    # What it is raised as depends on where it is met: a step, a transfer, a barrier, a save.
+    words = "Gloo|NCCL|UNAVAILABLE|DEADLINE_EXCEEDED|[Bb]arrier|heartbeat|Connection (reset|closed)"
+    return re.search(words, str(error)) is not None
+
+
 def _main(_: list[str]) -> None:
     # Imported late: --help and a wrong flag need not wait for jax.
     import jax
@@ -95,33 +99,35 @@ def _main(_: list[str]) -> None:
     from lpa_jax.data import DataError
     from lpa_jax.training import checkpoints, loop, records
 
-    stops = (OSError, UsageError, loop.ConfigError, DataError, loop.NonFiniteLossError)
+    stops = (
+        *(OSError, UsageError, DataError),
+        *(loop.ConfigError, loop.NonFiniteLossError, checkpoints.CheckpointError),
+    )
     # Orbax narrates every checkpoint, and every failure at the length of a page.
     logging.set_verbosity(logging.WARNING)
     logging.get_absl_handler().addFilter(lambda record: "orbax" not in record.pathname)
     try:
         _join()
         loop.train_and_evaluate(
-            _CONFIG.value, str(_WORKDIR.value), allow_config_change=_ALLOW_CHANGE.value
+            _CONFIG.value, str(WORKDIR.value), allow_config_change=_ALLOW_CHANGE.value
         )
-    except (records.WriteError, TimeoutError, jax.errors.JaxRuntimeError) as error:
-        several = jax.process_count() > 1
+    except Exception as error:
+        several = jax.distributed.is_initialized()
         cause = error.__cause__ or error
-        if several and isinstance(cause, (TimeoutError, jax.errors.JaxRuntimeError)):
+        if several and _tells_of_a_loss(cause):
             reason = str(cause).strip().partition("\n")[0]
             lost = LostError(
                 f"Another process of the run, or the way to it, is lost ({reason}). The same "
                 "commands go on from the last checkpoint."
             )
             fail(lost, TEMPORARY, at_once=True)
-        if not isinstance(error, records.WriteError):
-            raise
-        fail(error, IO_ERROR, at_once=several)
-    except (*stops, checkpoints.CheckpointError) as error:
-        fail(error)
-    except loop.PreemptedError as error:
-        print(f"lpa_jax: {error} The same command goes on from there.", file=sys.stderr)
-        sys.exit(TEMPORARY)
+        if isinstance(error, records.WriteError):
+            fail(error, IO_ERROR, at_once=several)
+        if isinstance(error, loop.PreemptedError):
+            fail(loop.PreemptedError(f"{error} The same command goes on from there."), TEMPORARY)
+        if isinstance(error, stops):
+            fail(error)
+        raise
     except KeyboardInterrupt:
         print(
             "lpa_jax: stopped; the same command goes on from the last checkpoint.", file=sys.stderr
