@@ -9,6 +9,13 @@ from absl import flags, logging
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; a run cut off goes on there.")
 
+TEMPORARY = 75
+"""Exit code of a run that the same command takes on, EX_TEMPFAIL in sysexits.h: SIGTERM stopped it,
+after it was saved, or it lost one of its processes."""
+
+IO_ERROR = 74
+"""Exit code of a run whose work directory takes no more, EX_IOERR in sysexits.h."""
+
 
 class UsageError(ValueError):
     """A command line that does not say what to do."""

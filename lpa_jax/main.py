@@ -6,7 +6,7 @@ import sys
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from lpa_jax.commands import fail, parse, UsageError, WORKDIR
+from lpa_jax.commands import fail, IO_ERROR, parse, TEMPORARY, UsageError, WORKDIR
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config",
@@ -27,15 +27,6 @@ _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Number of this process, 
 _DISTRIBUTED = flags.DEFINE_bool(
     "distributed", False, "Join the processes that the cluster's environment names."
 )
-
-
-TEMPORARY = 75
-"""Exit code of a run that the same command takes on, EX_TEMPFAIL in sysexits.h: SIGTERM stopped it,
-after it was saved, or it lost one of its processes."""
-
-
-IO_ERROR = 74
-"""Exit code of a run whose work directory takes no more, EX_IOERR in sysexits.h."""
 
 HEARTBEAT_TIMEOUT = 30
 """Seconds without a sign of life after which JAX takes another process of the run for lost."""

@@ -607,10 +607,11 @@ def test_cutmix_pastes_a_box_of_the_example_before_and_mixes_by_its_area():
         for i in range(BATCH):
             pasted = changed[1] & (i not in (padding, padding + 1))
             expected = np.where(pasted[..., None], before[i - 1], before[i])
-            # Padding is taken as 0.
+            # Padding is taken as 0, and its label as well.
             np.testing.assert_array_equal(after[i], expected if i != padding else 0 * before[i])
             share = 1 - pasted.mean()
-            mixed = share * np.eye(4)[labels[i]] + (1 - share) * np.eye(4)[labels[i - 1]]
+            own = labels[i] if i != padding else 0
+            mixed = share * np.eye(4)[own] + (1 - share) * np.eye(4)[labels[i - 1]]
             close(targets[i], mixed)
     areas = np.array(areas)
     # A quarter is not mixed; what the borders cut off makes the mean less than one half.

@@ -13,7 +13,7 @@ import orbax.checkpoint as ocp
 import pytest
 from tfds_fixture import write_tfds
 
-from lpa_jax import main
+from lpa_jax import commands
 from lpa_jax.training import records
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -80,7 +80,7 @@ def test_an_interrupted_run_resumes_to_the_same_bits(end, whole, tmp_path):
         assert time.monotonic() < deadline
         time.sleep(0.01)
     process.send_signal(getattr(signal, end.split()[0]))
-    assert process.wait() == (main.TEMPORARY if end == "SIGTERM" else -signal.SIGKILL)
+    assert process.wait() == (commands.TEMPORARY if end == "SIGTERM" else -signal.SIGKILL)
     assert not (tmp_path / "seed0" / "result.json").exists()
     found = (tmp_path / "seed0" / "checkpoints").iterdir()
     # What was being written when it was killed has another name.

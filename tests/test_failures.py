@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from test_interruption import leaves
 
-from lpa_jax import main
+from lpa_jax import commands, main
 from lpa_jax.training import checkpoints, config, records
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -160,7 +160,7 @@ def test_a_run_goes_on_when_there_is_room_again(mount, tmp_path):
     until_row(process, disk / "run", 2)
     ballast = fill(disk)
     code, errors = end(process)
-    assert code == main.IO_ERROR, errors
+    assert code == commands.IO_ERROR, errors
     sentence = errors.strip().rpartition("\n")[2]
     assert sentence.startswith("lpa_jax: ")
     assert "cannot be written (No space left on device)" in sentence
@@ -169,7 +169,7 @@ def test_a_run_goes_on_when_there_is_room_again(mount, tmp_path):
     assert kept
     # No room for anything: the same sentence again, and nothing is lost.
     code, errors = end(start(cache, disk / "run"))
-    assert code == main.IO_ERROR, errors
+    assert code == commands.IO_ERROR, errors
     assert all(path.exists() for path in kept)
     ballast.unlink()
     code, errors = end(start(cache, disk / "run"))
@@ -213,7 +213,7 @@ def test_a_lost_process_ends_the_others_in_time(lost, tmp_path):
         # Those that have not yet been heard out.
         processes[lost].communicate()
     # Either the trainer notices first, or JAX, which aborts.
-    assert code in (main.TEMPORARY, -6), errors
+    assert code in (commands.TEMPORARY, -6), errors
     assert ("Another process of the run" in errors) or ("another task died" in errors), errors
     kept = {p for p in tmp_path.glob("run/seed0/checkpoints/*") if p.name.isdigit()}
     assert kept

@@ -64,8 +64,12 @@ def _length(rows: Rows) -> PerRow:
 
 def project(rows: Rows, radii: PerRow) -> Rows:
     """Project each row onto the l2 ball of its radius; exactly 0 where the radius is 0."""
-    edge = column(radii, rows) * unit(rows)
-    return jnp.where(column(norms(rows), rows) > column(radii, rows), edge, rows)
+    largest, scaled = _scale(rows)
+    length = _length(scaled)
+    outside = largest * length > radii
+    length, largest = (jnp.where(outside, x, 1.0) for x in (length, largest))
+    # In this order nothing overflows or vanishes that the result does not.
+    return column(jnp.where(outside, radii / length / largest, 1.0), rows) * rows
 
 
 def repeat(

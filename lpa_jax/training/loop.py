@@ -1,6 +1,6 @@
 """The whole of a run, read from top to bottom."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import contextlib
 import functools
 import importlib.metadata
@@ -196,7 +196,11 @@ def train_and_evaluate(
                         if config.nonfinite == "skip":
                             row |= {"nonfinite_steps": int(state.nonfinite_steps)}
                         if len(dataset.validation.labels) and epoch % config.evaluate_every == 0:
-                            row |= _named("validation", judge(state.variables, dataset.validation))
+                            judged = judge(state.variables, dataset.validation)
+                            row |= _named("validation", judged)
+                            if judged["accuracy"] > max(_best_validation(log.rows), default=-1.0):
+                                tested = judge(state.variables, dataset.test)
+                                row |= {"test_accuracy": tested["accuracy"]}
                         log.write({"step": step, "epoch": epoch, **_scalars(row)})
                         show(step, f"epoch {epoch}", row)
                     if saving:
@@ -210,6 +214,8 @@ def train_and_evaluate(
                 result = {"seed": seed, "train_accuracy": means["train_accuracy"]}
                 if len(dataset.validation.labels):
                     result |= _named("validation", judge(state.variables, dataset.validation))
+                    if best := _best_validation(log.rows):
+                        result |= {"best_validation_test_accuracy": best[max(best)]}
                 result |= _named("test", judge(state.variables, dataset.test))
                 result |= {"perturbation": by_class}
             if first_process:
@@ -277,6 +283,11 @@ def _dispatches(first: int, last: int, most: int, *stops: int) -> Iterator[int]:
         taken = min(most, last - first, *(stop - first % stop for stop in stops))
         yield taken
         first += taken
+
+
+def _best_validation(rows: Sequence[Mapping[str, Any]]) -> dict[float, float]:
+    """Return for each epoch better than all before it the validation and the test accuracy."""
+    return {r["validation_accuracy"]: r["test_accuracy"] for r in rows if "test_accuracy" in r}
 
 
 def _named(part: str, judged: dict[str, Any]) -> dict[str, Any]:

@@ -13,11 +13,13 @@ Results = Sequence[Mapping[str, Any]]
 SHOWN = {
     "test_accuracy": ("test accuracy %", 100.0),
     "test_nll": ("test NLL", 1.0),
+    "best_validation_test_accuracy": ("test accuracy % at best validation", 100.0),
     "validation_accuracy": ("validation accuracy %", 100.0),
     "train_accuracy": ("train accuracy %", 100.0),
 }
 CALIBRATION = "test_ece"
 BY_GROUP = "test_accuracy_"
+DPI = 120
 
 
 def summarise(results: Results) -> dict[str, dict[str, Any]]:
@@ -120,7 +122,7 @@ def show_evaluation(
 
 def plot_evaluation(path: pathlib.Path, title: str, results: Results) -> None:
     """Draw the reliability diagram of clean images, seeds pooled, and the accuracy by class."""
-    figure, (left, right) = _figure(2, title)
+    canvas, (left, right) = figure(2, title)
     found = [result["reliability"] for result in results]
     counts = np.array([bins["examples"] for bins in found])
     filled = counts.sum(axis=0) > 0
@@ -141,12 +143,12 @@ def plot_evaluation(path: pathlib.Path, title: str, results: Results) -> None:
     spread = by_class.std(axis=0, ddof=1) if len(results) > 1 else None
     right.bar(range(by_class.shape[1]), by_class.mean(axis=0), yerr=spread, capsize=2)
     right.set(xlabel="class", ylabel="accuracy", ylim=(0, 1), title="accuracy of each class")
-    _save(figure, path)
+    canvas.savefig(path, dpi=DPI)
 
 
 def plot_curves(path: pathlib.Path, title: str, rows_by_seed: Mapping[int, Results]) -> None:
     """Draw loss and accuracy over the epochs, a line a seed."""
-    figure, (left, right) = _figure(2, title)
+    canvas, (left, right) = figure(2, title)
     for seed, rows in rows_by_seed.items():
         for axes, quantity in ((left, "loss"), (right, "accuracy")):
             for part, style in (("train", "-"), ("validation", "--")):
@@ -157,7 +159,7 @@ def plot_curves(path: pathlib.Path, title: str, rows_by_seed: Mapping[int, Resul
     left.set(xlabel="epoch", ylabel="loss (training: of the perturbed objective)")
     right.set(xlabel="epoch", ylabel="accuracy")
     right.legend(fontsize="small")
-    _save(figure, path)
+    canvas.savefig(path, dpi=DPI)
 
 
 def plot_perturbation(
@@ -168,7 +170,7 @@ def plot_perturbation(
     if not sites:
         return
     colours = {1: "tab:red", 0: "tab:gray", -1: "tab:blue"}
-    figure, axes = _figure(2 * len(sites), title, columns=2)
+    canvas, axes = figure(2 * len(sites), title, columns=2)
     for (site, report), (norms, changes) in zip(
         sites.items(), zip(axes[::2], axes[1::2], strict=True), strict=True
     ):
@@ -179,18 +181,15 @@ def plot_perturbation(
         norms.set(xlabel="class", ylabel="perturbation norm", title=f"{site} (sign + red, - blue)")
         changes.bar(classes, report["relative"], **bars)
         changes.set(xlabel="class", ylabel="norm / norm of the value", title=site)
-    _save(figure, path)
+    canvas.savefig(path, dpi=DPI)
 
 
-def _figure(count: int, title: str, columns: int = 2) -> tuple[Any, Any]:
+def figure(count: int, title: str, columns: int = 2) -> tuple[Any, Any]:
+    """Return a figure of matplotlib and its axes, `count` of them or what fills the last row."""
     # Without pyplot there is no window system to ask for and no global state to clean up.
     from matplotlib.figure import Figure
 
     rows = -(-count // columns)
-    figure = Figure(figsize=(5.0 * columns, 3.4 * rows), layout="constrained")
-    figure.suptitle(title)
-    return figure, figure.subplots(rows, columns, squeeze=False).flatten()
-
-
-def _save(figure: Any, path: pathlib.Path) -> None:
-    figure.savefig(path, dpi=120)
+    made = Figure(figsize=(5.0 * columns, 3.4 * rows), layout="constrained")
+    made.suptitle(title)
+    return made, made.subplots(rows, columns, squeeze=False).flatten()

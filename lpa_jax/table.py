@@ -1,0 +1,92 @@
+"""The command line that runs a table of methods: `python -m lpa_jax.table --table=digits_lt`."""
+
+import ast
+import pathlib
+import shlex
+import sys
+
+from absl import app, flags, logging
+
+from lpa_jax.commands import fail, IO_ERROR, parse, TEMPORARY, UsageError, WORKDIR
+
+_TABLE = flags.DEFINE_string("table", None, "Name of the table, such as digits_lt.")
+_METHODS = flags.DEFINE_list(
+    "methods", None, "Rows to run, the first of them to compare with; default all."
+)
+_SEEDS = flags.DEFINE_integer("seeds", 5, "Number of seeds of each row.", lower_bound=1)
+_BUDGET = flags.DEFINE_integer(
+    "budget", None, "Epochs of each run, instead of the configuration's own.", lower_bound=1
+)
+_TRIALS = flags.DEFINE_integer(
+    "trials",
+    0,
+    "Settings to try for each row, on a validation set, before its seeds; 0 for the defaults.",
+    lower_bound=0,
+)
+_CONFIGS = flags.DEFINE_string("configs", "configs", "Directory of the configuration files.")
+_SET = flags.DEFINE_multi_string(
+    "set", [], "KEY=VALUE: a key of the configuration for all rows, such as batch_size=64."
+)
+_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Show the runs and how long they would take.")
+
+
+def _check() -> None:
+    if _TABLE.value is None:
+        raise UsageError("Say which table to run, for example --table=digits_lt.")
+    _changes()
+
+
+def _changes() -> dict[str, object]:
+    changes = {}
+    for word in _SET.value:
+        key, equals, text = word.partition("=")
+        if not key or not equals:
+            raise UsageError(f"--set takes KEY=VALUE, not {word!r}.")
+        try:
+            changes[key] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            changes[key] = text
+    return changes
+
+
+def _main(_: list[str]) -> None:
+    # Imported late: --help and a wrong flag need not wait for jax.
+    from rich.console import Console
+
+    from lpa_jax.data import DataError
+    from lpa_jax.tables import catalogue, comparison, report, runs, tuning
+    from lpa_jax.training import checkpoints, loop, records
+    from lpa_jax.training.config import ConfigError
+
+    # Orbax narrates every checkpoint, and every failure at the length of a page.
+    logging.set_verbosity(logging.WARNING)
+    logging.get_absl_handler().addFilter(lambda record: "orbax" not in record.pathname)
+    console = Console()
+    name = str(_TABLE.value)
+    workdir = pathlib.Path(WORKDIR.value or f"runs/tables/{name}")
+    protocol = runs.Protocol(pathlib.Path(_CONFIGS.value), _SEEDS.value, _BUDGET.value, _changes())
+    command = f"python -m lpa_jax.table {shlex.join(sys.argv[1:])}"
+    try:
+        table = catalogue.chosen(name, _METHODS.value)
+        if _DRY_RUN.value:
+            runs.plan(table, protocol, workdir, console, trials=_TRIALS.value)
+            return
+        if _TRIALS.value:
+            table = tuning.tuned(table, protocol, _TRIALS.value, workdir / "tuning", console)
+        outcomes = runs.run(table, protocol, workdir, console)
+        lines = comparison.compare(outcomes)
+        about = {"command": command, "trials": _TRIALS.value, **runs.about(outcomes)}
+        report.leave(workdir, name, lines, about, console)
+    except records.WriteError as error:
+        fail(error, IO_ERROR)
+    except loop.PreemptedError as error:
+        fail(loop.PreemptedError(f"{error} The same command goes on from there."), TEMPORARY)
+    except (OSError, ConfigError, DataError, checkpoints.CheckpointError) as error:
+        fail(error)
+    except KeyboardInterrupt:
+        print("lpa_jax: stopped; the same command goes on from there.", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    app.run(_main, flags_parser=lambda argv: parse(argv, _check))

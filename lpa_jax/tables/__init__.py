@@ -1,0 +1,1 @@
+"""Tables of methods by seeds: their rows, the runs they ask for, and how these compare."""

@@ -1,0 +1,226 @@
+"""The runs that a table asks for: what each is, how long it would take, and what came of it."""
+
+from collections.abc import Mapping
+import pathlib
+import runpy
+import statistics
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+import rich.table
+
+from lpa_jax.tables.catalogue import Row, Table
+from lpa_jax.training import config as configuration
+from lpa_jax.training import evaluate, experiment, loop, mesh
+from lpa_jax.training import feed as feeds
+from lpa_jax.training.config import Config, ConfigError
+from lpa_jax.training.step import make_steps
+
+
+class Protocol(NamedTuple):
+    """What all runs of a table have in common.
+
+    Attributes:
+      configs: Directory of the configuration files.
+      seeds: Number of seeds of each row.
+      epochs: Of each run, for which the learning rate's boundaries are moved in proportion; None
+        for the configuration's own.
+      changes: Keys of the configuration, dotted where nested, that differ from the table's.
+    """
+
+    configs: pathlib.Path
+    seeds: int
+    epochs: int | None = None
+    changes: Mapping[str, Any] = {}
+
+
+class Outcome(NamedTuple):
+    """What came of a row.
+
+    Attributes:
+      row: The row.
+      command: What trains it, by itself.
+      summary: `summary.json` of its runs; None if they failed.
+      failure: Why they failed.
+    """
+
+    row: Row
+    command: str
+    summary: Mapping[str, Any] | None
+    failure: str = ""
+
+
+def configure(table: Table, row: Row, protocol: Protocol) -> tuple[Config, str]:
+    """Return the configuration of a row, and the command that trains it by itself.
+
+    Raises:
+      ConfigError: If a file or key is unknown, or a value is of the wrong type.
+    """
+    path = protocol.configs / f"{table.config}.py"
+    if not path.is_file():
+        raise ConfigError(f"There is no {path}: say where the configurations are, --configs=DIR.")
+    config = runpy.run_path(str(path))["get_config"](f"method={row.method}")
+    changes = {**table.changes, **row.changes, "num_seeds": protocol.seeds}
+    if protocol.epochs is not None:
+        scale = protocol.epochs / config.epochs
+        boundaries = tuple(scale * epoch for epoch in config.schedule.boundaries)
+        changes |= {"epochs": protocol.epochs, "schedule.boundaries": boundaries}
+    changes |= protocol.changes
+    for key, value in changes.items():
+        try:
+            config.update_from_flattened_dict({key: value})
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ConfigError(
+                f"config.{key} of method {row.method} cannot be {value!r}: {error}"
+            ) from error
+    configuration.check(config)
+    words = (f"--config.{key}={_word(value)}" for key, value in changes.items())
+    return config, " ".join(
+        ["python -m lpa_jax.main", f"--config={path}:method={row.method}", *words]
+    )
+
+
+def _word(value: Any) -> str:
+    text = str(value)
+    return f"'{text}'" if set(text) & set(" ()[]'*") else text
+
+
+def run(
+    table: Table, protocol: Protocol, workdir: pathlib.Path, console: Console
+) -> dict[str, Outcome]:
+    """Train what is missing of a table, and return what came of each row.
+
+    Every row has a directory of its own, in which runs go on where they were cut off, and those
+    that are finished are only read. A row whose training diverges is reported as such.
+
+    Raises:
+      ConfigError: If a row cannot be configured; none is trained then.
+      DataError: If the data cannot be read.
+      PreemptedError: If the process was sent SIGTERM, after the present step has been saved.
+      WriteError: If the work directory takes no more.
+    """
+    configured = {name: configure(table, row, protocol) for name, row in table.rows.items()}
+    outcomes = {}
+    for number, (name, row) in enumerate(table.rows.items(), 1):
+        config, command = configured[name]
+        place = workdir / directory(name, row)
+        command += f" --workdir={place}"
+        console.rule(f"{name} ({number} of {len(table.rows)})")
+        try:
+            summary = loop.train_and_evaluate(config, place, console)
+        except loop.NonFiniteLossError as error:
+            outcomes[name] = Outcome(row, command, None, str(error))
+            continue
+        if row.post_hoc is not None:
+            command += (
+                f" && python -m lpa_jax.evaluate --workdir={place} "
+                f"--logit_adjustment={row.post_hoc}"
+            )
+            summary = {**summary, "seeds": _adjusted(config, place, row.post_hoc, console)}
+        outcomes[name] = Outcome(row, command, summary)
+    return outcomes
+
+
+def directory(name: str, row: Row) -> str:
+    """Return the name of the directory, within the table's, in which a row is trained."""
+    return name if row.post_hoc is None else "erm"
+
+
+def _adjusted(
+    config: Config, directory: pathlib.Path, tau: float, console: Console
+) -> list[dict[str, Any]]:
+    """Judge finished runs with adjusted logits, as `result.json` has it."""
+    found = evaluate.evaluate_run(
+        directory,
+        seeds=range(config.seed, config.seed + config.num_seeds),
+        logit_adjustment=tau,
+        console=console,
+    )
+    return [
+        {"seed": result["seed"]}
+        | {f"test_{key}": value for key, value in result["logit_adjusted"].items()}
+        for result in found["seeds"]
+    ]
+
+
+def plan(
+    table: Table,
+    protocol: Protocol,
+    workdir: pathlib.Path,
+    console: Console,
+    *,
+    trials: int = 0,
+) -> float:
+    """Show which runs are to be made, and estimate their seconds from a few steps of each row.
+
+    Args:
+      table: The table.
+      protocol: What all its runs have in common.
+      workdir: Directory of the table.
+      console: Where to print.
+      trials: Number of settings that each row tries first, see `tuning.tuned`.
+
+    Raises:
+      ConfigError: If a row cannot be configured.
+      DataError: If the data cannot be read.
+    """
+    shown = rich.table.Table("row", title="runs to be made")
+    for column in ("trials", "seeds done", "steps a seed", "seconds a step", "hours left"):
+        shown.add_column(column, justify="right")
+    configured = {name: configure(table, row, protocol)[0] for name, row in table.rows.items()}
+    total = 0.0
+    for name, row in table.rows.items():
+        config, place = configured[name], directory(name, row)
+        if place != name and place in table.rows:
+            shown.add_row(name, "", f"those of {place}")
+            continue
+        numbers = range(config.seed, config.seed + protocol.seeds)
+        results = (workdir / place / f"seed{number}" / "result.json" for number in numbers)
+        done = sum(result.exists() for result in results)
+        with console.status(f"timing {name}"):
+            seconds, num_steps = _seconds_a_step(config)
+        left = (trials + protocol.seeds - done) * num_steps * seconds
+        total += left
+        cells = (str(trials), f"{done} of {protocol.seeds}", str(num_steps), f"{seconds:.3f}")
+        shown.add_row(name, *cells, f"{left / 3600:.2f}")
+    console.print(shown)
+    console.print(
+        f"About {total / 3600:.2f} hours in all; compilation and evaluation are not counted.",
+        highlight=False,
+    )
+    return total
+
+
+def _seconds_a_step(config: Config) -> tuple[float, int]:
+    """Return the seconds of a step, median of up to 5 after the first, and the steps of a run."""
+    parts = experiment.build(config)
+    train = parts.dataset.train
+    devices = mesh.make_mesh(config.batch_size, config.fsdp)
+    feed = feeds.make_feed(
+        config.input, train, config.batch_size, parts.num_steps, devices, config.sampling
+    )
+    shape = (config.batch_size, *train.images.shape[1:])
+    steps = make_steps(
+        parts.model.init, parts.perturbed, parts.tx, devices, shape, feed.take, **config.augment
+    )
+    state = steps.init(jnp.int32(0))
+    seed, one = mesh.put((np.int32(0), np.int32(1)), mesh.replicated(devices))
+    given, times = next(feed.open(0, 0)), []
+    while len(times) < 6 and sum(times[1:]) < 10.0:
+        began = time.perf_counter()
+        state = jax.block_until_ready(steps.train(state, seed, one, *given))
+        times.append(time.perf_counter() - began)
+    # The first compiled.
+    return statistics.median(times[1:]), parts.num_steps
+
+
+def about(outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
+    """Return how the runs of a table were made: `"epochs"`, `"device"` and `"versions"`."""
+    summary = next((o.summary for o in outcomes.values() if o.summary is not None), None)
+    if summary is None:
+        return {"epochs": None, "device": None, "versions": {}}
+    return {"epochs": summary["config"]["epochs"]} | {k: summary[k] for k in ("device", "versions")}

@@ -1,0 +1,172 @@
+"""The search for each method's numbers: on a validation set, with the same budget for each."""
+
+import pathlib
+from typing import Any, NamedTuple
+
+from rich.console import Console
+
+from lpa_jax.tables import runs
+from lpa_jax.tables.catalogue import Row, Table
+from lpa_jax.training import loop, records
+from lpa_jax.training.config import ConfigError, flat
+
+VALIDATION_FRACTION = 0.1
+FIRST_SEED = 1000
+"""The seed of the trials, so that none of a table's own seeds has been tuned on."""
+
+
+class Range(NamedTuple):
+    """The numbers from which a search draws.
+
+    Attributes:
+      low: The smallest.
+      high: The largest.
+      log: Whether to draw uniformly on a logarithmic scale.
+    """
+
+    low: float
+    high: float
+    log: bool = False
+
+
+# For all rows alike, plain training included.
+COMMON = {"schedule.learning_rate": Range(0.02, 0.3, log=True)}
+# By transform and loss.
+RANGES: dict[str, dict[str, Range]] = {
+    "additive_margin": {"margin": Range(0.05, 2.0, log=True)},
+    "adversarial": {"epsilon": Range(1 / 255, 16 / 255, log=True)},
+    "asam": {"rho": Range(0.1, 4.0, log=True)},
+    "cutmix": {"alpha": Range(0.1, 4.0, log=True), "probability": Range(0.1, 1.0)},
+    "cutout": {"size": Range(2.0, 20.0)},
+    "disturb_label": {"rate": Range(0.02, 0.4, log=True)},
+    "dropblock": {"rate": Range(0.02, 0.4, log=True)},
+    "dropout": {"rate": Range(0.05, 0.7)},
+    "drw": {"start": Range(0.5, 0.95)},
+    "elr": {"strength": Range(0.5, 10.0, log=True), "beta": Range(0.3, 0.95)},
+    "gaussian_noise": {"stddev": Range(0.01, 0.3, log=True)},
+    "generalized_cross_entropy": {"q": Range(0.1, 1.0)},
+    "gradient_clipping": {"max_norm": Range(0.1, 10.0, log=True)},
+    "gradient_noise": {"eta": Range(1e-8, 1e-3, log=True)},
+    "isda": {"strength": Range(0.05, 5.0, log=True)},
+    "label_smoothing": {"alpha": Range(0.02, 0.4, log=True)},
+    "ldam": {"max_margin": Range(0.1, 4.0, log=True)},
+    "logit_adjustment": {"tau": Range(0.25, 2.5)},
+    "lpa": {"epsilon": Range(0.02, 1.0, log=True)},
+    "lpg": {"epsilon": Range(0.01, 1.0, log=True)},
+    "lpl": {"epsilon": Range(0.05, 4.0, log=True)},
+    "manifold_mixup": {"alpha": Range(0.1, 4.0, log=True)},
+    "mixup": {"alpha": Range(0.1, 4.0, log=True)},
+    "reweight": {"beta": Range(0.9, 0.9999)},
+    "sam": {"rho": Range(0.01, 0.5, log=True)},
+    "shake": {"strength": Range(0.1, 1.0)},
+    "softmax_focal_loss": {"gamma": Range(0.5, 4.0)},
+}
+
+
+def ranges(row: Row) -> dict[str, Range]:
+    """Return the ranges of a row's numbers, by the dotted keys of a configuration.
+
+    What the row itself sets is not searched.
+
+    Example:
+      >>> sorted(ranges(Row("lpa+sam")))
+      ['perturbation.lpa.epsilon', 'perturbation.sam.rho', 'schedule.learning_rate']
+    """
+    found = dict(COMMON)
+    for name in row.method.split("+"):
+        for key, interval in RANGES.get(name, {}).items():
+            found[f"perturbation.{name}.{key}"] = interval
+    for key, interval in RANGES.get(row.changes.get("loss.name", ""), {}).items():
+        found[f"loss.{key}"] = interval
+    return {key: interval for key, interval in found.items() if key not in row.changes}
+
+
+def tuned(
+    table: Table, protocol: runs.Protocol, trials: int, workdir: pathlib.Path, console: Console
+) -> Table:
+    """Return a table with the numbers of each row that did best on the validation set.
+
+    The search is Optuna's tree-structured Parzen estimator, which begins with the defaults. A trial
+    is a run of one seed, that none of the table's own is, with a tenth of the training examples
+    held out; the test set has no part in the choice. Ended trials are read, not repeated.
+
+    Args:
+      table: The table.
+      protocol: What all its runs have in common.
+      trials: Number of settings that each row tries, at least 1.
+      workdir: Directory of the trials.
+      console: Where to print.
+
+    Raises:
+      ConfigError: If Optuna is not installed, a row cannot be configured, or all trials of a row
+        fail.
+
+    References:
+      Akiba et al., Optuna, KDD 2019, arXiv:1907.10902.
+    """
+    best: dict[str, dict[str, Any]] = {}
+    for name, row in table.rows.items():
+        # Rows that share their networks share the search.
+        shared = runs.directory(name, row)
+        if shared not in best:
+            best[shared] = _search(table, shared, row, protocol, trials, workdir, console)
+    rows = {
+        name: row._replace(changes={**row.changes, **best[runs.directory(name, row)]})
+        for name, row in table.rows.items()
+    }
+    return table._replace(rows=rows)
+
+
+def _search(
+    table: Table,
+    name: str,
+    row: Row,
+    protocol: runs.Protocol,
+    trials: int,
+    workdir: pathlib.Path,
+    console: Console,
+) -> dict[str, Any]:
+    try:
+        import optuna
+    except ImportError as error:
+        raise ConfigError(
+            "--trials needs Optuna: run `pip install 'lpa-jax[tune]'`, or leave --trials out."
+        ) from error
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    intervals = ranges(row)
+    fixed = {"validation_fraction": VALIDATION_FRACTION, "seed": FIRST_SEED}
+    held_out = protocol._replace(seeds=1, changes={**fixed, **protocol.changes})
+    defaults, _ = runs.configure(table, row, held_out)
+    # Numbers that --set fixes are not searched either.
+    intervals = {key: r for key, r in intervals.items() if key not in protocol.changes}
+    study = optuna.create_study(
+        direction="maximize", sampler=optuna.samplers.TPESampler(seed=0, n_startup_trials=5)
+    )
+    known = flat(defaults.to_dict())
+    study.enqueue_trial({key: known[key] for key in intervals})
+    # The sampler's draws follow from what was told, so that those of a search cut off come again.
+    tried = []
+    for number in range(trials):
+        trial = study.ask()
+        drawn = {
+            key: trial.suggest_float(key, interval.low, interval.high, log=interval.log)
+            for key, interval in intervals.items()
+        }
+        config, _ = runs.configure(table, row._replace(changes={**row.changes, **drawn}), held_out)
+        console.rule(f"{name}, trial {number + 1} of {trials}")
+        try:
+            summary = loop.train_and_evaluate(config, workdir / name / f"trial{number}", console)
+        except loop.NonFiniteLossError:
+            study.tell(trial, 0.0)
+            continue
+        (result,) = summary["seeds"]
+        study.tell(trial, result["validation_accuracy"])
+        tried.append((result["validation_accuracy"], -result["validation_nll"], -number, drawn))
+    if not tried:
+        raise ConfigError(f"All {trials} trials of {name} diverged: give narrower ranges.")
+    accuracy, _, number, drawn = max(tried, key=lambda one: one[:3])
+    told = {"ranges": {key: interval._asdict() for key, interval in intervals.items()}}
+    told |= {"trial": -number, "validation_accuracy": accuracy, "chosen": drawn}
+    with records.writing(f"The search in {workdir}"):
+        records.write_json(workdir / name / "search.json", told)
+    return drawn

@@ -1,0 +1,303 @@
+"""Tables of methods: what they ask for, how rows compare, and that nothing is done twice."""
+
+import json
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from rich.console import Console
+from scipy import stats
+
+from lpa_jax.tables import catalogue, comparison, report, runs, tuning
+from lpa_jax.tables.catalogue import Row
+from lpa_jax.training import evaluate, loop
+from lpa_jax.training.config import ConfigError, flat
+
+ROOT = pathlib.Path(__file__).parent.parent
+CONFIGS = ROOT / "configs"
+QUIET = Console(quiet=True)
+SMALL = {"model.options": {"width": 4}, "limit": 200, "batch_size": 32}
+EVERY = [(table, row) for table in catalogue.TABLES for row in catalogue.TABLES[table].rows]
+
+
+def small(seeds=2, **changes):
+    return runs.Protocol(CONFIGS, seeds, epochs=2, changes=SMALL | changes)
+
+
+@pytest.mark.parametrize(("table", "row"), EVERY)
+def test_every_row_is_configured_as_its_command_says(table, row):
+    table = catalogue.TABLES[table]
+    row = table.rows[row]
+    config, command = runs.configure(table, row, runs.Protocol(CONFIGS, 3, epochs=100))
+    assert config.method == row.method
+    assert (config.num_seeds, config.epochs) == (3, 100)
+    assert f":method={row.method} " in command
+    known = flat(config.to_dict())
+    for key, wanted in {**table.changes, **row.changes}.items():
+        assert known[key] == wanted
+        assert f"--config.{key}={wanted}" in command
+    if config.dataset != "digits":
+        # The papers' boundaries, for half of their epochs.
+        assert tuple(config.schedule.boundaries) == (50.0, 75.0)
+
+
+@pytest.mark.parametrize(("table", "row"), EVERY)
+def test_every_search_begins_with_a_default_within_its_range(table, row):
+    table = catalogue.TABLES[table]
+    row = table.rows[row]
+    config, _ = runs.configure(table, row, runs.Protocol(CONFIGS, 1))
+    ranges = tuning.ranges(row)
+    assert "schedule.learning_rate" in ranges
+    known = flat(config.to_dict())
+    for key, interval in ranges.items():
+        assert interval.low <= known[key] <= interval.high, key
+
+
+def test_what_a_row_fixes_is_not_searched():
+    fixed = Row("lpa", changes={"perturbation.lpa.epsilon": 0.3})
+    assert list(tuning.ranges(fixed)) == ["schedule.learning_rate"]
+
+
+def outcome(*accuracies):
+    results = [{"seed": s, "test_accuracy": a} for s, a in enumerate(accuracies)]
+    return runs.Outcome(Row("erm"), "", {"seeds": results})
+
+
+def test_rows_are_compared_by_a_paired_test_with_holms_correction():
+    rng = np.random.default_rng(0)
+    first, second, third = 0.7 + 0.05 * rng.standard_normal((3, 6))
+    lines = comparison.compare(
+        {"erm": outcome(*first), "a": outcome(*second), "b": outcome(*third)}
+    )
+    ps = [stats.ttest_rel(first, other).pvalue for other in (second, third)]
+    expected = [min(1.0, 2 * min(ps)), max(2 * min(ps), max(ps))]
+    if ps[1] < ps[0]:
+        expected.reverse()
+    assert lines[0].p is None
+    np.testing.assert_allclose([line.p for line in lines[1:]], expected, rtol=1e-9)
+    np.testing.assert_allclose(lines[1].difference, 100 * np.mean(first - second))
+    np.testing.assert_allclose(lines[2].std, 100 * np.std(third, ddof=1))
+
+
+def test_seeds_are_paired_by_number_and_not_by_place():
+    first = outcome(0.5, 0.6, 0.8)
+    second = outcome(0.55, 0.66, 0.87)
+    second.summary["seeds"].reverse()
+    assert comparison.compare({"erm": first, "a": second})[1].difference == pytest.approx(-6.0)
+
+
+def test_without_spread_or_seeds_there_is_no_p():
+    lines = comparison.compare(
+        {
+            "erm": outcome(0.5, 0.6),
+            "same": outcome(0.5, 0.6),
+            "one": outcome(0.7),
+            "diverged": runs.Outcome(Row("erm"), "", None, "Step 3 was not finite."),
+        }
+    )
+    assert [line.p for line in lines] == [None] * 4
+    assert lines[1].difference == 0.0
+    assert lines[2].std is None
+    assert (lines[3].error, lines[3].n) == (None, 0)
+
+
+def test_a_table_trains_what_is_missing_and_nothing_twice(tmp_path, monkeypatch):
+    table = catalogue.chosen("digits_lt", ["erm", "post_hoc_logit_adjustment"])
+    table = table._replace(changes=table.changes | {"imbalance.ratio": 5.0})
+    first = runs.run(table, small(seeds=1), tmp_path, QUIET)
+    kept = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("result.json")}
+    assert len(kept) == 1
+
+    second = runs.run(table, small(seeds=2), tmp_path, QUIET)
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    assert len(list(tmp_path.rglob("result.json"))) == 2
+    for name in table.rows:
+        ours, before = second[name].summary["seeds"], first[name].summary["seeds"]
+        assert ours[:1] == before
+        assert [result["seed"] for result in ours] == [0, 1]
+    # Judged with adjusted logits, the networks of the first row.
+    judged = evaluate.evaluate_run(tmp_path / "erm", logit_adjustment=1.0, console=QUIET)
+    adjusted = second["post_hoc_logit_adjustment"].summary["seeds"]
+    assert [result["test_nll"] for result in adjusted] == [
+        result["logit_adjusted"]["nll"] for result in judged["seeds"]
+    ]
+    assert adjusted[0]["test_nll"] != second["erm"].summary["seeds"][0]["test_nll"]
+
+    lines = comparison.compare(second)
+    about = {"command": "the command", "trials": 0, **runs.about(second)}
+    report.leave(tmp_path, "digits_lt", lines, about, QUIET)
+    told = json.loads((tmp_path / "table.json").read_text())
+    assert [line["name"] for line in told["lines"]] == list(table.rows)
+    assert told["lines"][1]["error"] == pytest.approx(lines[1].error)
+    markdown = (tmp_path / "table.md").read_text()
+    assert f"| erm | {lines[0].error:.2f} ± {lines[0].std:.2f} | 2 |" in markdown
+    assert r"post\_hoc\_logit\_adjustment" in (tmp_path / "table.tex").read_text()
+    assert (tmp_path / "table.png").read_bytes().startswith(b"\x89PNG")
+
+    # With all there, no step is taken.
+    monkeypatch.setattr(loop.checkpoints.Checkpoints, "save", None)
+    third = runs.run(table, small(seeds=2), tmp_path, QUIET)
+    assert comparison.compare(third) == lines
+
+
+def test_a_row_that_diverges_is_said_to(tmp_path, monkeypatch):
+    def train(config, *_):
+        if config.schedule.learning_rate > 1:
+            raise loop.NonFiniteLossError("Step 3 was not finite.")
+        return {"config": config.to_dict(), "device": "", "versions": {}} | outcome(0.9).summary
+
+    monkeypatch.setattr(loop, "train_and_evaluate", train)
+    table = catalogue.chosen("digits", ["erm"])
+    rows = {"hot": Row("erm", changes={"schedule.learning_rate": 1e30})} | table.rows
+    outcomes = runs.run(table._replace(rows=rows), small(seeds=1), tmp_path, QUIET)
+    assert outcomes["hot"].summary is None
+    lines = comparison.compare(outcomes)
+    about = {"command": "", "trials": 0, **runs.about(outcomes)}
+    report.leave(tmp_path, "digits", lines, about, QUIET)
+    markdown = (tmp_path / "table.md").read_text()
+    assert "| hot | diverged | 0 |" in markdown
+    assert "hot: Step 3 was not finite." in markdown
+    assert "| erm | 10.00 | 1 |" in markdown
+
+
+def test_a_search_chooses_by_the_validation_set_alone(tmp_path, monkeypatch):
+    tried = {}
+
+    def train(config, workdir, _):
+        assert config.validation_fraction == tuning.VALIDATION_FRACTION
+        assert config.seed not in range(2)
+        rate = config.schedule.learning_rate
+        workdir.mkdir(parents=True, exist_ok=True)
+        tried.setdefault(workdir.parent.name, []).append(config.to_dict())
+        if rate > 0.25:
+            raise loop.NonFiniteLossError("Step 3 was not finite.")
+        # Best near 0.04; worse there on the test set.
+        accuracy = 1 - abs(np.log(rate / 0.04)) / 10
+        result = {"validation_accuracy": accuracy, "validation_nll": 1.0}
+        return {"seeds": [result | {"test_accuracy": 1 - accuracy}]}
+
+    monkeypatch.setattr(loop, "train_and_evaluate", train)
+    table = catalogue.chosen("digits_lt", ["post_hoc_logit_adjustment", "erm", "lpa"])
+    fixed = {"perturbation.lpa.steps": 1}
+    lpa = table.rows["lpa"]
+    lpa = lpa._replace(changes={**lpa.changes, **fixed})
+    table = table._replace(rows={**table.rows, "lpa": lpa})
+    tuned = tuning.tuned(table, small(seeds=2), 12, tmp_path, QUIET)
+    assert tried.keys() == {"erm", "lpa"}
+    assert [len(configs) for configs in tried.values()] == [12, 12]
+    for name, configs in tried.items():
+        first = runs.configure(table, table.rows[name], small(seeds=2))[0]
+        assert configs[0]["schedule"] == first.schedule.to_dict()
+        rates = [config["schedule"]["learning_rate"] for config in configs]
+        best = min(rates, key=lambda rate: abs(np.log(rate / 0.04)))
+        assert tuned.rows[name].changes["schedule.learning_rate"] == best
+        assert json.loads((tmp_path / name / "search.json").read_text())["trial"] == rates.index(
+            best
+        )
+    assert fixed.items() <= tuned.rows["lpa"].changes.items()
+    assert tuned.rows["post_hoc_logit_adjustment"].changes == tuned.rows["erm"].changes
+    # What --set fixes is not searched.
+    protocol = small(1, **{"schedule.learning_rate": 0.05})
+    erm = catalogue.chosen("digits", ["erm"])
+    assert tuning.tuned(erm, protocol, 1, tmp_path, QUIET) == erm
+
+
+def test_a_plan_tells_what_is_left(tmp_path):
+    console = Console(record=True, width=120, quiet=False, file=open(os.devnull, "w"))  # noqa: SIM115
+    table = catalogue.chosen("digits_lt", ["erm", "post_hoc_logit_adjustment"])
+    table = table._replace(changes=table.changes | {"imbalance.ratio": 5.0})
+    with console.file:
+        seconds = runs.plan(table, small(seeds=3), tmp_path, console, trials=2)
+        assert seconds > 0
+    shown = console.export_text()
+    assert "0 of 3" in shown
+    assert "those of erm" in shown
+    assert not list(tmp_path.iterdir())
+
+
+def call(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "lpa_jax.table", *map(str, arguments)],
+        cwd=ROOT, env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        capture_output=True, text=True, timeout=600, check=False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ([], "Say which table to run, for example --table=digits_lt."),
+        (["--table=digit"], "There is no table 'digit'; the tables are digits, digits_lt"),
+        (["--table=digits", "--set=epochs"], "--set takes KEY=VALUE, not 'epochs'."),
+        (["--table=digits", "--seeds=0"], "--seeds"),
+    ],
+)
+def test_a_wrong_call_ends_in_a_sentence(arguments, sentence, tmp_path):
+    workdir = tmp_path / "table"
+    ended = call(*arguments, f"--workdir={workdir}")
+    assert ended.returncode == 2
+    assert sentence in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert not workdir.exists()
+
+
+@pytest.mark.parametrize(
+    ("methods", "changes", "configs", "sentence"),
+    [
+        (["lpq"], {}, CONFIGS, "The table 'digits' has no row 'lpq'; its rows are erm, "),
+        (["erm", "erm"], {}, CONFIGS, "--methods names a row twice: erm, erm."),
+        (["erm"], {"epoch": 3}, CONFIGS, "There is no config.epoch; did you mean config.epochs?"),
+        (["erm"], {"epochs": "x"}, CONFIGS, "config.epochs of method erm cannot be 'x'"),
+        (["erm"], {"epochs.x": 1}, CONFIGS, "config.epochs.x of method erm cannot be 1"),
+        (["erm"], {}, ROOT / "nowhere", "say where the configurations are, --configs=DIR."),
+    ],
+)
+def test_what_cannot_be_run_is_refused_before_anything_is(
+    methods, changes, configs, sentence, tmp_path
+):
+    with pytest.raises(ConfigError, match=re.escape(sentence)):
+        runs.run(
+            catalogue.chosen("digits", methods),
+            runs.Protocol(configs, 1, changes=changes),
+            tmp_path / "table",
+            QUIET,
+        )
+    assert not (tmp_path / "table").exists()
+
+
+@pytest.mark.slow
+def test_a_killed_table_goes_on_to_the_same_numbers(tmp_path):
+    arguments = [
+        "--table=digits_noisy", "--methods=erm,elr,lpa", "--seeds=2", "--budget=3", "--trials=2",
+        "--set=limit=300", "--set=checkpoint_every=0.4",
+    ]  # fmt: skip
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert call(*arguments, f"--workdir={whole}").returncode == 0
+    rng, kills = np.random.default_rng(0), 0
+    while True:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "lpa_jax.table", *arguments, f"--workdir={killed}"],
+            cwd=ROOT, env={**os.environ, "JAX_PLATFORMS": "cpu"}, stdout=subprocess.DEVNULL,
+        )  # fmt: skip
+        finished = {path: path.stat().st_mtime_ns for path in killed.rglob("result.json")}
+        try:
+            assert process.wait(timeout=rng.uniform(12, 30)) == 0
+            break
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            kills += 1
+            time.sleep(0.1)
+        assert {path: path.stat().st_mtime_ns for path in finished} == finished
+    print(f"{kills} kills")
+    assert kills >= 2
+    ours, theirs = (json.loads((d / "table.json").read_text()) for d in (killed, whole))
+    for line in ours["lines"] + theirs["lines"]:
+        line.pop("command")
+    assert ours["lines"] == theirs["lines"]
