@@ -615,7 +615,11 @@ def test_one_class_is_refused():
 
 
 @pytest.mark.usefixtures("unchecked")
-@pytest.mark.parametrize("entry", [optax.clip(0.1), "group1", [lpa_jax.lpg(0.1)]], ids=str)
+@pytest.mark.parametrize(
+    "entry",
+    [optax.clip(0.1), "group1", [lpa_jax.lpg(0.1)]],
+    ids=["a transform", "a name", "a list"],
+)
 def test_an_entry_without_a_site_is_refused(entry):
     with pytest.raises(TypeError, match=r"has no site.*lpa_jax\.at"):
         lpa_jax.chain(lpa_jax.lpg(0.1), entry)
