@@ -25,18 +25,18 @@ COMMON = [
     "--config.checkpoint_every=0.4",
     "--config.evaluate_every=3",
 ]
-# Everything that has a state, of whatever kind: moving averages, statistics by epoch, what an
-# optimizer gathers, several seeds, and batches from the host's threads.
+# Everything that has a state, of whatever kind: moving averages, statistics by epoch, targets by
+# example, what an optimizer gathers, several seeds, and batches from the host's threads.
 CASES = {
     "lpa": [],
     "lpa+lpl": ["--config.perturbation.lpa.split.window=epoch", "--config.num_seeds=2"],
     "lpl": ["--config.steps_per_dispatch=3"],
     "lpg": ["--config.input=host"],
     "lpa+lpl+lpg": ["--config.model.dtype=bfloat16"],
-    "manifold_mixup": [],
+    "isda+drw": ["--config.imbalance.kind=exponential", "--config.imbalance.ratio=5"],
     "mixup+sam": [],
     "asam": ["--config.optimizer.accumulate=3"],
-    "dropout+disturb_label": [],
+    "elr": ["--config.noise.kind=symmetric_exclusive", "--config.noise.rate=0.4"],
     "dropblock+adversarial": [],
 }
 AIMS = ("anywhere", "training", "saving", "training", "saving")
