@@ -13,7 +13,7 @@ Results = Sequence[Mapping[str, Any]]
 SHOWN = {
     "test_accuracy": ("test accuracy %", 100.0),
     "test_nll": ("test NLL", 1.0),
-    "best_validation_test_accuracy": ("test accuracy % at best validation", 100.0),
+    "best_validation_test_accuracy": ("test % at best val.", 100.0),
     "validation_accuracy": ("validation accuracy %", 100.0),
     "train_accuracy": ("train accuracy %", 100.0),
 }
@@ -54,7 +54,10 @@ def show_table(title: str, results: Results, console: Console) -> None:
     shown = [name for name in SHOWN if name in summary]
     for name in shown:
         label, scale = SHOWN[name]
-        table.add_column(label, justify="right", footer=_with_spread(summary[name], scale))
+        breaks = name == "best_validation_test_accuracy"
+        table.add_column(
+            label, justify="right", no_wrap=not breaks, footer=_with_spread(summary[name], scale)
+        )
     for result in results:
         cells = [f"{SHOWN[name][1] * result[name]:.2f}" for name in shown]
         table.add_row(str(result["seed"]), *cells)
