@@ -29,6 +29,13 @@ _SET = flags.DEFINE_multi_string(
 )
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Show the runs and how long they would take.")
 
+RESERVED = {
+    "epochs": "use --budget",
+    "method": "use --methods",
+    "num_seeds": "use --seeds",
+    "seed": "the seeds of a table count from 0",
+}
+
 
 def _check() -> None:
     if _TABLE.value is None:
@@ -42,6 +49,8 @@ def _changes() -> dict[str, object]:
         key, equals, text = word.partition("=")
         if not key or not equals:
             raise UsageError(f"--set takes KEY=VALUE, not {word!r}.")
+        if key in RESERVED:
+            raise UsageError(f"--set does not take {key}: {RESERVED[key]}.")
         try:
             changes[key] = ast.literal_eval(text)
         except (ValueError, SyntaxError):
@@ -73,7 +82,7 @@ def _main(_: list[str]) -> None:
             return
         if _TRIALS.value:
             table = tuning.tuned(table, protocol, _TRIALS.value, workdir / "tuning", console)
-        outcomes = runs.run(table, protocol, workdir, console)
+        outcomes = runs.run(table, protocol, runs.home(workdir, _TRIALS.value), console)
         lines = comparison.compare(outcomes)
         about = {"command": command, "trials": _TRIALS.value, **runs.about(outcomes)}
         report.leave(workdir, name, lines, about, console)

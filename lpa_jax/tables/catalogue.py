@@ -7,12 +7,27 @@ from lpa_jax.training import experiment
 from lpa_jax.training.config import ConfigError
 
 
+class Range(NamedTuple):
+    """The numbers from which a search draws.
+
+    Attributes:
+      low: The smallest.
+      high: The largest.
+      log: Whether to draw uniformly on a logarithmic scale.
+    """
+
+    low: float
+    high: float
+    log: bool = False
+
+
 class Row(NamedTuple):
     """A method of a table.
 
     Attributes:
       method: Its transforms, joined by `+`, or `"erm"`.
-      published: Test error in percent, by the paper that printed it.
+      published: Test error in percent, or 100 less the accuracy, by the paper that printed it:
+        LPA's, LPL's or Manifold Mixup's (MM).
       changes: Keys of the configuration, dotted where nested, that differ for it.
       post_hoc: Tau of the logit adjustment that its networks are judged with, or None. They are
         trained as the row named `"erm"` is.
@@ -31,11 +46,13 @@ class Table(NamedTuple):
       config: Name of a configuration file, without `.py`.
       changes: Keys of the configuration, dotted where nested, that differ for all rows.
       rows: By name; the others are compared with the first.
+      ranges: Of numbers, by key, which a search draws from on this task in place of the usual.
     """
 
     config: str
     changes: Mapping[str, Any]
     rows: Mapping[str, Row]
+    ranges: Mapping[str, Range] = {}
 
 
 def _rows(names: str, published: Mapping[str, Mapping[str, float]] | None = None) -> dict[str, Row]:
@@ -123,7 +140,8 @@ _ALL = {"validation_fraction": 0.0}
 _RESNET = {"model.name": "resnet_32"}
 
 TABLES = {
-    "digits": Table("digits", {}, _rows(_BALANCED)),
+    # Images of 8x8 pixels.
+    "digits": Table("digits", {}, _rows(_BALANCED), {"perturbation.cutout.size": Range(1.0, 6.0)}),
     "digits_lt": Table("digits", _LONG_TAIL | {"imbalance.ratio": 20.0}, _long_tail_rows(4, {})),
     "digits_noisy": Table("digits", _NOISE, _rows(_NOISY)),
     "cifar10": Table(

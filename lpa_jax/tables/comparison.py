@@ -11,6 +11,8 @@ from lpa_jax.tables.runs import Outcome
 from lpa_jax.training import report
 
 Results = Sequence[Mapping[str, Any]]
+ROUNDING = 1e-9
+"""Differences that differ by less are equal: by one image of a billion."""
 
 
 class Line(NamedTuple):
@@ -80,7 +82,7 @@ def compare(outcomes: Mapping[str, Outcome]) -> list[Line]:
         errors = _errors(results[name])
         shared = [seed for seed in errors if seed in baseline and name != first]
         differences = np.array([errors[seed] - baseline[seed] for seed in shared])
-        if len(differences) > 1 and np.ptp(differences) > 0:
+        if len(differences) > 1 and np.ptp(differences) > ROUNDING:
             _, p = stats.ttest_1samp(differences, 0.0)
             ps[name] = float(p)  # pyright: ignore[reportArgumentType]
         values = list(errors.values())

@@ -13,7 +13,8 @@ from lpa_jax.training import records, report
 NOTE = (
     "Test error % of the last epoch, mean ± sample standard deviation over n seeds. The difference "
     "from the first row is paired by seed; p is that of a paired t-test, corrected for the number "
-    "of rows by Holm's method."
+    "of rows by Holm's method. All seeds share one choice of held-out, kept and wrongly labelled "
+    "examples: what another choice would change is not in the deviation."
 )
 BEST = " “Best” is the test error at the epoch that was best on the validation set."
 
@@ -34,7 +35,7 @@ def leave(
       workdir: A directory.
       name: Of the table.
       lines: The rows.
-      about: How they came about: `"command"`, `"trials"`, `"epochs"`, `"device"`, `"versions"`.
+      about: How they came about: `"command"`, `"trials"`, and what `runs.about` tells.
       console: Where to print.
 
     Raises:
@@ -104,11 +105,13 @@ def _markdown(
 ) -> str:
     rows = [header, ["---"] * len(header), *cells]
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    versions = ", ".join(f"{package} {version}" for package, version in about["versions"].items())
     trials = (
         f"{about['trials']} trials of settings a row" if about["trials"] else "default settings"
     )
-    told = f"{about['epochs']} epochs, {trials}; {about['device']}; {versions}"
+    epochs, devices, versions = (
+        " and ".join(map(str, about[key])) for key in ("epochs", "devices", "versions")
+    )
+    told = f"{epochs} epochs, {trials}; {devices}; {versions}"
     failures = "".join(f"\n{line.name}: {line.failure}\n" for line in lines if line.failure)
     commands = "\n".join(f"- {line.name}: `{line.command}`" for line in lines)
     note = NOTE + (BEST if "best" in header else "")

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 import pathlib
 import runpy
+import shlex
 import statistics
 import time
 from typing import Any, NamedTuple
@@ -63,30 +64,42 @@ def configure(table: Table, row: Row, protocol: Protocol) -> tuple[Config, str]:
     path = protocol.configs / f"{table.config}.py"
     if not path.is_file():
         raise ConfigError(f"There is no {path}: say where the configurations are, --configs=DIR.")
-    config = runpy.run_path(str(path))["get_config"](f"method={row.method}")
+    try:
+        config = runpy.run_path(str(path))["get_config"](f"method={row.method}")
+    except Exception as error:
+        raise ConfigError(f"{path} gives no configuration: {error!r}.") from error
     changes = {**table.changes, **row.changes, "num_seeds": protocol.seeds}
     if protocol.epochs is not None:
         scale = protocol.epochs / config.epochs
         boundaries = tuple(scale * epoch for epoch in config.schedule.boundaries)
         changes |= {"epochs": protocol.epochs, "schedule.boundaries": boundaries}
     changes |= protocol.changes
+    config.lock()
     for key, value in changes.items():
         try:
             config.update_from_flattened_dict({key: value})
         except (KeyError, TypeError, ValueError, AttributeError) as error:
+            told = str(error.args[0] if isinstance(error, KeyError) else error)
             raise ConfigError(
-                f"config.{key} of method {row.method} cannot be {value!r}: {error}"
+                f"config.{key} of method {row.method} cannot be {value!r}: {told}"
             ) from error
     configuration.check(config)
-    words = (f"--config.{key}={_word(value)}" for key, value in changes.items())
-    return config, " ".join(
-        ["python -m lpa_jax.main", f"--config={path}:method={row.method}", *words]
-    )
+    words = ["python", "-m", "lpa_jax.main", f"--config={path}:method={row.method}"]
+    words += [f"--config.{key}={value}" for key, value in changes.items() if value is not None]
+    return config, shlex.join(words)
 
 
-def _word(value: Any) -> str:
-    text = str(value)
-    return f"'{text}'" if set(text) & set(" ()[]'*") else text
+def configure_all(table: Table, protocol: Protocol) -> dict[str, tuple[Config, str]]:
+    """Return `configure` of each row, having found that each can be built.
+
+    Raises:
+      ConfigError: If one cannot.
+      DataError: If the data cannot be read.
+    """
+    configured = {name: configure(table, row, protocol) for name, row in table.rows.items()}
+    for config, _ in configured.values():
+        experiment.build(config)
+    return configured
 
 
 def run(
@@ -95,20 +108,21 @@ def run(
     """Train what is missing of a table, and return what came of each row.
 
     Every row has a directory of its own, in which runs go on where they were cut off, and those
-    that are finished are only read. A row whose training diverges is reported as such.
+    that are finished are only read. A row of which a seed diverges is reported as such, without a
+    number: a mean over the other seeds would flatter it.
 
     Raises:
-      ConfigError: If a row cannot be configured; none is trained then.
+      ConfigError: If a row cannot be built; none is trained then.
       DataError: If the data cannot be read.
       PreemptedError: If the process was sent SIGTERM, after the present step has been saved.
       WriteError: If the work directory takes no more.
     """
-    configured = {name: configure(table, row, protocol) for name, row in table.rows.items()}
+    configured = configure_all(table, protocol)
     outcomes = {}
     for number, (name, row) in enumerate(table.rows.items(), 1):
         config, command = configured[name]
         place = workdir / directory(name, row)
-        command += f" --workdir={place}"
+        command += f" {shlex.quote(f'--workdir=runs/again/{place.name}')}"
         console.rule(f"{name} ({number} of {len(table.rows)})")
         try:
             summary = loop.train_and_evaluate(config, place, console)
@@ -117,7 +131,7 @@ def run(
             continue
         if row.post_hoc is not None:
             command += (
-                f" && python -m lpa_jax.evaluate --workdir={place} "
+                f" && python -m lpa_jax.evaluate --workdir=runs/again/{place.name} "
                 f"--logit_adjustment={row.post_hoc}"
             )
             summary = {**summary, "seeds": _adjusted(config, place, row.post_hoc, console)}
@@ -169,30 +183,39 @@ def plan(
       DataError: If the data cannot be read.
     """
     shown = rich.table.Table("row", title="runs to be made")
-    for column in ("trials", "seeds done", "steps a seed", "seconds a step", "hours left"):
+    for column in ("trials", "seeds", "steps a seed", "seconds a step", "hours left"):
         shown.add_column(column, justify="right")
-    configured = {name: configure(table, row, protocol)[0] for name, row in table.rows.items()}
+    configured = configure_all(table, protocol)
     total = 0.0
     for name, row in table.rows.items():
-        config, place = configured[name], directory(name, row)
+        (config, _), place = configured[name], directory(name, row)
         if place != name and place in table.rows:
             shown.add_row(name, "", f"those of {place}")
             continue
-        numbers = range(config.seed, config.seed + protocol.seeds)
-        results = (workdir / place / f"seed{number}" / "result.json" for number in numbers)
-        done = sum(result.exists() for result in results)
-        with console.status(f"timing {name}"):
+        done = _finished(home(workdir, trials) / place)
+        tried = sum(_finished(path) for path in (workdir / "tuning" / place).glob("trial*"))
+        with console.status(f"timing {name}"), experiment.as_config_error():
             seconds, num_steps = _seconds_a_step(config)
-        left = (trials + protocol.seeds - done) * num_steps * seconds
+        left = max(0, trials - tried) + max(0, protocol.seeds - done)
+        left *= num_steps * seconds
         total += left
-        cells = (str(trials), f"{done} of {protocol.seeds}", str(num_steps), f"{seconds:.3f}")
-        shown.add_row(name, *cells, f"{left / 3600:.2f}")
+        cells = (f"{tried} of {trials}", f"{done} of {protocol.seeds}", str(num_steps))
+        shown.add_row(name, *cells, f"{seconds:.3f}", f"{left / 3600:.2f}")
     console.print(shown)
     console.print(
         f"About {total / 3600:.2f} hours in all; compilation and evaluation are not counted.",
         highlight=False,
     )
     return total
+
+
+def home(workdir: pathlib.Path, trials: int) -> pathlib.Path:
+    """Return where the rows of a table are trained: those with other settings are other runs."""
+    return workdir / f"trials{trials}" if trials else workdir
+
+
+def _finished(workdir: pathlib.Path) -> int:
+    return len(list(workdir.glob("seed*/result.json")))
 
 
 def _seconds_a_step(config: Config) -> tuple[float, int]:
@@ -219,8 +242,11 @@ def _seconds_a_step(config: Config) -> tuple[float, int]:
 
 
 def about(outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
-    """Return how the runs of a table were made: `"epochs"`, `"device"` and `"versions"`."""
-    summary = next((o.summary for o in outcomes.values() if o.summary is not None), None)
-    if summary is None:
-        return {"epochs": None, "device": None, "versions": {}}
-    return {"epochs": summary["config"]["epochs"]} | {k: summary[k] for k in ("device", "versions")}
+    """Return how the runs of a table were made: lists of all `"devices"` and `"versions"`."""
+    summaries = [o.summary for o in outcomes.values() if o.summary is not None]
+    versions = [", ".join(f"{k} {v}" for k, v in s["versions"].items()) for s in summaries]
+    return {
+        "epochs": list(dict.fromkeys(summary["config"]["epochs"] for summary in summaries)),
+        "devices": list(dict.fromkeys(summary["device"] for summary in summaries)),
+        "versions": list(dict.fromkeys(versions)),
+    }

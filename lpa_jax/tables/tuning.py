@@ -1,32 +1,19 @@
 """The search for each method's numbers: on a validation set, with the same budget for each."""
 
+from collections.abc import Collection
 import pathlib
-from typing import Any, NamedTuple
+from typing import Any
 
 from rich.console import Console
 
 from lpa_jax.tables import runs
-from lpa_jax.tables.catalogue import Row, Table
+from lpa_jax.tables.catalogue import Range, Row, Table
 from lpa_jax.training import loop, records
-from lpa_jax.training.config import ConfigError, flat
+from lpa_jax.training.config import Config, ConfigError, flat
 
 VALIDATION_FRACTION = 0.1
-FIRST_SEED = 1000
-"""The seed of the trials, so that none of a table's own seeds has been tuned on."""
-
-
-class Range(NamedTuple):
-    """The numbers from which a search draws.
-
-    Attributes:
-      low: The smallest.
-      high: The largest.
-      log: Whether to draw uniformly on a logarithmic scale.
-    """
-
-    low: float
-    high: float
-    log: bool = False
+SEED = 1000
+"""Of the trials: a table's own seeds count from 0."""
 
 
 # For all rows alike, plain training included.
@@ -56,29 +43,35 @@ RANGES: dict[str, dict[str, Range]] = {
     "lpl": {"epsilon": Range(0.05, 4.0, log=True)},
     "manifold_mixup": {"alpha": Range(0.1, 4.0, log=True)},
     "mixup": {"alpha": Range(0.1, 4.0, log=True)},
-    "reweight": {"beta": Range(0.9, 0.9999)},
     "sam": {"rho": Range(0.01, 0.5, log=True)},
     "shake": {"strength": Range(0.1, 1.0)},
     "softmax_focal_loss": {"gamma": Range(0.5, 4.0)},
 }
 
 
-def ranges(row: Row) -> dict[str, Range]:
-    """Return the ranges of a row's numbers, by the dotted keys of a configuration.
+def ranges(table: Table, config: Config, fixed: Collection[str]) -> dict[str, Range]:
+    """Return the ranges of a row's numbers, by the dotted keys of its configuration.
 
-    What the row itself sets is not searched.
+    Args:
+      table: The table.
+      config: The configuration of the row.
+      fixed: Keys that are not to be searched.
 
     Example:
-      >>> sorted(ranges(Row("lpa+sam")))
-      ['perturbation.lpa.epsilon', 'perturbation.sam.rho', 'schedule.learning_rate']
+      >>> from lpa_jax.tables.catalogue import TABLES
+      >>> from lpa_jax.training import config as configuration
+      >>> config = configuration.choose(configuration.default(), "method=lpa+sam", {}, {})
+      >>> sorted(ranges(TABLES["digits"], config, {"perturbation.sam.rho"}))
+      ['perturbation.lpa.epsilon', 'schedule.learning_rate']
     """
     found = dict(COMMON)
-    for name in row.method.split("+"):
+    for name in config.perturbation:
         for key, interval in RANGES.get(name, {}).items():
             found[f"perturbation.{name}.{key}"] = interval
-    for key, interval in RANGES.get(row.changes.get("loss.name", ""), {}).items():
+    for key, interval in RANGES.get(config.loss.name, {}).items():
         found[f"loss.{key}"] = interval
-    return {key: interval for key, interval in found.items() if key not in row.changes}
+    found |= {key: interval for key, interval in table.ranges.items() if key in found}
+    return {key: interval for key, interval in found.items() if key not in fixed}
 
 
 def tuned(
@@ -88,7 +81,7 @@ def tuned(
 
     The search is Optuna's tree-structured Parzen estimator, which begins with the defaults. A trial
     is a run of one seed, that none of the table's own is, with a tenth of the training examples
-    held out; the test set has no part in the choice. Ended trials are read, not repeated.
+    held out; the test set has no part in the choice. Finished trials are read, not repeated.
 
     Args:
       table: The table.
@@ -104,6 +97,8 @@ def tuned(
     References:
       Akiba et al., Optuna, KDD 2019, arXiv:1907.10902.
     """
+    # What cannot be run is told before anything is.
+    runs.configure_all(table, _on_trial(protocol))
     best: dict[str, dict[str, Any]] = {}
     for name, row in table.rows.items():
         # Rows that share their networks share the search.
@@ -115,6 +110,11 @@ def tuned(
         for name, row in table.rows.items()
     }
     return table._replace(rows=rows)
+
+
+def _on_trial(protocol: runs.Protocol) -> runs.Protocol:
+    changes = {"validation_fraction": VALIDATION_FRACTION, "seed": SEED}
+    return protocol._replace(seeds=1, changes={**protocol.changes, **changes})
 
 
 def _search(
@@ -133,12 +133,11 @@ def _search(
             "--trials needs Optuna: run `pip install 'lpa-jax[tune]'`, or leave --trials out."
         ) from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    intervals = ranges(row)
-    fixed = {"validation_fraction": VALIDATION_FRACTION, "seed": FIRST_SEED}
-    held_out = protocol._replace(seeds=1, changes={**fixed, **protocol.changes})
+    held_out = _on_trial(protocol)
     defaults, _ = runs.configure(table, row, held_out)
-    # Numbers that --set fixes are not searched either.
-    intervals = {key: r for key, r in intervals.items() if key not in protocol.changes}
+    intervals = ranges(table, defaults, {*row.changes, *protocol.changes})
+    if not intervals:
+        return {}
     study = optuna.create_study(
         direction="maximize", sampler=optuna.samplers.TPESampler(seed=0, n_startup_trials=5)
     )
@@ -161,12 +160,18 @@ def _search(
             continue
         (result,) = summary["seeds"]
         study.tell(trial, result["validation_accuracy"])
-        tried.append((result["validation_accuracy"], -result["validation_nll"], -number, drawn))
+        tried.append((result["validation_accuracy"], -result["validation_nll"], number, drawn))
     if not tried:
         raise ConfigError(f"All {trials} trials of {name} diverged: give narrower ranges.")
-    accuracy, _, number, drawn = max(tried, key=lambda one: one[:3])
+    # Of equals the first.
+    accuracy, _, number, drawn = max(tried, key=lambda one: one[:2])
     told = {"ranges": {key: interval._asdict() for key, interval in intervals.items()}}
-    told |= {"trial": -number, "validation_accuracy": accuracy, "chosen": drawn}
+    told |= {
+        "optuna": optuna.__version__,
+        "trial": number,
+        "validation_accuracy": accuracy,
+        "chosen": drawn,
+    }
     with records.writing(f"The search in {workdir}"):
         records.write_json(workdir / name / "search.json", told)
     return drawn

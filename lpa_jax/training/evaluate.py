@@ -63,6 +63,7 @@ def evaluate_run(
       ConfigError: If there is no such run, seed or part, or an argument is outside its range.
       DataError: If the data cannot be read.
       CheckpointError: If a seed has checkpoints, but none that can be read.
+      WriteError: If the directory takes no more.
 
     References:
       Menon et al., Long-tail learning via logit adjustment, ICLR 2021, arXiv:2007.07314 (equation
@@ -116,8 +117,9 @@ def evaluate_run(
     }
     stem = "evaluation" if part == "test" else f"evaluation_{part}"
     title = f"{config.method} on {dataset.name}, {len(examples.labels)} {part} images"
-    records.write_json(workdir / f"{stem}.json", evaluation)
-    report.plot_evaluation(workdir / f"{stem}.png", title, results)
+    with records.writing(f"The evaluation in {workdir}"):
+        records.write_json(workdir / f"{stem}.json", evaluation)
+        report.plot_evaluation(workdir / f"{stem}.png", title, results)
     report.show_evaluation(title, evaluation["metrics"], console)
     console.print(f"Figures and a plot are in {workdir / stem}.json and .png.", highlight=False)
     return evaluation

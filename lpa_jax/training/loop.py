@@ -195,7 +195,8 @@ def train_and_evaluate(
                         row |= {"learning_rate": float(np.asarray(learning_rate))}
                         if config.nonfinite == "skip":
                             row |= {"nonfinite_steps": int(state.nonfinite_steps)}
-                        if len(dataset.validation.labels) and epoch % config.evaluate_every == 0:
+                        due = epoch % config.evaluate_every == 0 or step == num_steps
+                        if len(dataset.validation.labels) and due:
                             judged = judge(state.variables, dataset.validation)
                             row |= _named("validation", judged)
                             if judged["accuracy"] > max(_best_validation(log.rows), default=-1.0):
@@ -225,6 +226,13 @@ def train_and_evaluate(
             rows_by_seed[seed] = log.rows
 
     # --- Show what came out. ----------------------------------------------------------------------
+    summary_path = workdir / "summary.json"
+    if first_step_time is None and summary_path.exists():
+        # Nothing was trained: what was is not to be taken for the work of this machine.
+        kept = records.read_json(summary_path)
+        if kept.get("seeds") == results:
+            report.show_table(_title(config, dataset.name), results, console)
+            return kept
     summary = {
         "metrics": report.summarise(results),
         "seeds": results,
@@ -240,11 +248,11 @@ def train_and_evaluate(
     }
     if not first_process:
         return summary
-    title = f"{config.method} on {dataset.name}, {config.model.name}, {config.epochs} epochs"
+    title = _title(config, dataset.name)
     first = results[0]
     seed_title = f"{title}, seed {first['seed']}"
     with records.writing(f"The summary in {workdir}"):
-        records.write_json(workdir / "summary.json", summary)
+        records.write_json(summary_path, summary)
         report.plot_curves(workdir / "curves.png", title, rows_by_seed)
         report.plot_perturbation(workdir / "perturbation.png", seed_title, first["perturbation"])
     report.show_table(title, results, console)
@@ -283,6 +291,10 @@ def _dispatches(first: int, last: int, most: int, *stops: int) -> Iterator[int]:
         taken = min(most, last - first, *(stop - first % stop for stop in stops))
         yield taken
         first += taken
+
+
+def _title(config: Config, dataset: str) -> str:
+    return f"{config.method} on {dataset}, {config.model.name}, {config.epochs} epochs"
 
 
 def _best_validation(rows: Sequence[Mapping[str, Any]]) -> dict[float, float]:

@@ -78,7 +78,7 @@ def claim(
                 raise ConfigError(
                     f"{workdir} holds a run of another configuration (it differs in "
                     f"{', '.join(change)}): give --workdir another directory, remove it, or let "
-                    "it go on with this one by --allow_config_change."
+                    "python -m lpa_jax.main go on with this one by --allow_config_change."
                 )
             if change:
                 told = ", ".join(f"{k} from {a!r} to {b!r}" for k, (a, b) in change.items())
@@ -218,15 +218,15 @@ class Records:
     """
 
     def __init__(self, directory: pathlib.Path, step: int, *, write: bool = True):
-        self.rows = []
+        self._path = directory / "metrics.jsonl"
         self._writer = None
+        # All processes decide by these what is to be computed next.
+        self.rows = [row for row in read_rows(self._path) if row["step"] <= step]
         if not write:
             return
         # Its import costs more than all else here, and only a run needs it.
         from tensorboardX import SummaryWriter
 
-        self._path = directory / "metrics.jsonl"
-        self.rows = [row for row in read_rows(self._path) if row["step"] <= step]
         with writing(str(self._path)):
             directory.mkdir(parents=True, exist_ok=True)
             _replace(self._path, "".join(json.dumps(row) + "\n" for row in self.rows))

@@ -59,7 +59,7 @@ def show_table(title: str, results: Results, console: Console) -> None:
             label, justify="right", no_wrap=not breaks, footer=_with_spread(summary[name], scale)
         )
     for result in results:
-        cells = [f"{SHOWN[name][1] * result[name]:.2f}" for name in shown]
+        cells = [f"{SHOWN[n][1] * result[n]:.2f}" if n in result else "" for n in shown]
         table.add_row(str(result["seed"]), *cells)
     console.print(table)
     grouped = [name for name in summary if name.startswith(BY_GROUP)]
