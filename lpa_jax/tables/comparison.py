@@ -98,7 +98,7 @@ def compare(outcomes: Mapping[str, Outcome]) -> list[Line]:
                 ece=None if ece is None else 100 * ece,
                 groups=_group_errors(found),
                 validation=_mean_error(found, "validation_accuracy"),
-                best_validation=_mean_error(found, "best_validation_test_accuracy"),
+                best_validation=_mean_error(found, report.BEST),
                 difference=float(differences.mean()) if shared else None,
                 p=None,
                 published=outcome.row.published,

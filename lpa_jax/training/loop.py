@@ -216,7 +216,7 @@ def train_and_evaluate(
                 if len(dataset.validation.labels):
                     result |= _named("validation", judge(state.variables, dataset.validation))
                     if best := _best_validation(log.rows):
-                        result |= {"best_validation_test_accuracy": best[max(best)]}
+                        result |= {report.BEST: best[max(best)]}
                 result |= _named("test", judge(state.variables, dataset.test))
                 result |= {"perturbation": by_class}
             if first_process:

@@ -13,11 +13,11 @@ Results = Sequence[Mapping[str, Any]]
 SHOWN = {
     "test_accuracy": ("test accuracy %", 100.0),
     "test_nll": ("test NLL", 1.0),
-    "best_validation_test_accuracy": ("test % at best val.", 100.0),
     "validation_accuracy": ("validation accuracy %", 100.0),
     "train_accuracy": ("train accuracy %", 100.0),
 }
 CALIBRATION = "test_ece"
+BEST = "best_validation_test_accuracy"
 BY_GROUP = "test_accuracy_"
 DPI = 120
 
@@ -31,7 +31,7 @@ def summarise(results: Results) -> dict[str, dict[str, Any]]:
     """
     summary = {}
     grouped = (name for name in results[0] if name.startswith(BY_GROUP))
-    for name in (*SHOWN, CALIBRATION, *grouped):
+    for name in (*SHOWN, BEST, CALIBRATION, *grouped):
         values = [result[name] for result in results if name in result]
         if values:
             summary[name] = _spread(values)
@@ -54,14 +54,14 @@ def show_table(title: str, results: Results, console: Console) -> None:
     shown = [name for name in SHOWN if name in summary]
     for name in shown:
         label, scale = SHOWN[name]
-        breaks = name == "best_validation_test_accuracy"
-        table.add_column(
-            label, justify="right", no_wrap=not breaks, footer=_with_spread(summary[name], scale)
-        )
+        table.add_column(label, justify="right", footer=_with_spread(summary[name], scale))
     for result in results:
         cells = [f"{SHOWN[n][1] * result[n]:.2f}" if n in result else "" for n in shown]
         table.add_row(str(result["seed"]), *cells)
     console.print(table)
+    if BEST in summary:
+        told = _with_spread(summary[BEST], 100.0)
+        console.print(f"At the epoch best on the validation set: test accuracy {told} %.")
     grouped = [name for name in summary if name.startswith(BY_GROUP)]
     if grouped:
         table = Table(title="test accuracy % by group of classes")
