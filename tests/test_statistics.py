@@ -222,6 +222,20 @@ def test_stretching_stops_at_the_origin():
     close(moved, jnp.array([[1.2, 1.6], [-1.2, -1.6], [-3.0, -4.0], [0.0, 0.0], [0.0, 0.0]]))
 
 
+def test_steps_uphill_go_up_and_see_values_of_their_own_type():
+    values, seen = jnp.full((1, 2), 0.5, jnp.bfloat16), set()
+
+    def gradient(moved):
+        seen.add(moved.dtype)
+        return jnp.array([[3.0, -4.0]], jnp.bfloat16)
+
+    start = jnp.zeros((1, 2), jnp.float32)
+    moved = pgd.climb_within(gradient, values, start, 0.25, 0.25, 2, "l2", None)
+    np.testing.assert_allclose(moved, [[0.15, -0.2]], rtol=2e-2)
+    assert moved.dtype == jnp.float32
+    assert seen == {jnp.dtype(jnp.bfloat16)}
+
+
 @pytest.mark.parametrize("steps", [1, 3, pgd.UNROLL, pgd.UNROLL + 1])
 def test_unrolled_and_looped_steps_are_the_same(steps):
     target = jnp.array([[1.0, 2.0], [-1.0, 0.5]])
