@@ -53,7 +53,7 @@ def test_every_search_begins_with_a_default_within_its_range(table, row):
     table = catalogue.TABLES[table]
     row = table.rows[row]
     config, _ = runs.configure(table, row, runs.Protocol(CONFIGS, 1))
-    ranges = tuning.ranges(table, config, row.changes)
+    ranges = tuning.ranges(table, row, config)
     assert "schedule.learning_rate" in ranges
     known = flat(config.to_dict())
     for key, interval in ranges.items():

@@ -46,7 +46,8 @@ class Table(NamedTuple):
       config: Name of a configuration file, without `.py`.
       changes: Keys of the configuration, dotted where nested, that differ for all rows.
       rows: By name; the others are compared with the first.
-      ranges: Of numbers, by key, which a search draws from on this task in place of the usual.
+      ranges: Of numbers, by key, which a search draws from on this task in place of the usual, also
+        where a row sets them.
     """
 
     config: str
@@ -65,8 +66,18 @@ def _rows(names: str, published: Mapping[str, Mapping[str, float]] | None = None
     return rows
 
 
-def _long_tail_rows(num_head: int, published: Mapping[str, Mapping[str, float]]) -> dict[str, Row]:
-    """Return the rows of a long tail of which so many classes are the head."""
+def _long_tail_rows(
+    num_head: int,
+    published: Mapping[str, Mapping[str, float]],
+    lpl: Mapping[str, float] | None = None,
+) -> dict[str, Row]:
+    """Return the rows of a long tail of which so many classes are the head.
+
+    Args:
+      num_head: Number of head classes.
+      published: Errors by row and paper.
+      lpl: Arguments of LPL.
+    """
     # By name: the method, and what differs.
     rows: dict[str, tuple[str, Mapping[str, Any]]] = {
         "erm": ("erm", {}),
@@ -83,6 +94,8 @@ def _long_tail_rows(num_head: int, published: Mapping[str, Mapping[str, float]])
         for part in {"lpl", "lpg", "lpa"} & set(name.split("+")):
             key = f"perturbation.{part}.split"
             changes |= {f"{key}.name": "tail", f"{key}.num_head": num_head}
+            if part == "lpl":
+                changes |= {f"perturbation.lpl.{name}": n for name, n in (lpl or {}).items()}
         rows[name] = name, changes
     return {
         name: Row(
@@ -138,6 +151,9 @@ _NOISE = {"noise.kind": "symmetric_exclusive", "noise.rate": 0.4}
 # The papers train on all examples.
 _ALL = {"validation_fraction": 0.0}
 _RESNET = {"model.name": "resnet_32"}
+# Ten steps, as LPL's released code takes on CIFAR-10-LT.
+_LPL = {"epsilon": 1.5, "step_size": 0.15}
+_LPL_RANGE = {"perturbation.lpl.epsilon": Range(0.15, 6.0, log=True)}
 
 TABLES = {
     # Images of 8x8 pixels.
@@ -201,7 +217,9 @@ TABLES = {
                 "logit_adjustment+lpl": {"LPL": 21.46},
                 "lpa": {"LPA": 51.5},
             },
+            _LPL,
         ),
+        _LPL_RANGE,
     ),
     "cifar100_lt": Table(
         "cifar100",
@@ -221,7 +239,9 @@ TABLES = {
                 "lpg": {"LPA": 68.0},
                 "lpa": {"LPA": 65.8},
             },
+            _LPL,
         ),
+        _LPL_RANGE,
     ),
     "cifar10_noisy": Table("cifar10", _ALL | _NOISE | _RESNET, _rows(_NOISY)),
     "cifar10_lt_ablation": Table("cifar10", _ALL | _LONG_TAIL | _RESNET, _ablation_rows(4)),

@@ -1,6 +1,5 @@
 """The search for each method's numbers: on a validation set, with the same budget for each."""
 
-from collections.abc import Collection
 import pathlib
 from typing import Any
 
@@ -49,19 +48,20 @@ RANGES: dict[str, dict[str, Range]] = {
 }
 
 
-def ranges(table: Table, config: Config, fixed: Collection[str]) -> dict[str, Range]:
+def ranges(table: Table, row: Row, config: Config) -> dict[str, Range]:
     """Return the ranges of a row's numbers, by the dotted keys of its configuration.
 
     Args:
       table: The table.
-      config: The configuration of the row.
-      fixed: Keys that are not to be searched.
+      row: The row. What it sets is not searched, unless the table has a range for it.
+      config: Its configuration.
 
     Example:
       >>> from lpa_jax.tables.catalogue import TABLES
       >>> from lpa_jax.training import config as configuration
       >>> config = configuration.choose(configuration.default(), "method=lpa+sam", {}, {})
-      >>> sorted(ranges(TABLES["digits"], config, {"perturbation.sam.rho"}))
+      >>> row = Row("lpa+sam", changes={"perturbation.sam.rho": 0.1})
+      >>> sorted(ranges(TABLES["digits"], row, config))
       ['perturbation.lpa.epsilon', 'schedule.learning_rate']
     """
     found = dict(COMMON)
@@ -70,8 +70,11 @@ def ranges(table: Table, config: Config, fixed: Collection[str]) -> dict[str, Ra
             found[f"perturbation.{name}.{key}"] = interval
     for key, interval in RANGES.get(config.loss.name, {}).items():
         found[f"loss.{key}"] = interval
-    found |= {key: interval for key, interval in table.ranges.items() if key in found}
-    return {key: interval for key, interval in found.items() if key not in fixed}
+    return {
+        key: table.ranges.get(key, interval)
+        for key, interval in found.items()
+        if key in table.ranges or key not in row.changes
+    }
 
 
 def tuned(
@@ -135,7 +138,9 @@ def _search(
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     held_out = _on_trial(protocol)
     defaults, _ = runs.configure(table, row, held_out)
-    intervals = ranges(table, defaults, {*row.changes, *protocol.changes})
+    # What the user fixes is not searched.
+    found = ranges(table, row, defaults)
+    intervals = {key: interval for key, interval in found.items() if key not in protocol.changes}
     if not intervals:
         return {}
     study = optuna.create_study(
