@@ -649,3 +649,32 @@ def test_a_site_named_twice_by_one_perturbation_is_refused():
         lpa_jax.lpa(("group1", "group2", "group1"), 0.1)
     with pytest.raises(lpa_jax.SiteError, match="at least one"):
         lpa_jax.lpa((), 0.1)
+
+
+@pytest.mark.parametrize(
+    ("chain", "accepted"),
+    [
+        (lambda lpa, mixup: (lpa("group1"), mixup(("inputs", "group2"))), False),
+        (lambda lpa, mixup: (mixup(("inputs", "group2")), lpa("group1")), False),
+        (lambda lpa, mixup: (lpa("inputs"), mixup(("inputs",))), False),
+        (lambda lpa, mixup: (lpa("group1"), mixup(("group1",))), False),
+        (lambda lpa, mixup: (mixup(("group1",)), lpa("group1")), True),
+        (lambda lpa, mixup: (lpa("group2"), mixup(("inputs", "group1"))), True),
+    ],
+)
+def test_class_level_work_is_refused_where_targets_are_mixed_before_the_examples(chain, accepted):
+    made = lpa_jax.chain(
+        *chain(
+            lambda site: lpa_jax.lpa(site, 0.1), lambda at: lpa_jax.manifold_mixup(at, alpha=1.0)
+        )
+    )
+
+    def run():
+        step = make(made)
+        return step(VARIABLES, step.init(VARIABLES, INPUTS, LABELS), INPUTS, LABELS, KEY)
+
+    if accepted:
+        jax.eval_shape(run)
+    else:
+        with pytest.raises(lpa_jax.SiteError, match="mixed before the examples are"):
+            jax.eval_shape(run)

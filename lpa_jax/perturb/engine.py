@@ -279,10 +279,12 @@ class Step:
             if tap.name != tap.site:
                 at.setdefault(tap.site, []).append(order.index(tap.name))
 
-        def places(perturbation):
-            return [place for site in perturbation.sites for place in at.get(site, [])]
+        def places(rank):
+            # At one site the order of the chain decides.
+            found = (place for site in self.chain[rank].sites for place in at.get(site, []))
+            return [(place, rank) for place in found]
 
-        for mixing in self.chain:
+        for mixing_rank, mixing in enumerate(self.chain):
             if sites.LABELS not in mixing.sites or len(mixing.sites) == 1:
                 continue
             for site in mixing.sites:
@@ -291,8 +293,9 @@ class Step:
                         f"{site!r} is computed several times, and mixing more than once would not "
                         f"fit the targets; name one, such as '{site}[0]'."
                     )
-            for other in self.chain:
-                early = [p for p in places(other) if p < max(places(mixing), default=0)]
+            last = max(places(mixing_rank), default=(0, 0))
+            for rank, other in enumerate(self.chain):
+                early = [place for place, rank in places(rank) if (place, rank) < last]
                 if other.report and early:
                     raise sites.SiteError(
                         f"A class-level perturbation at {order[early[0]]!r} would see targets that "
