@@ -91,7 +91,8 @@ def main(out, fsdp):
             if compiled is None:
                 compiled = steps.train.lower(state, *numbers, *given).compile()
                 counts[name] = count_collectives(compiled)
-            state = compiled(state, *numbers, *given)
+            # Collectives of steps that wait for one another would wait for too few threads.
+            state = jax.block_until_ready(compiled(state, *numbers, *given))
         batches.close()
         results[f"{name}/loss"] = np.asarray(state.running.loss)
         results[f"{name}/params"] = np.concatenate([x.ravel() for x in whole(state.variables)])
