@@ -55,7 +55,8 @@ def fill(disk, leave=0):
     with ballast.open("wb", buffering=0) as file:
         room = os.statvfs(disk)
         count = room.f_bavail * room.f_frsize - leave
-        assert file.write(bytes(count)) == count
+        # Less is written where a run took some of the room meanwhile: it is full all the same.
+        file.write(bytes(count))
     return ballast
 
 
