@@ -113,7 +113,8 @@ def _main(_: list[str]) -> None:
             )
             fail(lost, TEMPORARY, at_once=True)
         if isinstance(error, records.WriteError):
-            fail(error, IO_ERROR, at_once=several)
+            # On the way out, threads that could not write either would tell it at length.
+            fail(error, IO_ERROR, at_once=True)
         if isinstance(error, loop.PreemptedError):
             fail(loop.PreemptedError(f"{error} The same command goes on from there."), TEMPORARY)
         if isinstance(error, stops):

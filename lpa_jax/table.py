@@ -87,7 +87,7 @@ def _main(_: list[str]) -> None:
         about = {"command": command, "trials": _TRIALS.value, **runs.about(outcomes)}
         report.leave(workdir, name, lines, about, console)
     except records.WriteError as error:
-        fail(error, IO_ERROR)
+        fail(error, IO_ERROR, at_once=True)
     except loop.PreemptedError as error:
         fail(loop.PreemptedError(f"{error} The same command goes on from there."), TEMPORARY)
     except (OSError, ConfigError, DataError, checkpoints.CheckpointError) as error:
