@@ -1,6 +1,7 @@
 """What the command lines share: flags, and errors that end in a sentence."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+import contextlib
 import os
 import sys
 from typing import NoReturn
@@ -38,6 +39,38 @@ def parse(argv: list[str], check: Callable[[], None]) -> list[str]:
     except Exception as error:
         fail(error)
     return rest
+
+
+@contextlib.contextmanager
+def sentences(stopped: str) -> Iterator[None]:
+    """Let what can go wrong in a command end in a sentence and the exit code that it has.
+
+    Args:
+      stopped: What is said where the user stops it.
+    """
+    # Imported late: --help and a wrong flag need not wait for jax.
+    from lpa_jax.data import DataError
+    from lpa_jax.training import checkpoints, loop, records
+
+    wrong = (
+        *(OSError, UsageError, DataError),
+        *(loop.ConfigError, loop.NonFiniteLossError, checkpoints.CheckpointError),
+    )
+    # Orbax narrates every checkpoint, and every failure at the length of a page.
+    logging.set_verbosity(logging.WARNING)
+    logging.get_absl_handler().addFilter(lambda record: "orbax" not in record.pathname)
+    try:
+        yield
+    except records.WriteError as error:
+        # On the way out, threads that could not write either would tell it at length.
+        fail(error, IO_ERROR, at_once=True)
+    except loop.PreemptedError as error:
+        fail(loop.PreemptedError(f"{error} The same command goes on from there."), TEMPORARY)
+    except wrong as error:
+        fail(error)
+    except KeyboardInterrupt:
+        print(f"lpa_jax: {stopped}", file=sys.stderr)
+        sys.exit(130)
 
 
 def fail(error: Exception, code: int = 2, *, at_once: bool = False) -> NoReturn:

@@ -1,10 +1,8 @@
 """The command line that judges a run: `python -m lpa_jax.evaluate --workdir=runs/digits`."""
 
-import sys
+from absl import app, flags
 
-from absl import app, flags, logging
-
-from lpa_jax.commands import fail, IO_ERROR, parse, UsageError, WORKDIR
+from lpa_jax.commands import parse, sentences, UsageError, WORKDIR
 
 _SEED = flags.DEFINE_multi_integer("seed", None, "Seed to judge, or several; default all.")
 _PART = flags.DEFINE_enum("part", "test", ["test", "validation"], "Images to judge by.")
@@ -21,14 +19,10 @@ def _check() -> None:
 
 
 def _main(_: list[str]) -> None:
-    # Imported late: --help and a wrong flag need not wait for jax.
-    from lpa_jax.data import DataError
-    from lpa_jax.training import checkpoints, evaluate, records
-    from lpa_jax.training.config import ConfigError
+    with sentences("stopped."):
+        # Imported late: --help and a wrong flag need not wait for jax.
+        from lpa_jax.training import evaluate
 
-    # Orbax narrates every checkpoint.
-    logging.set_verbosity(logging.WARNING)
-    try:
         evaluate.evaluate_run(
             str(WORKDIR.value),
             seeds=_SEED.value,
@@ -37,13 +31,6 @@ def _main(_: list[str]) -> None:
             corrupt=_CORRUPTIONS.value,
             logit_adjustment=_LOGIT_ADJUSTMENT.value,
         )
-    except records.WriteError as error:
-        fail(error, IO_ERROR)
-    except (OSError, ConfigError, DataError, checkpoints.CheckpointError) as error:
-        fail(error)
-    except KeyboardInterrupt:
-        print("lpa_jax: stopped.", file=sys.stderr)
-        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,11 @@
 """The command line: `python -m lpa_jax.main --config=configs/digits.py --workdir=runs/digits`."""
 
 import re
-import sys
 
-from absl import app, flags, logging
+from absl import app, flags
 from ml_collections import config_flags
 
-from lpa_jax.commands import fail, IO_ERROR, parse, TEMPORARY, UsageError, WORKDIR
+from lpa_jax.commands import fail, parse, sentences, TEMPORARY, UsageError, WORKDIR
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config",
@@ -84,47 +83,27 @@ def _tells_of_a_loss(error: BaseException) -> bool:
 
 
 def _main(_: list[str]) -> None:
-    # Imported late: --help and a wrong flag need not wait for jax.
-    import jax
+    with sentences("stopped; the same command goes on from the last checkpoint."):
+        # Imported late: --help and a wrong flag need not wait for jax.
+        import jax
 
-    from lpa_jax.data import DataError
-    from lpa_jax.training import checkpoints, loop, records
+        from lpa_jax.training import loop
 
-    stops = (
-        *(OSError, UsageError, DataError),
-        *(loop.ConfigError, loop.NonFiniteLossError, checkpoints.CheckpointError),
-    )
-    # Orbax narrates every checkpoint, and every failure at the length of a page.
-    logging.set_verbosity(logging.WARNING)
-    logging.get_absl_handler().addFilter(lambda record: "orbax" not in record.pathname)
-    try:
-        _join()
-        loop.train_and_evaluate(
-            _CONFIG.value, str(WORKDIR.value), allow_config_change=_ALLOW_CHANGE.value
-        )
-    except Exception as error:
-        several = jax.distributed.is_initialized()
-        cause = error.__cause__ or error
-        if several and _tells_of_a_loss(cause):
-            reason = str(cause).strip().partition("\n")[0]
-            lost = LostError(
-                f"Another process of the run, or the way to it, is lost ({reason}). The same "
-                "commands go on from the last checkpoint."
+        try:
+            _join()
+            loop.train_and_evaluate(
+                _CONFIG.value, str(WORKDIR.value), allow_config_change=_ALLOW_CHANGE.value
             )
-            fail(lost, TEMPORARY, at_once=True)
-        if isinstance(error, records.WriteError):
-            # On the way out, threads that could not write either would tell it at length.
-            fail(error, IO_ERROR, at_once=True)
-        if isinstance(error, loop.PreemptedError):
-            fail(loop.PreemptedError(f"{error} The same command goes on from there."), TEMPORARY)
-        if isinstance(error, stops):
-            fail(error)
-        raise
-    except KeyboardInterrupt:
-        print(
-            "lpa_jax: stopped; the same command goes on from the last checkpoint.", file=sys.stderr
-        )
-        sys.exit(130)
+        except Exception as error:
+            cause = error.__cause__ or error
+            if jax.distributed.is_initialized() and _tells_of_a_loss(cause):
+                reason = str(cause).strip().partition("\n")[0]
+                lost = LostError(
+                    f"Another process of the run, or the way to it, is lost ({reason}). The same "
+                    "commands go on from the last checkpoint."
+                )
+                fail(lost, TEMPORARY, at_once=True)
+            raise
 
 
 if __name__ == "__main__":

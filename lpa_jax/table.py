@@ -5,9 +5,9 @@ import pathlib
 import shlex
 import sys
 
-from absl import app, flags, logging
+from absl import app, flags
 
-from lpa_jax.commands import fail, IO_ERROR, parse, TEMPORARY, UsageError, WORKDIR
+from lpa_jax.commands import parse, sentences, UsageError, WORKDIR
 
 _TABLE = flags.DEFINE_string("table", None, "Name of the table, such as digits_lt.")
 _METHODS = flags.DEFINE_list(
@@ -59,42 +59,26 @@ def _changes() -> dict[str, object]:
 
 
 def _main(_: list[str]) -> None:
-    # Imported late: --help and a wrong flag need not wait for jax.
-    from rich.console import Console
+    with sentences("stopped; the same command goes on from there."):
+        # Imported late: --help and a wrong flag need not wait for jax.
+        from rich.console import Console
 
-    from lpa_jax.data import DataError
-    from lpa_jax.tables import catalogue, comparison, report, runs, tuning
-    from lpa_jax.training import checkpoints, loop, records
-    from lpa_jax.training.config import ConfigError
+        from lpa_jax.tables import catalogue, comparison, report, runs, tuning
 
-    # Orbax narrates every checkpoint, and every failure at the length of a page.
-    logging.set_verbosity(logging.WARNING)
-    logging.get_absl_handler().addFilter(lambda record: "orbax" not in record.pathname)
-    console = Console()
-    name = str(_TABLE.value)
-    workdir = pathlib.Path(WORKDIR.value or f"runs/tables/{name}")
-    protocol = runs.Protocol(pathlib.Path(_CONFIGS.value), _SEEDS.value, _BUDGET.value, _changes())
-    command = f"python -m lpa_jax.table {shlex.join(sys.argv[1:])}"
-    try:
+        console, name, trials = Console(), str(_TABLE.value), _TRIALS.value
+        workdir = pathlib.Path(WORKDIR.value or f"runs/tables/{name}")
+        configs = pathlib.Path(_CONFIGS.value)
+        protocol = runs.Protocol(configs, _SEEDS.value, _BUDGET.value, _changes())
         table = catalogue.chosen(name, _METHODS.value)
         if _DRY_RUN.value:
-            runs.plan(table, protocol, workdir, console, trials=_TRIALS.value)
+            runs.plan(table, protocol, workdir, console, trials=trials)
             return
-        if _TRIALS.value:
-            table = tuning.tuned(table, protocol, _TRIALS.value, workdir / "tuning", console)
-        outcomes = runs.run(table, protocol, runs.home(workdir, _TRIALS.value), console)
-        lines = comparison.compare(outcomes)
-        about = {"command": command, "trials": _TRIALS.value, **runs.about(outcomes)}
-        report.leave(workdir, name, lines, about, console)
-    except records.WriteError as error:
-        fail(error, IO_ERROR, at_once=True)
-    except loop.PreemptedError as error:
-        fail(loop.PreemptedError(f"{error} The same command goes on from there."), TEMPORARY)
-    except (OSError, ConfigError, DataError, checkpoints.CheckpointError) as error:
-        fail(error)
-    except KeyboardInterrupt:
-        print("lpa_jax: stopped; the same command goes on from there.", file=sys.stderr)
-        sys.exit(130)
+        if trials:
+            table = tuning.tuned(table, protocol, trials, workdir / "tuning", console)
+        outcomes = runs.run(table, protocol, runs.home(workdir, trials), console)
+        command = f"python -m lpa_jax.table {shlex.join(sys.argv[1:])}"
+        about = {"command": command, "trials": trials, **runs.about(outcomes)}
+        report.leave(workdir, name, comparison.compare(outcomes), about, console)
 
 
 if __name__ == "__main__":

@@ -74,7 +74,7 @@ def kill(process, workdir, aim, rng):
     old, before = unfinished(workdir), saved(workdir)
 
     def begun():
-        # What a session killed before left behind, the next removes, and may use the name again.
+        # What a process killed before left behind, the next removes, and may use the name again.
         old.intersection_update(unfinished(workdir))
         return unfinished(workdir) - old
 
@@ -87,7 +87,7 @@ def kill(process, workdir, aim, rng):
     if aim == "anywhere":
         wait(rng.uniform(0, 10))
     else:
-        # Something of this session: its first checkpoint, begun or complete.
+        # Something of this process: its first checkpoint, begun or complete.
         wait(until=lambda: begun() or saved(workdir) - before)
         wait(rng.uniform(0, 1.5))
     if aim == "saving":

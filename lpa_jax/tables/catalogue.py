@@ -91,7 +91,8 @@ def _long_tail_rows(
     )
     for name in names.split():
         changes = {}
-        for part in {"lpl", "lpg", "lpa"} & set(name.split("+")):
+        # In the order named, in which a command's flags stand as well.
+        for part in [part for part in name.split("+") if part in ("lpl", "lpg", "lpa")]:
             key = f"perturbation.{part}.split"
             changes |= {f"{key}.name": "tail", f"{key}.num_head": num_head}
             if part == "lpl":
