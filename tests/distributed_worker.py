@@ -96,8 +96,10 @@ def main(out, fsdp):
         batches.close()
         results[f"{name}/loss"] = np.asarray(state.running.loss)
         results[f"{name}/params"] = np.concatenate([x.ravel() for x in whole(state.variables)])
-        stats = whole(state.perturbation.class_stats)
-        results[f"{name}/class_stats"] = np.concatenate([x.ravel() for x in stats])
+        class_stats = state.perturbation.class_stats
+        paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(class_stats)]
+        for path, leaf in zip(paths, whole(class_stats), strict=True):
+            results[f"{name}/class_stats{jax.tree_util.keystr(path)}"] = leaf
 
     # The last method's state: its size on one device, and whether it survives a change of devices.
     held = (state.variables["params"], state.opt_state)

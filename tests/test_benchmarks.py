@@ -11,9 +11,10 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 
 
-def test_the_work_of_a_step_does_not_grow_with_the_number_of_classes():
+@pytest.mark.parametrize("site", ["group2", "group3"])
+def test_the_work_of_a_step_does_not_grow_with_the_number_of_classes(site):
     few, many = (
-        growth.update_cost(growth.VALUES["group2"], classes=classes, batch=128, steps=3)
+        growth.update_cost(growth.VALUES[site], classes=classes, batch=128, steps=3)
         for classes in (10, 100_000)
     )
     assert many["flops"] <= 1.10 * few["flops"]

@@ -166,10 +166,11 @@ def batch():
 def seen():
     """Return statistics in which classes lie on both sides of every threshold."""
     confidence = jnp.array([0.9, 0.2, 0.6, 0.7, 0.1, 0.0])
-    sums = statistics.Sums(10 * confidence, 8 * confidence, jnp.array([10.0] * 5 + [0.0]))
+    weight = jnp.array([10.0] * 5 + [0.0])
+    means = statistics.Means(confidence, 0.8 * confidence, weight, num_seen=jnp.int32(5))
     frequency = jnp.array(COUNTS, jnp.float32)
     return statistics.init(NUM_CLASSES)._replace(
-        frequency=frequency, ema=sums, epoch=jax.tree.map(jnp.copy, sums)
+        frequency=frequency, ema=means, epoch=jax.tree.map(jnp.copy, means)
     )
 
 

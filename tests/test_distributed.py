@@ -61,9 +61,9 @@ def results(tmp_path_factory):
 @pytest.mark.parametrize("name", [name for name in LAYOUTS if name != "one"])
 def test_every_method_trains_to_the_same_numbers_as_on_one_device(results, name):
     for key, expected in results["one"].items():
-        if key.endswith(("loss", "params", "class_stats")):
-            # Sums of the accuracy are whole examples, and one may lie on the edge.
-            atol = 1.01 if key.endswith("class_stats") else 1e-4
+        if key.endswith(("loss", "params")) or "class_stats" in key:
+            # One example of a class may lie on the edge between right and wrong.
+            atol = 0.5 if key.endswith("accuracy") else 1e-4
             np.testing.assert_allclose(
                 results[name][key], expected, rtol=1e-3, atol=atol, err_msg=f"{name} {key}"
             )

@@ -336,7 +336,7 @@ def outcome(result, kept, columns=NUM_CLASSES):
     of_class = (
         state.class_stats
         if columns is None
-        else jax.tree.map(lambda s: s[:columns], state.class_stats)
+        else jax.tree.map(lambda s: s[:columns] if s.ndim else s, state.class_stats)
     )
     return deltas, loss, grads, of_class
 

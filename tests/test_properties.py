@@ -552,10 +552,11 @@ def check_statistics(before, after, batch):
     np.testing.assert_allclose(seen.batch.weight.sum(), batch.weights.sum(), rtol=1e-5)
     grown = seen.frequency - before.class_stats.frequency
     np.testing.assert_allclose(grown, seen.batch.weight, rtol=1e-5, atol=1e-5)
-    for sums in (seen.ema, seen.running, seen.batch):
-        for statistic in (sums.confidence, sums.accuracy):
+    for means in (seen.ema, seen.running, seen.batch):
+        assert means.num_seen == (means.weight > 0).sum()
+        for statistic in (means.confidence, means.accuracy):
             assert (statistic >= 0).all()
-            assert (statistic <= sums.weight * (1 + 1e-5)).all()
+            assert (statistic <= (means.weight > 0) * (1 + 1e-5)).all()
 
 
 def reach(setting, line, site, seen, weights):

@@ -114,10 +114,11 @@ def test_labels_may_be_constants_of_the_traced_program():
 
 
 def known(confidence, weight):
-    sums = statistics.Sums(
-        jnp.array(confidence) * jnp.array(weight), jnp.zeros(4), jnp.array(weight)
-    )
-    return statistics.init(4)._replace(ema=sums)
+    weight = jnp.array(weight)
+    confidence = jnp.where(weight > 0, jnp.array(confidence), 0.0)
+    num_seen = jnp.sum(weight > 0, dtype=jnp.int32)
+    means = statistics.Means(confidence, jnp.zeros_like(weight), weight, num_seen)
+    return statistics.init(len(weight))._replace(ema=means)
 
 
 def test_a_class_at_the_mean_and_one_never_seen_are_left_alone():
@@ -132,8 +133,7 @@ def test_a_class_at_the_mean_and_one_never_seen_are_left_alone():
 @pytest.mark.parametrize("number", [3, 7, 10])
 def test_classes_learned_equally_well_are_all_left_alone(number):
     # In float32 the sum of seven thirds is not seven times a third.
-    sums = statistics.Sums(jnp.ones(number), jnp.ones(number), jnp.full(number, 3.0))
-    stats = statistics.init(number)._replace(ema=sums)
+    stats = known([1 / 3] * number, [3.0] * number)
     assert lpa_jax.splits.mean_threshold().signs(stats, jnp.arange(number)).tolist() == [0] * number
 
 
@@ -236,22 +236,24 @@ def test_steps_uphill_go_up_and_see_values_of_their_own_type():
     assert seen == {jnp.dtype(jnp.bfloat16)}
 
 
-@pytest.mark.parametrize("steps", [1, 3, pgd.UNROLL, pgd.UNROLL + 1])
-def test_unrolled_and_looped_steps_are_the_same(steps):
+@pytest.mark.parametrize("steps", [1, 3, pgd.UNROLL, pgd.UNROLL + 2])
+@pytest.mark.parametrize("normalized", [True, False])
+def test_unrolled_and_looped_steps_are_the_same(steps, normalized):
     target = jnp.array([[1.0, 2.0], [-1.0, 0.5]])
     start, signs, radii = jnp.zeros((2, 2)), jnp.array([1.0, -1.0]), jnp.array([0.5, 3.0])
 
-    def direction(delta):
-        return pgd.unit(delta - target)
+    def gradient(delta):
+        return delta - target
 
     delta = np.zeros((2, 2))
     for _ in range(steps):
         for row in range(2):
             away = delta[row] - np.asarray(target[row])
             size = signs[row] * 2 * radii[row] / steps
-            delta[row] += size * away / np.linalg.norm(away)
+            delta[row] += size * away / (np.linalg.norm(away) if normalized else 1.0)
             delta[row] *= min(1.0, radii[row] / np.linalg.norm(delta[row]))
-    close(quick_jit(lambda: pgd.ascend(direction, start, signs, radii, steps))(), delta)
+    ascend = functools.partial(pgd.ascend, normalized=normalized)
+    close(quick_jit(lambda: ascend(gradient, start, signs, radii, steps))(), delta)
 
 
 # ---------------------------------------------------------------- degenerate batches

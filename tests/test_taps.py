@@ -42,7 +42,8 @@ def run_step(model, perturbation, variables, inputs=INPUTS, keep=lambda result: 
     step = lpa_jax.value_and_grad(apply_fn, perturbation, num_classes=networks.NUM_CLASSES)
     labels = jnp.asarray(LABELS)
     state = step.init(variables, inputs, labels, **kwargs)
-    seen = statistics.Sums(*(jnp.array(x) for x in (CONFIDENCE, CONFIDENCE, SEEN)))
+    confidence, weight = jnp.array(CONFIDENCE), jnp.array(SEEN)
+    seen = statistics.Means(confidence, confidence, weight, jnp.sum(weight > 0, dtype=jnp.int32))
     state = state._replace(class_stats=state.class_stats._replace(ema=seen))
     # What is not kept is not compiled.
     run = quick_jit(lambda *arguments: keep(step(*arguments, **kwargs)))

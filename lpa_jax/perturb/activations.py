@@ -101,23 +101,25 @@ def lpa(
         if radius == "relative":
             radii *= members.mean(pgd.norms(frozen)) / math.sqrt(copies)
 
-        start = jnp.zeros_like(members.mean(reduce(frozen)))
+        # The length of a direction that is normalized does not matter.
+        gather = members.total if direction == "normalized" else members.mean
+        zero = jnp.zeros_like(gather(reduce(frozen)))
 
-        def ascent(delta):
+        def gradient(delta):
             climb = sites.require_gradient("lpa", site, gradient_fn)
             # At the start nothing is added, and the class statistics' pass is shared.
             moved = frozen + members.spread(delta).astype(frozen.dtype)
-            _, gradient = climb(value if delta is start else moved)
+            _, uphill = climb(value if delta is zero else moved)
             if low_rank is None:
-                gradient = members.mean(reduce(gradient))
-            else:
-                gradient = reduce(_top_directions(members.mean(gradient), low_rank))
-            return pgd.unit(gradient) if direction == "normalized" else gradient
+                return gather(reduce(uphill))
+            return reduce(_top_directions(gather(uphill), low_rank))
 
         if objective == "norm":
             delta = pgd.stretch(members.mean(reduce(frozen)) / copies, signs, radii)
         else:
-            delta = pgd.ascend(ascent, start, signs, radii, steps)
+            delta = pgd.ascend(
+                gradient, zero, signs, radii, steps, normalized=direction == "normalized"
+            )
         return value + jax.lax.stop_gradient(members.spread(delta)).astype(value.dtype)
 
     def report(site, stats, step):

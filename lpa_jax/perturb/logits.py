@@ -72,7 +72,7 @@ def lpl(
             return members.mean(gradient_fn(frozen + members.spread(delta))[1])
 
         if solver == "projected":
-            delta = pgd.ascend(lambda d: pgd.unit(gradient(d)), start, signs, radii, steps or 3)
+            delta = pgd.ascend(gradient, start, signs, radii, steps or 3)
         else:
             alpha = sites.at_step(step_size, step)
             # A hair above, so that 0.5 / 0.01 makes 50 steps also where it rounds to 49.999996.

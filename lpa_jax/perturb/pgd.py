@@ -84,16 +84,23 @@ def repeat(
 
 
 def ascend(
-    direction: Callable[[Rows], Rows], start: Rows, signs: PerRow, radii: PerRow, steps: int
+    gradient: Callable[[Rows], Rows],
+    zero: Rows,
+    signs: PerRow,
+    radii: PerRow,
+    steps: int,
+    *,
+    normalized: bool = True,
 ) -> Rows:
-    """Take projected steps `d <- Proj(d + s * kappa * direction(d))`, `kappa = 2 * radius / steps`.
+    """Take projected steps `d <- Proj(d + s * kappa * dir(d))`, `kappa = 2 * radius / steps`.
 
     Args:
-      direction: Maps the perturbations `[R, ...]` to the directions of ascent `[R, ...]`.
-      start: First perturbations, float32 `[R, ...]`.
+      gradient: Maps the perturbations `[R, ...]` to their gradients `[R, ...]`.
+      zero: Where to start, which is what `gradient` is first given: zeros, float32 `[R, ...]`.
       signs: +1 to ascend, -1 to descend, 0 to stay, `[R]`.
       radii: Radii of the l2 balls, `[R]`, at least 0.
       steps: Number of steps T, at least 1.
+      normalized: Whether `dir` is the gradient scaled to l2 norm 1, or the gradient.
 
     Returns:
       Perturbations within their balls, float32 `[R, ...]`.
@@ -105,12 +112,29 @@ def ascend(
       >>> ascend(uphill, jnp.zeros((2, 1)), signs, radii, steps=3).tolist()
       [[0.5], [-0.2]]
     """
-    stride = signs * 2.0 * radii / steps
+    stride = signs * (2.0 / steps)
 
-    def body(_, delta):
-        return project(delta + column(stride, delta) * direction(delta), radii)
+    # In units of the radius, in which nothing overflows or vanishes.
+    def climb(within, uphill):
+        pace = stride
+        if normalized:
+            largest, scaled = _scale(uphill)
+            length, largest = (jnp.where(largest > 0, x, 1.0) for x in (_length(scaled), largest))
+            pace = stride / length / largest
+        return within + column(pace, within) * uphill.astype(jnp.float32)
 
-    return repeat(body, start, steps)
+    def into_ball(moved):
+        return moved / column(jnp.maximum(_length(moved), 1.0), moved)
+
+    def body(_, within):
+        return into_ball(climb(within, gradient(column(radii, within) * within)))
+
+    within = climb(zero, gradient(zero))
+    # The first of several normalized steps ends within the ball.
+    if steps == 1 or not normalized:
+        within = into_ball(within)
+    within = repeat(body, within, steps - 1)
+    return column(radii, within) * within
 
 
 def climb_within(

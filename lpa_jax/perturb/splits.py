@@ -39,17 +39,12 @@ def _threshold(tau: float | None, statistic: Statistic, window: Window) -> Split
     sites.check_choice("window", window, ("ema", "epoch", "batch"))
 
     def offset(stats, classes):
-        sums = getattr(stats, window)
-        if tau is None:
-            middle = jnp.sum(sums.mean(statistic)) / jnp.maximum(jnp.sum(sums.weight > 0), 1)
-        else:
-            middle = tau
-        sums = statistics.Sums(*(_of(table, classes) for table in sums))
-        seen = sums.weight > 0
-        mean = sums.mean(statistic)
+        known = getattr(stats, window)
+        middle = known.over_classes(statistic) if tau is None else tau
+        mean, weight = (_of(table, classes) for table in (getattr(known, statistic), known.weight))
         # Equal statistics may differ from their mean by a rounding.
         offset = jnp.where(jnp.abs(middle - mean) > 1e-6, middle - mean, 0.0)
-        return jnp.where(seen, offset, 0.0)
+        return jnp.where(weight > 0, offset, 0.0)
 
     return Split(
         lambda stats, classes: jnp.sign(offset(stats, classes)),
@@ -81,7 +76,8 @@ def mean_threshold(statistic: Statistic = "confidence", window: Window = "ema") 
     Example:
       >>> import jax.numpy as jnp
       >>> from lpa_jax.perturb import statistics
-      >>> seen = statistics.Sums(jnp.array([.9, .2, 0.]), jnp.zeros(3), jnp.array([1., 1., 0.]))
+      >>> confidence, weight = jnp.array([.9, .2, 0.]), jnp.array([1., 1., 0.])
+      >>> seen = statistics.Means(confidence, jnp.zeros(3), weight, num_seen=jnp.int32(2))
       >>> mean_threshold().signs(statistics.init(3)._replace(ema=seen), jnp.arange(3))
       Array([-1.,  1.,  0.], dtype=float32)
     """

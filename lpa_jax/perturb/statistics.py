@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from lpa_jax.perturb import membership
 
@@ -12,22 +12,25 @@ EMA_DECAY = 0.98
 """Decay of the moving average at each batch in which the class is present: some 50 batches."""
 
 
-class Sums(NamedTuple):
-    """Sums by class over the examples in a window, each float32 `[C]`.
+class Means(NamedTuple):
+    """Means by class over the examples in a window.
 
     Attributes:
-      confidence: Sum of true-class probabilities.
-      accuracy: Number of correctly classified examples.
-      weight: Number of examples, 0 for a class that the window has not seen.
+      confidence: Mean true-class probability, float32 `[C]` in [0, 1]; 0 for an unseen class.
+      accuracy: Share of correctly classified examples, likewise.
+      weight: Number of examples, float32 `[C]`; 0 for a class that the window has not seen.
+      num_seen: Number of classes seen, int32. It is counted as they come: the mean over all classes
+        is taken in every step, of any number of classes.
     """
 
     confidence: Float[Array, "classes"]
     accuracy: Float[Array, "classes"]
     weight: Float[Array, "classes"]
+    num_seen: Int[Array, ""]
 
-    def mean(self, statistic: str) -> Float[Array, "classes"]:
-        """Return the mean `"confidence"` or `"accuracy"`, in [0, 1]; 0 for unseen classes."""
-        return getattr(self, statistic) / jnp.where(self.weight > 0, self.weight, 1.0)
+    def over_classes(self, statistic: str) -> Float[Array, ""]:
+        """Return the mean over the classes seen of `"confidence"` or `"accuracy"`."""
+        return jnp.sum(getattr(self, statistic)) / jnp.maximum(self.num_seen, 1)
 
 
 class ClassStats(NamedTuple):
@@ -35,17 +38,17 @@ class ClassStats(NamedTuple):
 
     Attributes:
       frequency: Number of examples seen in training, float32 `[C]`.
-      ema: Exponentially decayed sums (the default window).
-      epoch: Sums over the last finished epoch, frozen during the present one.
-      running: Sums over the present epoch so far; `end_epoch` moves them to `epoch`.
-      batch: Sums over the present batch, measured before class-level work moves any value.
+      ema: Exponentially decayed means (the default window).
+      epoch: Means over the last finished epoch, frozen during the present one.
+      running: Means over the present epoch so far; `end_epoch` moves them to `epoch`.
+      batch: Means over the present batch, measured before class-level work moves any value.
     """
 
     frequency: Float[Array, "classes"]
-    ema: Sums
-    epoch: Sums
-    running: Sums
-    batch: Sums
+    ema: Means
+    epoch: Means
+    running: Means
+    batch: Means
 
 
 def init(num_classes: int) -> ClassStats:
@@ -56,7 +59,7 @@ def init(num_classes: int) -> ClassStats:
         return jnp.zeros(num_classes, jnp.float32)
 
     def empty():
-        return Sums(zeros(), zeros(), zeros())
+        return Means(zeros(), zeros(), zeros(), jnp.zeros((), jnp.int32))
 
     return ClassStats(zeros(), empty(), empty(), empty(), empty())
 
@@ -70,25 +73,43 @@ def observe_batch(
     logits = jax.lax.stop_gradient(logits).astype(jnp.float32)
     probabilities = jnp.exp(logits - jax.nn.logsumexp(logits, axis=1, keepdims=True))
     correct = jax.nn.one_hot(jnp.argmax(logits, axis=1), logits.shape[1], dtype=jnp.float32)
-    rows = Sums(members.own(probabilities), members.own(correct), members.counts)
+    seen = members.counts > 0
+    safe = jnp.where(seen, members.counts, 1.0)
+    means = (members.own(probabilities) / safe, members.own(correct) / safe, members.counts)
     empty = jnp.zeros_like(stats.frequency)
-    return stats._replace(batch=Sums(*(members.put(empty, row) for row in rows)))
+    return stats._replace(
+        batch=Means(*(members.put(empty, rows) for rows in means), jnp.sum(seen, dtype=jnp.int32))
+    )
 
 
 def end_batch(stats: ClassStats, members: membership.Membership) -> ClassStats:
     """Take the present batch into the windows that outlast it."""
+    confidence, accuracy, weight = (members.take_class(table) for table in stats.batch[:3])
+    seen = members.counts > 0
 
-    def add(table, batch, decay):
-        new = decay * members.take_class(table) + members.take_class(batch)
-        return members.put(table, new)
+    def add(window, decay):
+        before = decay * members.take_class(window.weight)
+        total = before + weight
+        part = weight / jnp.where(total > 0, total, 1.0)
+
+        def join(table, rows):
+            known = members.take_class(table)
+            return members.put(table, known + part * (rows - known))
+
+        return Means(
+            join(window.confidence, confidence),
+            join(window.accuracy, accuracy),
+            members.put(window.weight, total),
+            window.num_seen + jnp.sum(seen & (before == 0), dtype=jnp.int32),
+        )
 
     return stats._replace(
-        frequency=add(stats.frequency, stats.batch.weight, 1.0),
-        ema=Sums(*(add(*pair, EMA_DECAY) for pair in zip(stats.ema, stats.batch, strict=True))),
-        running=Sums(*(add(*pair, 1.0) for pair in zip(stats.running, stats.batch, strict=True))),
+        frequency=members.put(stats.frequency, members.take_class(stats.frequency) + weight),
+        ema=add(stats.ema, EMA_DECAY),
+        running=add(stats.running, 1.0),
     )
 
 
 def end_epoch(stats: ClassStats) -> ClassStats:
-    """Freeze the sums of the epoch just finished and start new ones (LPA, Algorithm 1)."""
+    """Freeze the means of the epoch just finished and start new ones (LPA, Algorithm 1)."""
     return stats._replace(epoch=stats.running, running=jax.tree.map(jnp.zeros_like, stats.running))
