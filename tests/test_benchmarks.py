@@ -6,7 +6,15 @@ import subprocess
 import sys
 
 import growth
+import jax
+import jax.numpy as jnp
+import numpy as np
+from probes import quick_jit
 import pytest
+import stop_gradient
+
+import lpa_jax
+from lpa_jax import models
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -23,6 +31,25 @@ def test_the_work_of_a_step_does_not_grow_with_the_number_of_classes(site):
     assert many["temporary_bytes"] <= 1e6
 
 
+def test_what_is_differentiated_is_the_perturbation_of_the_library():
+    model = models.SmallCNN(num_classes=5, width=4)
+    inputs = jax.random.uniform(jax.random.key(0), (16, 8, 8, 3))
+    labels = jnp.arange(16) % 4
+    variables = model.init(jax.random.key(1), inputs)
+    split = lpa_jax.splits.tail(2, class_counts=[5, 4, 3, 2, 1])
+    losses, grads = [], []
+    for lpa in (lpa_jax.lpa, stop_gradient.through):
+        perturbation = lpa("features", 0.3, radius="relative", split=split)
+        step = lpa_jax.value_and_grad(model.apply, perturbation, num_classes=5)
+        state = step.init(variables, inputs, labels)
+        (loss, _), grad, _ = quick_jit(step)(variables, state, inputs, labels, jax.random.key(2))
+        losses.append(loss)
+        grads.append(jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(grad)]))
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+    assert np.isfinite(grads).all()
+    assert not np.allclose(*grads, rtol=1e-2)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("script", "arguments", "rows"),
@@ -37,13 +64,15 @@ def test_the_work_of_a_step_does_not_grow_with_the_number_of_classes(site):
              "--devices", "2", "--several=2"],
             4,
         ),
+        ("stop_gradient", ["--dataset=digits", "--epochs=1", "--seeds=2", "--width=4"], 2),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )  # fmt: skip
 def test_a_benchmark_leaves_its_figures(script, arguments, rows, tmp_path):
     out = tmp_path / "out.json"
     command = [sys.executable, ROOT / "benchmarks" / f"{script}.py", *arguments, f"--out={out}"]
-    subprocess.run(command, check=True, env={"PYTHONPATH": str(ROOT), "HOME": str(tmp_path)})
+    env = {"PYTHONPATH": str(ROOT), "HOME": str(tmp_path)}
+    subprocess.run(command, check=True, env=env, cwd=tmp_path)
     written = json.loads(out.read_text())
     assert len(written["rows"]) == rows
     assert written["command"].startswith("python ")
