@@ -203,6 +203,18 @@ def test_rows_of_any_size_are_projected(scale):
 
 
 @each_scale
+@pytest.mark.parametrize("normalized", [True, False])
+def test_gradients_of_any_size_are_climbed(scale, normalized):
+    uphill = scale * jnp.array([[3.0, 4.0], [0.0, 0.0]])
+    delta = pgd.ascend(
+        lambda _: uphill, jnp.zeros((2, 2)), jnp.ones(2), jnp.full(2, 0.5), 3, normalized=normalized
+    )
+    # Three raw steps of a third of twice the radius each, or as far as the ball goes.
+    length = 0.5 if normalized else 0.5 * min(2 * 5 * scale, 1.0)
+    np.testing.assert_allclose(delta, [[0.6 * length, 0.8 * length], [0.0, 0.0]], rtol=1e-5)
+
+
+@each_scale
 def test_sam_goes_its_radius_whatever_the_size_of_the_gradient(scale):
     params, grads = {"a": jnp.zeros(2), "b": jnp.ones(1)}, {"a": jnp.ones(2), "b": jnp.ones(1)}
     sam = lpa_jax.sam(0.3)

@@ -114,7 +114,7 @@ def ascend(
     """
     stride = signs * (2.0 / steps)
 
-    # In units of the radius, in which nothing overflows or vanishes.
+    # In units of the radius, so that a step and its square are of a size that float32 can hold.
     def climb(within, uphill):
         pace = stride
         if normalized:
@@ -124,6 +124,8 @@ def ascend(
         return within + column(pace, within) * uphill.astype(jnp.float32)
 
     def into_ball(moved):
+        if not normalized:
+            return project(moved, jnp.ones_like(radii))
         return moved / column(jnp.maximum(_length(moved), 1.0), moved)
 
     def body(_, within):
