@@ -121,7 +121,7 @@ def ascend(
             largest, scaled = _scale(uphill)
             length, largest = (jnp.where(largest > 0, x, 1.0) for x in (_length(scaled), largest))
             pace = stride / length / largest
-        return within + column(pace, within) * uphill.astype(jnp.float32)
+        return within + column(pace, within) * uphill
 
     def into_ball(moved):
         if not normalized:
