@@ -66,13 +66,13 @@ def lpl(
         frozen = jax.lax.stop_gradient(value)
         members = membership.by_class(labels, weights, targets.shape[1])
         signs, radii = planner.of(members, class_stats, step)
-        start = jnp.zeros((signs.shape[0], value.shape[1]), jnp.float32)
+        zero = jnp.zeros((signs.shape[0], value.shape[1]), jnp.float32)
 
         def gradient(delta):
             return members.mean(gradient_fn(frozen + members.spread(delta))[1])
 
         if solver == "projected":
-            delta = pgd.ascend(gradient, start, signs, radii, steps or 3)
+            delta = pgd.ascend(gradient, zero, signs, radii, steps or 3)
         else:
             alpha = sites.at_step(step_size, step)
             # A hair above, so that 0.5 / 0.01 makes 50 steps also where it rounds to 49.999996.
@@ -86,7 +86,7 @@ def lpl(
                 length = jnp.where(t < counts, stride, 0.0)
                 return delta + pgd.column(length, delta) * gradient(delta)
 
-            delta = pgd.repeat(body, start, jnp.max(counts))
+            delta = pgd.repeat(body, zero, jnp.max(counts))
         return value + jax.lax.stop_gradient(members.spread(delta)).astype(value.dtype)
 
     return sites.stateless(sites.LOGITS, update, lambda _, stats, step: planner.report(stats, step))

@@ -10,21 +10,23 @@ from jaxtyping import Array, Float, Int, PyTree, Shaped
 import optax
 
 UNROLL = 8
-"""Steps up to this many are unrolled: XLA's CPU convolutions are several times slower in loops."""
+"""Loops of up to so many steps are unrolled: in them XLA convolves several times slower on CPUs."""
 
 Rows = Float[Array, "rows ..."]
 PerRow = Float[Array, "rows"]
 
 
-def column(per_row: PerRow, like: Shaped[Array, "rows ..."]) -> Rows:
+def column(
+    per_row: Shaped[Array, "rows"], like: Shaped[Array, "rows ..."]
+) -> Shaped[Array, "rows ..."]:
     """Reshape `[R]` so that it broadcasts against `like`, `[R, ...]`."""
     return per_row.reshape(per_row.shape + (1,) * (like.ndim - 1))
 
 
 def norms(rows: Rows) -> PerRow:
     """Return the l2 norm of each row, in float32."""
-    largest, scaled = _scale(rows)
-    return largest * _length(scaled)
+    size, scaled = _scale(rows)
+    return size * _length(scaled)
 
 
 def tree_norm(tree: PyTree) -> Float[Array, ""]:
@@ -44,18 +46,25 @@ def unit(rows: Rows) -> Rows:
       Array([[0.6, 0.8],
              [0. , 0. ]], dtype=float32)
     """
-    largest, scaled = _scale(rows)
-    return scaled / column(jnp.where(largest > 0, _length(scaled), 1.0), rows)
+    _, scaled = _scale(rows)
+    return scaled / column(_nonzero(_length(scaled)), rows)
 
 
 def _scale(rows: Rows) -> tuple[PerRow, Rows]:
-    """Return the largest entry of each row, and the row in units of it.
+    """Return a size of each row, near its largest entry, and the row in units of it.
 
-    The squares of small numbers underflow, and those of large ones overflow.
+    The squares of small numbers underflow, and those of large ones overflow. So does the reciprocal
+    of a size at either end of what float32 can hold, which is why it stays away from them.
     """
     rows = rows.astype(jnp.float32)
     largest = jnp.max(jnp.abs(rows).reshape(rows.shape[0], -1), axis=1, initial=0.0)
-    return largest, rows / column(jnp.where(largest > 0, largest, 1.0), rows)
+    size = jnp.clip(largest, 2.0**-100, 2.0**100)
+    return size, rows / column(size, rows)
+
+
+def _nonzero(lengths: PerRow) -> PerRow:
+    """Return what to divide by: 1 for a row of which, in units of its size, nothing is left."""
+    return jnp.where(lengths > 2.0**-20, lengths, 1.0)
 
 
 def _length(rows: Rows) -> PerRow:
@@ -64,12 +73,10 @@ def _length(rows: Rows) -> PerRow:
 
 def project(rows: Rows, radii: PerRow) -> Rows:
     """Project each row onto the l2 ball of its radius; exactly 0 where the radius is 0."""
-    largest, scaled = _scale(rows)
+    size, scaled = _scale(rows)
     length = _length(scaled)
-    outside = largest * length > radii
-    length, largest = (jnp.where(outside, x, 1.0) for x in (length, largest))
-    # In this order nothing overflows or vanishes that the result does not.
-    return column(jnp.where(outside, radii / length / largest, 1.0), rows) * rows
+    inside = column(size * length <= radii, rows)
+    return jnp.where(inside, rows, column(radii / _nonzero(length), rows) * scaled)
 
 
 def repeat(
@@ -100,7 +107,8 @@ def ascend(
       signs: +1 to ascend, -1 to descend, 0 to stay, `[R]`.
       radii: Radii of the l2 balls, `[R]`, at least 0.
       steps: Number of steps T, at least 1.
-      normalized: Whether `dir` is the gradient scaled to l2 norm 1, or the gradient.
+      normalized: Whether `dir` is the gradient scaled to l2 norm 1, or the gradient. (A gradient
+        shorter than 1e-36 is none.)
 
     Returns:
       Perturbations within their balls, float32 `[R, ...]`.
@@ -118,14 +126,14 @@ def ascend(
     def climb(within, uphill):
         pace = stride
         if normalized:
-            largest, scaled = _scale(uphill)
-            length, largest = (jnp.where(largest > 0, x, 1.0) for x in (_length(scaled), largest))
-            pace = stride / length / largest
+            size, scaled = _scale(uphill)
+            pace = stride / _nonzero(_length(scaled)) / size
         return within + column(pace, within) * uphill
 
     def into_ball(moved):
         if not normalized:
             return project(moved, jnp.ones_like(radii))
+        # No longer than 3, and so without a scale of its own.
         return moved / column(jnp.maximum(_length(moved), 1.0), moved)
 
     def body(_, within):

@@ -42,8 +42,8 @@ def _threshold(tau: float | None, statistic: Statistic, window: Window) -> Split
         known = getattr(stats, window)
         middle = known.over_classes(statistic) if tau is None else tau
         mean, weight = (_of(table, classes) for table in (getattr(known, statistic), known.weight))
-        # Equal statistics may differ from their mean by a rounding.
-        offset = jnp.where(jnp.abs(middle - mean) > 1e-6, middle - mean, 0.0)
+        # Equal statistics may differ by roundings, and a moving average stops short of its limit.
+        offset = jnp.where(jnp.abs(middle - mean) > 1e-5, middle - mean, 0.0)
         return jnp.where(weight > 0, offset, 0.0)
 
     return Split(

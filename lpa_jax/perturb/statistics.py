@@ -85,10 +85,11 @@ def observe_batch(
 def end_batch(stats: ClassStats, members: membership.Membership) -> ClassStats:
     """Take the present batch into the windows that outlast it."""
     confidence, accuracy, weight = (members.take_class(table) for table in stats.batch[:3])
-    seen = members.counts > 0
 
     def add(window, decay):
-        before = decay * members.take_class(window.weight)
+        known_weight = members.take_class(window.weight)
+        new = (members.counts > 0) & (weight > 0) & (known_weight == 0)
+        before = decay * known_weight
         total = before + weight
         part = weight / jnp.where(total > 0, total, 1.0)
 
@@ -100,7 +101,7 @@ def end_batch(stats: ClassStats, members: membership.Membership) -> ClassStats:
             join(window.confidence, confidence),
             join(window.accuracy, accuracy),
             members.put(window.weight, total),
-            window.num_seen + jnp.sum(seen & (before == 0), dtype=jnp.int32),
+            window.num_seen + jnp.sum(new, dtype=jnp.int32),
         )
 
     return stats._replace(

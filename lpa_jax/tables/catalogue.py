@@ -110,7 +110,7 @@ def _long_tail_rows(
 
 
 def _ablation_rows(num_head: int) -> dict[str, Row]:
-    """Return LPA as it is by default on a long tail, and with one choice changed at a time."""
+    """Return LPA by default on a long tail, and with one choice changed, or two together."""
     tail = {"split.name": "tail", "split.num_head": num_head}
     by_mean = {"split.name": "mean_threshold"}
     variants: dict[str, dict[str, Any]] = {
