@@ -111,31 +111,34 @@ def _long_tail_rows(
 
 def _ablation_rows(num_head: int) -> dict[str, Row]:
     """Return LPA by default on a long tail, and with one choice changed, or two together."""
-    tail = {"split.name": "tail", "split.num_head": num_head}
-    by_mean = {"split.name": "mean_threshold"}
+    tail = {"split.name": "tail"}
     variants: dict[str, dict[str, Any]] = {
         "lpa": {},
-        "sharing=full": {"sharing": "full"},
-        "radius=absolute": {"radius": "absolute"},
-        "direction=raw": {"direction": "raw"},
-        "sharing=full+low_rank=1": {"sharing": "full", "low_rank": 1},
-        "split=mean_threshold": by_mean,
-        "split=mean_threshold+accuracy": by_mean | {"split.statistic": "accuracy"},
-        "split=mean_threshold+epoch": by_mean | {"split.window": "epoch"},
+        "statistic=accuracy": {"split.statistic": "accuracy"},
+        "window=epoch": {"split.window": "epoch"},
         "split=all_positive": {"split.name": "all_positive"},
         "split=all_negative": {"split.name": "all_negative"},
+        "sharing=full": {"sharing": "full"},
+        "sharing=full+low_rank=1": {"sharing": "full", "low_rank": 1},
+        "radius=absolute": {"radius": "absolute"},
+        "direction=raw": {"direction": "raw"},
+        "epsilon=0.05": {"epsilon": 0.05},
+        "epsilon=0.3": {"epsilon": 0.3},
         "steps=1": {"steps": 1},
         "steps=10": {"steps": 10},
+        "granularity=sample": {"granularity": "sample"},
         "site=group1": {"site": "group1"},
         "site=group2": {"site": "group2"},
         "site=group2+sharing=full": {"site": "group2", "sharing": "full"},
-        "granularity=sample": {"granularity": "sample"},
-        "epsilon=0.05": {"epsilon": 0.05},
-        "epsilon=0.3": {"epsilon": 0.3},
+        "split=tail": tail,
+        "split=tail+sharing=full": tail | {"sharing": "full"},
+        "split=tail+radius=absolute": tail | {"radius": "absolute"},
+        "split=tail+direction=raw": tail | {"direction": "raw"},
     }
     rows = {"erm": Row("erm")}
     for name, variant in variants.items():
-        changes = {f"perturbation.lpa.{key}": value for key, value in (tail | variant).items()}
+        choices = {"split.num_head": num_head} | variant
+        changes = {f"perturbation.lpa.{key}": value for key, value in choices.items()}
         rows[name] = Row("lpa", changes=changes)
     return rows
 
