@@ -49,6 +49,13 @@ def test_every_row_is_configured_as_its_command_says(table, row):
 
 
 @pytest.mark.parametrize(("table", "row"), EVERY)
+def test_every_row_can_be_asked_for_and_has_a_directory(table, row):
+    # --methods is split at commas.
+    assert list(catalogue.chosen(table, row.split(",")).rows) == [row]
+    assert "/" not in row
+
+
+@pytest.mark.parametrize(("table", "row"), EVERY)
 def test_every_search_begins_with_a_default_within_its_range(table, row):
     table = catalogue.TABLES[table]
     row = table.rows[row]
