@@ -202,7 +202,7 @@ TABLES = {
             },
         ),
     ),
-    # The papers' split of a long tail, though LPA fares better with its own default: docs/results.md.
+    # The papers' split, though LPA fares better with its default (docs/results.md).
     # The LPA paper's errors on the long tails are far above the LPL paper's for the same methods.
     "cifar10_lt": Table(
         "cifar10",
