@@ -277,13 +277,16 @@ def test_unrolled_and_looped_steps_are_the_same(steps, normalized):
     target = jnp.array([[1.0, 2.0], [-1.0, 0.5]])
     start, signs, radii = jnp.zeros((2, 2)), jnp.array([1.0, -1.0]), jnp.array([0.5, 3.0])
 
+    # It turns, so that a step beyond the ball would show in the next.
+    turn = jnp.array([[1.0, 2.0], [-2.0, 1.0]])
+
     def gradient(delta):
-        return delta - target
+        return delta @ turn - target
 
     delta = np.zeros((2, 2))
     for _ in range(steps):
         for row in range(2):
-            away = delta[row] - np.asarray(target[row])
+            away = delta[row] @ np.asarray(turn) - np.asarray(target[row])
             size = signs[row] * 2 * radii[row] / steps
             delta[row] += size * away / (np.linalg.norm(away) if normalized else 1.0)
             delta[row] *= min(1.0, radii[row] / np.linalg.norm(delta[row]))
