@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import optax
 
@@ -95,7 +96,7 @@ def optimizer(
         raise ConfigError(f"config.optimizer does not fit optax.{name}: {error}.") from error
     trial = {"weight": jnp.zeros(2)}
     try:
-        inner.update(trial, inner.init(trial), trial)
+        jax.eval_shape(lambda: inner.update(trial, inner.init(trial), trial))
     except Exception as error:  # Of any kind: whatever else optax has under that name.
         raise ConfigError(
             f"optax.{name} is no optimizer that needs nothing but a learning rate and gradients; "
