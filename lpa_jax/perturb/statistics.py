@@ -75,11 +75,17 @@ def observe_batch(
     correct = jax.nn.one_hot(jnp.argmax(logits, axis=1), logits.shape[1], dtype=jnp.float32)
     seen = members.counts > 0
     safe = jnp.where(seen, members.counts, 1.0)
-    means = (members.own(probabilities) / safe, members.own(correct) / safe, members.counts)
-    empty = jnp.zeros_like(stats.frequency)
-    return stats._replace(
-        batch=Means(*(members.put(empty, rows) for rows in means), jnp.sum(seen, dtype=jnp.int32))
+
+    def by_class(rows):
+        return members.put(jnp.zeros_like(stats.frequency), rows)
+
+    batch = Means(
+        by_class(members.own(probabilities) / safe),
+        by_class(members.own(correct) / safe),
+        by_class(members.counts),
+        jnp.sum(seen, dtype=jnp.int32),
     )
+    return stats._replace(batch=batch)
 
 
 def end_batch(stats: ClassStats, members: membership.Membership) -> ClassStats:
