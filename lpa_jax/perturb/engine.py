@@ -169,13 +169,16 @@ class Step:
         def perturb(names, value, tail, time=0):
             """Perturb the value at a site, the network beyond which is `tail`."""
 
-            def total(value):
+            def total(value, targets):
                 logits = tail(value)
-                losses = jnp.where(walk.weights > 0, self._losses(logits, walk.targets), 0.0)
+                losses = jnp.where(walk.weights > 0, self._losses(logits, targets), 0.0)
                 return jnp.sum(losses), (losses, logits)
 
+            # Jitted for being traced once, however often a transform asks.
+            tail_gradient = jax.jit(jax.grad(total, has_aux=True))
+
             def evaluate(value):
-                gradient, seen = jax.grad(total, has_aux=True)(jax.lax.stop_gradient(value))
+                gradient, seen = tail_gradient(jax.lax.stop_gradient(value), walk.targets)
                 return (seen[0], gradient), seen[1]
 
             first = None
