@@ -20,7 +20,7 @@ def _check() -> None:
 
 def _main(_: list[str]) -> None:
     with sentences("stopped."):
-        # Imported late: --help and a wrong flag need not wait for jax.
+        # Imported late: --help and a wrong flag need not wait for all that a run needs.
         from lpa_jax.training import evaluate
 
         evaluate.evaluate_run(

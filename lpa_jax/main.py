@@ -3,6 +3,7 @@
 import re
 
 from absl import app, flags
+import jax
 from ml_collections import config_flags
 
 from lpa_jax.commands import fail, parse, sentences, TEMPORARY, UsageError, WORKDIR
@@ -48,8 +49,6 @@ def _check() -> None:
 
 def _join() -> None:
     """Join the other processes of a run on several machines, where there are any."""
-    import jax
-
     several = (_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     if any(value is not None for value in several) and None in several:
         raise UsageError(
@@ -84,9 +83,7 @@ def _tells_of_a_loss(error: BaseException) -> bool:
 
 def _main(_: list[str]) -> None:
     with sentences("stopped; the same command goes on from the last checkpoint."):
-        # Imported late: --help and a wrong flag need not wait for jax.
-        import jax
-
+        # Imported late: --help and a wrong flag need not wait for all that a run needs.
         from lpa_jax.training import loop
 
         try:

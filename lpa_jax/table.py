@@ -60,7 +60,7 @@ def _changes() -> dict[str, object]:
 
 def _main(_: list[str]) -> None:
     with sentences("stopped; the same command goes on from there."):
-        # Imported late: --help and a wrong flag need not wait for jax.
+        # Imported late: --help and a wrong flag need not wait for all that a run needs.
         from rich.console import Console
 
         from lpa_jax.tables import catalogue, comparison, report, runs, tuning
