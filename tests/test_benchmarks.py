@@ -57,7 +57,7 @@ def test_what_is_differentiated_is_the_perturbation_of_the_library():
         ("step_cost", ["--model=wrn_10_1", "--batch=8", "--rounds=1", "--sites", "group3"], 8),
         ("growth", ["--sites", "group3", "--sweeps", "steps"], 5),
         ("collectives", ["--model=wrn_10_1", "--batch=16"], 9),
-        ("startup", ["--configs", "digits"], 1),
+        ("startup", ["--configs", "digits", "--repeats=1"], 1),
         (
             "throughput",
             ["--model=wrn_10_1", "--batch=8", "--count=3", "--examples=100", "--methods", "lpa",
