@@ -131,6 +131,28 @@ def test_soft_labels_of_padding_may_be_anything():
     chex.assert_trees_all_equal(*results)
 
 
+@pytest.mark.parametrize("site", ["group1", "logits"])
+def test_a_loss_that_is_no_number_at_padding_is_not_heard(site):
+    weights = jnp.ones(BATCH).at[2].set(0.0)
+
+    def cross_entropy(logits, targets):
+        # Per example, and its gradient: the padding has no class.
+        return optax.softmax_cross_entropy(logits, targets / targets.sum(axis=1, keepdims=True))
+
+    labels = jax.nn.one_hot(LABELS, CLASSES)
+    # A value of each example by itself, moved along its gradient.
+    perturbation = lpa_jax.chain(lpa_jax.adversarial(site, 0.1, steps=2), ask(site))
+    results = []
+    for loss_fn in (cross_entropy, optax.softmax_cross_entropy):
+        step = make(perturbation, loss_fn=loss_fn)
+        state = step.init(VARIABLES, INPUTS, labels)
+        run = quick_jit(functools.partial(step, weights=weights))
+        (loss, _), grads, state = run(VARIABLES, state, INPUTS, labels, KEY)
+        results.append((loss, grads, state.perturbations[1]))
+    chex.assert_tree_all_finite(results)
+    chex.assert_trees_all_close(*results, rtol=1e-5, atol=1e-6)
+
+
 def test_another_loss_takes_the_place_of_cross_entropy_everywhere():
     def squares(logits, targets):
         return jnp.sum((logits - targets) ** 2, axis=1)

@@ -179,7 +179,8 @@ class Step:
 
             def evaluate(value):
                 gradient, seen = tail_gradient(jax.lax.stop_gradient(value), walk.targets)
-                return (seen[0], gradient), seen[1]
+                real = pgd.column(walk.weights, gradient) > 0
+                return (seen[0], jnp.where(real, gradient, 0.0)), seen[1]
 
             first = None
             if walk.reads_statistics(names):
