@@ -48,7 +48,7 @@ def sentences(stopped: str) -> Iterator[None]:
     Args:
       stopped: What is said where the user stops it.
     """
-    # Imported late: --help and a wrong flag need not wait for jax.
+    # Imported late: --help and a wrong flag need not wait for all that a run needs.
     from lpa_jax.data import DataError
     from lpa_jax.training import checkpoints, loop, records
 

@@ -115,6 +115,22 @@ def test_a_full_disk_leaves_the_records_before(mount):
     assert [row["step"] for row in records.read_rows(disk / "metrics.jsonl")] == [1, 2]
 
 
+def test_a_full_disk_is_no_wrong_work_directory(mount):
+    disk = mount("size=1M")
+    records.claim(disk / "begun", {"epochs": 1})
+    ballast = fill(disk)
+    for claim in (
+        lambda: records.claim(disk / "new", {"epochs": 1}),
+        lambda: records.claim(disk / "begun", {"epochs": "2" * 9000}, allow_change=True),
+    ):
+        with pytest.raises(records.WriteError, match=r"cannot be written \(No space.*make room"):
+            claim()
+    # Had the change been half made, the first configuration would now be refused.
+    assert records.claim(disk / "begun", {"epochs": 1}) == []
+    ballast.unlink()
+    records.claim(disk / "new", {"epochs": 1})
+
+
 def test_a_directory_that_takes_nothing_is_named(mount, tmp_path):
     (tmp_path / "file").touch()
     for directory in (mount("size=1M,ro") / "run", tmp_path / "file", tmp_path / "file" / "run"):

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 import contextlib
+import errno
 import hashlib
 import json
 import math
@@ -61,6 +62,7 @@ def claim(
 
     Raises:
       ConfigError: If it holds the run of another configuration, or cannot be written.
+      WriteError: If its disk is full.
     """
     if "\0" in str(workdir):
         raise ConfigError(f"{str(workdir)!r} cannot serve as work directory: it has a null in it.")
@@ -91,6 +93,10 @@ def claim(
             workdir.mkdir(parents=True, exist_ok=True)
             write_json(path, ours)
     except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            # The directory is right, and there may be room in it again.
+            with writing(str(workdir)):
+                raise
         raise ConfigError(f"{workdir} cannot serve as work directory: {error}.") from error
     return changes
 
