@@ -3,6 +3,7 @@
 import functools
 
 import chex
+from flax import linen as nn
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -131,26 +132,63 @@ def test_soft_labels_of_padding_may_be_anything():
     chex.assert_trees_all_equal(*results)
 
 
-@pytest.mark.parametrize("site", ["group1", "logits"])
-def test_a_loss_that_is_no_number_at_padding_is_not_heard(site):
+@pytest.mark.parametrize(
+    ("model", "site", "mode"),
+    [(MODEL, "group1", {}), (MODEL, "logits", {}), (networks.BatchNorms(), "block", TRAIN)],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
+)
+def test_a_loss_that_is_no_number_at_padding_is_not_heard(model, site, mode):
     weights = jnp.ones(BATCH).at[2].set(0.0)
+    labels = jax.nn.one_hot(LABELS, CLASSES)
+    variables = fill(model)
 
-    def cross_entropy(logits, targets):
-        # Per example, and its gradient: the padding has no class.
+    def of_shares(logits, targets):
+        # The targets of padding are zeros: 0/0, in the loss and in its gradient.
         return optax.softmax_cross_entropy(logits, targets / targets.sum(axis=1, keepdims=True))
 
-    labels = jax.nn.one_hot(LABELS, CLASSES)
-    # A value of each example by itself, moved along its gradient.
     perturbation = lpa_jax.chain(lpa_jax.adversarial(site, 0.1, steps=2), ask(site))
     results = []
-    for loss_fn in (cross_entropy, optax.softmax_cross_entropy):
-        step = make(perturbation, loss_fn=loss_fn)
-        state = step.init(VARIABLES, INPUTS, labels)
-        run = quick_jit(functools.partial(step, weights=weights))
-        (loss, _), grads, state = run(VARIABLES, state, INPUTS, labels, KEY)
+    for loss_fn in (of_shares, optax.softmax_cross_entropy):
+        step = make(perturbation, model, loss_fn=loss_fn)
+        state = step.init(variables, INPUTS, labels, **mode)
+        run = quick_jit(functools.partial(step, weights=weights, **mode))
+        (loss, _), grads, state = run(variables, state, INPUTS, labels, KEY)
         results.append((loss, grads, state.perturbations[1]))
     chex.assert_tree_all_finite(results)
     chex.assert_trees_all_close(*results, rtol=1e-5, atol=1e-6)
+
+
+def test_the_network_beyond_a_site_is_traced_once_for_all_gradient_steps():
+    calls = []
+
+    def counted(logits, targets):
+        calls.append(None)
+        return optax.softmax_cross_entropy(logits, targets)
+
+    split = lpa_jax.splits.all_positive()
+    step = make(lpa_jax.lpa("group1", 0.1, steps=3, split=split), loss_fn=counted)
+    state = step.init(VARIABLES, INPUTS, LABELS)
+    jax.eval_shape(step, VARIABLES, state, INPUTS, LABELS, KEY)
+    # And once for the step's own loss.
+    assert len(calls) == 2
+
+
+def test_a_gradient_follows_the_targets_where_the_value_stays():
+    def relabel(value, *, site, **_):
+        return value if site == "inputs" else jnp.roll(value, 1, axis=0)
+
+    def compare(value, *, gradient_fn, **_):
+        return jnp.stack([gradient_fn(value)[0], gradient_fn(value + 0.0)[0]])
+
+    asked = lpa_jax.Perturbation(
+        "inputs",
+        lambda value: jnp.zeros((2, len(value))),
+        lambda value, state, params=None, **extra: (value, compare(value, **extra)),
+        class_level=True,
+    )
+    chain = lpa_jax.chain(lpa_jax.stateless(("inputs", "labels"), relabel), asked)
+    _, (_, (again, moved)) = forward(chain)
+    chex.assert_trees_all_close(again, moved, rtol=1e-5)
 
 
 def test_another_loss_takes_the_place_of_cross_entropy_everywhere():

@@ -169,27 +169,28 @@ class Step:
         def perturb(names, value, tail, time=0):
             """Perturb the value at a site, the network beyond which is `tail`."""
 
-            def total(value, targets):
-                logits = tail(value)
-                losses = jnp.where(walk.weights > 0, self._losses(logits, targets), 0.0)
-                return jnp.sum(losses), (losses, logits)
-
             # Jitted for being traced once, however often a transform asks.
-            tail_gradient = jax.jit(jax.grad(total, has_aux=True))
+            @jax.jit
+            def tail_gradient(value, targets):
+                logits, pullback = jax.vjp(tail, value)
+                losses, cotangent = self._losses_and_grads(logits, targets)
+                # Ahead of the tail, in which batch normalization mixes the examples.
+                real = walk.weights > 0
+                cotangent = jnp.where(real[:, None], cotangent, 0.0)
+                return (jnp.where(real, losses, 0.0), pullback(cotangent)[0]), logits
 
             def evaluate(value):
-                gradient, seen = tail_gradient(jax.lax.stop_gradient(value), walk.targets)
-                real = pgd.column(walk.weights, gradient) > 0
-                return (seen[0], jnp.where(real, gradient, 0.0)), seen[1]
+                return tail_gradient(jax.lax.stop_gradient(value), walk.targets)
 
-            first = None
+            first, targets = None, walk.targets
             if walk.reads_statistics(names):
                 first, logits = evaluate(value)
                 walk.measure(logits)
 
             def gradient_fn(moved):
                 # The statistics and a transform that starts from the value share one pass.
-                return first if first and moved is value else evaluate(moved)[0]
+                shared = first and moved is value and walk.targets is targets
+                return first if shared else evaluate(moved)[0]
 
             return walk.perturb(names, value, gradient_fn, time=time)
 
@@ -225,23 +226,24 @@ class Step:
         logits, values, updates = self.network.run(*arguments)
         return logits.astype(jnp.float32), values, updates
 
-    def _losses(self, logits: Array, targets: Array) -> Array:
-        losses = self.loss_fn(logits, targets)
-        if losses.shape != logits.shape[:1]:
-            raise ValueError(
-                f"loss_fn must return one loss for each example, of shape {logits.shape[:1]}, not "
-                f"{losses.shape}."
-            )
-        return losses
-
-    def _loss(self, walk: "_Walk", logits: Array) -> tuple[Array, Array]:
-        """Return the weighted mean loss and its perturbed gradient at the logits."""
+    def _losses_and_grads(self, logits: Array, targets: Array) -> tuple[Array, Array]:
+        """Return the loss of each example and its gradient at the logits."""
 
         def total(logits):
-            losses = self._losses(logits, walk.targets)
+            losses = self.loss_fn(logits, targets)
+            if losses.shape != logits.shape[:1]:
+                raise ValueError(
+                    f"loss_fn must return one loss for each example, of shape {logits.shape[:1]}, "
+                    f"not {losses.shape}."
+                )
             return jnp.sum(losses), losses
 
         grads, losses = jax.grad(total, has_aux=True)(logits)
+        return losses, grads
+
+    def _loss(self, walk: "_Walk", logits: Array) -> tuple[Array, Array]:
+        """Return the weighted mean loss and its perturbed gradient at the logits."""
+        losses, grads = self._losses_and_grads(logits, walk.targets)
         grads = walk.perturb((sites.LOGIT_GRADS,), grads, logits=logits)
         # The loss and gradient of a batch that is all padding are 0.
         total_weight = jnp.sum(walk.weights)

@@ -36,7 +36,8 @@ def value_and_grad(
 ) -> engine.Step:
     """Build a training step's loss and gradient, with perturbations at their sites.
 
-    The result is a pure function, to be used inside the caller's own `jax.jit`:
+    The result is a pure function, to be used inside the caller's own `jax.jit` (outside of one, parts
+    of it are compiled anew at every call):
     `(loss, aux), grads, state = step(variables, state, inputs, labels, key, weights=w, examples=i,
     **kwargs)`
 
@@ -67,8 +68,8 @@ def value_and_grad(
       apply_fn: `model.apply` of a Flax linen model that returns logits `[B, num_classes]`.
       perturbation: A chain, or a single perturbation; `chain()` gives plain training.
       num_classes: Number of classes C.
-      loss_fn: Maps float32 logits and targets, both `[B, C]`, to losses `[B]`; default
-        `optax.softmax_cross_entropy`.
+      loss_fn: Maps float32 logits and targets, both `[B, C]`, to losses `[B]`, by operations that
+        JAX can trace; default `optax.softmax_cross_entropy`.
 
     Returns:
       The step.
