@@ -189,8 +189,9 @@ class Step:
 
             def gradient_fn(moved):
                 # The statistics and a transform that starts from the value share one pass.
-                shared = first and moved is value and walk.targets is targets
-                return first if shared else evaluate(moved)[0]
+                if first and moved is value and walk.targets is targets:
+                    return first
+                return evaluate(moved)[0]
 
             return walk.perturb(names, value, gradient_fn, time=time)
 

@@ -36,8 +36,8 @@ def value_and_grad(
 ) -> engine.Step:
     """Build a training step's loss and gradient, with perturbations at their sites.
 
-    The result is a pure function, to be used inside the caller's own `jax.jit` (outside of one, parts
-    of it are compiled anew at every call):
+    The result is a pure function, to be used inside the caller's own `jax.jit` (outside of one,
+    parts of it are compiled anew at every call):
     `(loss, aux), grads, state = step(variables, state, inputs, labels, key, weights=w, examples=i,
     **kwargs)`
 
