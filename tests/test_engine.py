@@ -615,6 +615,7 @@ def unchecked():
     ("labels", "message"),
     [
         (LABELS.at[2].set(CLASSES), r"range from 0 to 4"),
+        (np.asarray(LABELS.at[2].set(CLASSES)), r"range from 0 to 4"),
         (LABELS.at[1].set(-1), r"range from -1 to 2"),
         (LABELS[:-1], r"must have shape \(8,\), not \(7,\)"),
         (LABELS[:, None], r"must have shape \(8,\), not \(8, 1\)"),
