@@ -487,6 +487,16 @@ def test_each_perturbation_of_a_chain_draws_for_itself():
     assert_independent_draws(between - before, after - between, 0.5)
 
 
+@pytest.mark.parametrize(
+    "site", ["inputs", "labels", "group1", "logits", "logit_grads", "param_grads"]
+)
+def test_the_first_state_has_the_shapes_of_the_value_at_its_site(site):
+    step = make(lpa_jax.at(site, optax.trace(0.9)))
+    state = step.init(VARIABLES, INPUTS, LABELS)
+    _, _, new = jax.eval_shape(step, VARIABLES, state, INPUTS, LABELS, KEY)
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, new)
+
+
 def test_numbers_that_are_schedules_are_taken_at_the_step():
     """Those of ours; an optax transform counts for itself, in its own state."""
     epsilon = {"epsilon": lambda step: 0.1 * (1 + step), "sharing": "full"}
