@@ -3,10 +3,12 @@
     python benchmarks/collectives.py [--devices=8] [--fsdp=1] [--out=FILE.json]
 
 Read off the compiled program on host devices: nothing is run. Bytes are those of the results, for
-one device; what is listed under a method is all of its step, plain training's included.
+one device; what is listed under a method is all of its step, plain training's included. What stands
+in a loop is listed once: LPL's default solver takes floor(epsilon / step_size) such steps.
 """
 
 import argparse
+import functools
 import math
 import pathlib
 import re
@@ -55,15 +57,26 @@ def main():
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", args.devices)
 
+    group2, group3 = (functools.partial(lpa_jax.lpa, site, 0.1) for site in ("group2", "group3"))
+    both = lpa_jax.lpa(("group2", "group3"), 0.1)
     chains = {
         "erm": lpa_jax.chain(),
-        "lpa at group3, T = 1": lpa_jax.lpa("group3", 0.1, steps=1),
-        "lpa at group3, T = 3": lpa_jax.lpa("group3", 0.1, steps=3),
-        "lpa at group2, T = 3": lpa_jax.lpa("group2", 0.1, steps=3),
-        "lpl, projected": lpa_jax.lpl(0.4, solver="projected"),
+        "lpa at group3, T = 1": group3(steps=1),
+        "lpa at group3, T = 3": group3(),
+        "lpa at group3, T = 3, relative": group3(radius="relative"),
+        "lpa at group3, T = 3, full": group3(sharing="full"),
+        "lpa at group3, T = 3, low rank": group3(low_rank=1),
+        "lpa at group3, T = 3, by example": group3(granularity="sample"),
+        "lpa at group2, T = 3": group2(),
+        "adaptive lpa at group2 and group3": lpa_jax.adaptive(both, every=100),
+        "adversarial at group3, T = 3": lpa_jax.adversarial("group3", 0.1, steps=3),
+        "lpl, a step": lpa_jax.lpl(0.4),
+        "lpl, projected, T = 3": lpa_jax.lpl(0.4, solver="projected"),
         "lpg": lpa_jax.lpg(0.1),
         "manifold mixup": lpa_jax.manifold_mixup(("inputs", "group1", "group2"), 2.0),
         "dropout": lpa_jax.dropout("group3", 0.3),
+        "isda": lpa_jax.isda("features", 0.5, args.classes),
+        "elr": lpa_jax.elr(50_000, 3.0),
         "sam": lpa_jax.sam(0.05),
     }
     grid = mesh.make_mesh(args.batch, args.fsdp)
