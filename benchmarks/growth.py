@@ -13,6 +13,7 @@ import pathlib
 
 import jax
 import jax.numpy as jnp
+import own_work
 import record
 from rich.console import Console
 from rich.table import Table
@@ -20,7 +21,6 @@ import step_cost
 
 import lpa_jax
 from lpa_jax import models
-from lpa_jax.perturb import statistics
 
 BASE = {"classes": 10, "batch": 128, "steps": 3, "depth": 16}
 SWEEPS = {
@@ -35,37 +35,7 @@ VALUES = {"group1": (32, 32, 32), "group2": (16, 16, 64), "group3": (8, 8, 128)}
 def update_cost(shape, *, classes, batch, steps):
     """Return FLOPs, bytes and peak bytes of LPA's own work at a value `[batch, *shape]`."""
     perturbation = lpa_jax.lpa("site", 0.2, steps=steps)
-
-    def update(value, gradients, labels, stats):
-        given, asked = iter(gradients), []
-
-        def gradient_fn(moved):
-            # To make what is moved is LPA's work; what follows from it is the tail's.
-            asked.append(moved)
-            return None, next(given)
-
-        new, _ = perturbation.update(
-            value,
-            perturbation.init(value),
-            site="site",
-            labels=labels,
-            targets=jnp.zeros((batch, classes)),
-            weights=jnp.ones(batch),
-            class_stats=stats,
-            gradient_fn=gradient_fn,
-        )
-        return new, asked
-
-    value = jax.ShapeDtypeStruct((batch, *shape), jnp.float32)
-    labels = jax.ShapeDtypeStruct((batch,), jnp.int32)
-    stats = jax.eval_shape(lambda: statistics.init(classes))
-    compiled = jax.jit(update).lower(value, [value] * steps, labels, stats).compile()
-    cost = compiled.cost_analysis()
-    return {
-        "flops": cost["flops"],
-        "bytes": cost["bytes accessed"],
-        "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes,
-    }
+    return own_work.cost(perturbation, (batch, *shape), classes=classes, calls=steps)
 
 
 def step_costs(site, *, classes, batch, steps, depth):

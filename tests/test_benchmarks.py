@@ -56,6 +56,7 @@ def test_what_is_differentiated_is_the_perturbation_of_the_library():
     [
         ("step_cost", ["--model=wrn_10_1", "--batch=8", "--rounds=1", "--sites", "group3"], 8),
         ("growth", ["--sites", "group3", "--sweeps", "steps"], 5),
+        ("own_work", ["--batch=8", "--classes", "10"], 38),
         ("collectives", ["--model=wrn_10_1", "--batch=16"], 18),
         ("startup", ["--configs", "digits", "--repeats=1"], 1),
         (
