@@ -435,7 +435,7 @@ def spoilt(path, how):
 
 @unread
 @pytest.mark.parametrize("how", ["gone", "cut", "one bit turned"])
-def test_no_damage_to_a_checkpoint_goes_unnoticed(how, tmp_path):
+def test_no_damage_to_a_checkpoint_goes_unnoticed(how, tmp_path, caplog):
     state = {
         "a": jnp.arange(1.0, 5000.0),
         "b": jnp.full((8, 8), 3, jnp.bfloat16),
@@ -453,10 +453,13 @@ def test_no_damage_to_a_checkpoint_goes_unnoticed(how, tmp_path):
         copy = shutil.copytree(tmp_path / "whole", tmp_path / str(number))
         spoilt(copy / "2" / file, how)
         again = checkpoints.Checkpoints(copy)
+        caplog.clear()
         restored = again.restore(like, sharding)
         again.close()
         step = int(restored["c"])
         fallen_back += step == 1
+        warned = "The checkpoint of step 2 in" in caplog.text and "taking the one" in caplog.text
+        assert warned == (step == 1)
         jax.tree.map(
             np.testing.assert_array_equal, restored, jax.tree.map(lambda x, s=step: x * s, state)
         )
@@ -473,13 +476,19 @@ def test_without_a_readable_checkpoint_nothing_is_thrown_away(tmp_path):
     for path in (tmp_path / "1").rglob("*"):
         if path.is_file():
             spoilt(path, "cut")
+
+    def contents():
+        return {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+    before = contents()
+    assert before
     again = checkpoints.Checkpoints(tmp_path)
     with pytest.raises(
         checkpoints.CheckpointError, match=r"No checkpoint in.*remove that directory"
     ):
         again.restore(jax.eval_shape(lambda: state), {"a": state["a"].sharding})
     again.close()
-    assert (tmp_path / "1").exists()
+    assert contents() == before
     gc.collect()
 
 
