@@ -58,6 +58,8 @@ def start(method, workdir, cache):
 def finish(process):
     _, errors = process.communicate(timeout=600)
     assert process.returncode == 0, errors
+    # What has the name of a checkpoint was complete, whenever the process before was killed.
+    assert "cannot be read" not in errors
 
 
 def unfinished(workdir):
@@ -96,6 +98,7 @@ def kill(process, workdir, aim, rng):
         time.sleep(rng.uniform(0, 0.02))
     process.send_signal(signal.SIGKILL)
     _, errors = process.communicate()
+    assert "cannot be read" not in errors
     if process.returncode != -signal.SIGKILL:
         assert process.returncode == 0, errors
         return None
