@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import pathlib
+import re
 import shutil
 import socket
 import subprocess
@@ -131,13 +132,6 @@ def test_a_full_disk_is_no_wrong_work_directory(mount):
     records.claim(disk / "new", {"epochs": 1})
 
 
-def test_a_directory_that_takes_nothing_is_named(mount, tmp_path):
-    (tmp_path / "file").touch()
-    for directory in (mount("size=1M,ro") / "run", tmp_path / "file", tmp_path / "file" / "run"):
-        with pytest.raises(config.ConfigError, match=r"cannot serve as work directory: .*Errno"):
-            records.claim(directory, {"epochs": 1})
-
-
 # ---------------------------------------------------------------- by command line
 
 SMOKE = [
@@ -166,6 +160,24 @@ def until_row(process, workdir, number):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+@pytest.mark.parametrize("kind", ["a file", "in a file", "read-only"])
+def test_a_directory_that_takes_nothing_is_named(kind, tmp_path, request):
+    file = tmp_path / "file"
+    file.touch()
+    if kind == "read-only":
+        # Of the three this alone needs a file system of its own.
+        directory = request.getfixturevalue("mount")("size=1M,ro") / "run"
+    else:
+        directory = {"a file": file, "in a file": file / "run"}[kind]
+    message = r"cannot serve as work directory: .*Errno"
+    with pytest.raises(config.ConfigError, match=message):
+        records.claim(directory, {"epochs": 1})
+    code, errors = end(start(tmp_path / "cache", directory))
+    assert code == 2, errors
+    assert re.fullmatch(rf"lpa_jax: \S+ {message}.*\n", errors), errors
+    assert not file.read_bytes()
 
 
 @pytest.mark.slow
