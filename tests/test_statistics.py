@@ -313,7 +313,8 @@ def setting():
 
 @functools.cache
 def everything():
-    """Return the step of a chain of all that divides by something, compiled."""
+    """Return the step of a chain of all that divides or scales by something, compiled."""
+    counts = [1e4, 10.0, 1.0]
     up, tail = lpa_jax.splits.all_positive(), lpa_jax.splits.tail(1)
     steps = {"steps": 2, "split": up}
     chain = lpa_jax.chain(
@@ -322,10 +323,18 @@ def everything():
         lpa_jax.lpa("hidden", 0.3, radius="relative", **steps),
         lpa_jax.lpa("hidden", 0.3, objective="norm", split=tail, delta_epsilon=0.1),
         lpa_jax.lpa("hidden", 0.3, granularity="sample", **steps),
+        lpa_jax.shake("hidden", 0.5),
+        lpa_jax.isda("hidden", 0.5, 3),
+        lpa_jax.isda("hidden", 0.5, 3, diagonal=True, num_steps=2),
+        lpa_jax.additive_margin(0.5, scale=2.0),
         lpa_jax.lpl(0.3, split=lpa_jax.splits.mean_threshold(window="batch")),
         lpa_jax.lpl(0.3, solver="projected", split=up),
         lpa_jax.lpg(0.3, split=up),
         lpa_jax.lpg(0.3, split=lpa_jax.splits.all_negative(), solver="iterative"),
+        lpa_jax.reweight(counts, 1.0),
+        lpa_jax.drw(counts, start=1),
+        lpa_jax.elr(6, 3.0),
+        lpa_jax.gradient_clipping(0.1),
         lpa_jax.sam(0.1),
         lpa_jax.asam(0.1, eta=0.0),
     )
@@ -335,7 +344,8 @@ def everything():
     def call(variables, inputs, labels, weights):
         state = step.init(variables, inputs, labels)
         for _ in range(2):
-            result = step(variables, state, inputs, labels, jax.random.key(0), weights=weights)
+            given = {"weights": weights, "examples": jnp.arange(6)}
+            result = step(variables, state, inputs, labels, jax.random.key(0), **given)
             state = result[2]
         return result
 
