@@ -694,6 +694,14 @@ def test_shake_scales_forwards_and_backwards_by_independent_factors():
     assert abs(np.corrcoef(forward[:, 0], backward[:, 0])[0, 1]) < 0.06
 
 
+@pytest.mark.parametrize("size", [1e-25, 1e20])
+def test_gradients_are_clipped_whose_squares_no_float32_holds(size):
+    clip = lpa_jax.gradient_clipping(0.1 * size)
+    clipped, _ = clip.update({"a": jnp.array([3 * size]), "b": jnp.array([4 * size])}, ())
+    np.testing.assert_allclose(clipped["a"] / size, 0.06, rtol=1e-5)
+    np.testing.assert_allclose(clipped["b"] / size, 0.08, rtol=1e-5)
+
+
 def test_gradients_are_clipped_by_the_norm_of_all():
     batch = draw_batch(1)
     _, plain, _ = one_step(lpa_jax.chain(), batch)

@@ -102,7 +102,7 @@ def gradient_clipping(max_norm: sites.Number) -> sites.Perturbation:
     sites.check_number("max_norm", max_norm)
 
     def update(grads, *, step=0, **_):
-        norm, limit = optax.tree.norm(grads), sites.at_step(max_norm, step)
+        norm, limit = pgd.tree_norm(grads), sites.at_step(max_norm, step)
         factor = jnp.where(norm > limit, limit / jnp.where(norm > 0, norm, 1.0), 1.0)
         return jax.tree.map(lambda grad: grad * factor.astype(grad.dtype), grads)
 
