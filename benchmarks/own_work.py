@@ -178,7 +178,7 @@ def methods(batch, classes):
         ),
         "sam": of_parameters(lpa_jax.sam(0.05), 7, calls=1),
         "asam": of_parameters(lpa_jax.asam(0.5), 13, calls=1),
-        "gradient_clipping": of_parameters(lpa_jax.gradient_clipping(1.0), 3),
+        "gradient_clipping": of_parameters(lpa_jax.gradient_clipping(1.0), 6),
         "gradient_noise": of_parameters(lpa_jax.gradient_noise(0.01), 92),
     }
 
