@@ -723,6 +723,26 @@ def test_a_site_named_twice_by_one_perturbation_is_refused():
         lpa_jax.lpa((), 0.1)
 
 
+@pytest.mark.parametrize("layers", ["group1", ("inputs", "group1"), ("group1", "group2")])
+def test_mixing_moves_the_membership_with_the_targets(layers):
+    def see(value, state, params=None, *, labels, targets, **_):
+        return value, (labels, targets)
+
+    seen = lpa_jax.Perturbation("logits", lambda value: (value, value), see)
+    chain = lpa_jax.chain(lpa_jax.manifold_mixup(layers, 1.0), seen)
+    _, (_, (labels, targets)) = forward(chain)
+    assert not set(np.unique(labels)) <= {0.0, 1.0}
+    chex.assert_trees_all_equal(labels, targets)
+
+
+def test_mixing_where_a_module_is_called_several_times_is_refused():
+    model = networks.Shared()
+    step = make(lpa_jax.manifold_mixup("shared", 1.0), model)
+    with pytest.raises(lpa_jax.SiteError, match=r"name one, such as 'shared\[0\]'"):
+        step.init(fill(model), INPUTS, LABELS)
+    make(lpa_jax.manifold_mixup("shared[1]", 1.0), model).init(fill(model), INPUTS, LABELS)
+
+
 @pytest.mark.parametrize(
     ("chain", "accepted"),
     [
