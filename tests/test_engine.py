@@ -191,6 +191,12 @@ def test_a_gradient_follows_the_targets_where_the_value_stays():
     chex.assert_trees_all_close(again, moved, rtol=1e-5)
 
 
+def test_soft_labels_of_half_precision_become_targets_of_single():
+    labels = jax.nn.one_hot(LABELS, CLASSES, dtype=jnp.float16)
+    _, (targets,) = forward(lpa_jax.chain(watch("labels")), labels=labels)
+    assert targets.dtype == jnp.float32
+
+
 def test_another_loss_takes_the_place_of_cross_entropy_everywhere():
     def squares(logits, targets):
         return jnp.sum((logits - targets) ** 2, axis=1)
