@@ -106,7 +106,7 @@ def cost(
 def methods(batch, classes):
     """Return `{method: (perturbation, shape of the value, formula, arguments of cost)}`."""
     entries, numbers = batch * P * K, batch * classes
-    rows, soft_rows = min(batch, classes), classes
+    rows = min(batch, classes)
     counts = range(1, classes + 1)
     features = jax.ShapeDtypeStruct((batch, K), jnp.float32)
     kernel = jax.ShapeDtypeStruct((K, classes), jnp.float32)
@@ -144,7 +144,7 @@ def methods(batch, classes):
         "lpa, low rank 1, but its SVD": lpa(sums + 4 * T * rows * P * K, low_rank=1),
         "lpa, by example": lpa(sums + 11 * T * batch * K, granularity="sample"),
         "lpa, norm": lpa(2 * entries + 15 * rows * K, calls=0, objective="norm"),
-        "lpa, soft labels": lpa(sums + (4 * batch + 11) * T * soft_rows * K, soft=True),
+        "lpa, soft labels": lpa(sums + (4 * batch + 11) * T * classes * K, soft=True),
         "adversarial, linf": adversarial("linf", 12),
         "adversarial, linf, one step": adversarial("linf", 6, steps=1),
         "adversarial, l2": adversarial("l2", 26),
