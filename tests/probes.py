@@ -15,6 +15,8 @@ import lpa_jax
 # Tiny programs: what XLA would gain by optimizing them is lost many times over in compiling.
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 quick_jit = functools.partial(jax.jit, compiler_options=QUICK)
+# With a bound in the units of the value, for checks against plain formulas.
+absolute = functools.partial(lpa_jax.lpa, radius="absolute")
 
 
 def watch(site):
@@ -72,6 +74,8 @@ class Line:
     norm: float = 2
     # Whether the strength may be a schedule; optax's own transforms take plain numbers.
     schedule: bool = True
+    # The step that the tests take.
+    step: int = 0
 
     @property
     def mixes(self):
@@ -97,5 +101,5 @@ class Line:
 
 
 def fading(line, strength):
-    """Return a schedule that is `strength` at step 0 and 0 from step 1."""
-    return optax.linear_schedule(strength, 0.0, 1) if line.schedule else strength
+    """Return a schedule that is `strength` at the line's step and 0 from the next."""
+    return optax.linear_schedule(strength, 0.0, 1, line.step) if line.schedule else strength

@@ -15,7 +15,7 @@ import jaxtyping
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
-from probes import avals, fading, Line, quick_jit, storable, watched
+from probes import absolute, avals, fading, Line, quick_jit, storable, watched
 import pytest
 
 import lpa_jax
@@ -32,7 +32,7 @@ POSITIONS = math.sqrt(16)
 
 
 def lpa(label, amount=0.3, ball: Any = POSITIONS, site: Any = "first", **arguments):
-    arguments = {"site": site, "steps": 2, "split": ALL} | arguments
+    arguments = {"site": site, "steps": 2, "split": ALL, "radius": "absolute"} | arguments
     sites = (site,) if isinstance(site, str) else site
     return Line(f"lpa-{label}", lpa_jax.lpa, sites, "epsilon", amount, arguments, ball)
 
@@ -60,7 +60,7 @@ def isda(label="", **arguments):
 
 
 def adaptive(epsilon):
-    return lpa_jax.adaptive(lpa_jax.lpa(("first", "second"), epsilon, steps=1, split=ALL), every=2)
+    return lpa_jax.adaptive(absolute(("first", "second"), epsilon, steps=1, split=ALL), every=3)
 
 
 def add_noise(eta):
@@ -72,10 +72,18 @@ def clip(sharpness):
 
 
 TABLE = [
-    lpa("default", split=lpa_jax.splits.mean_threshold("accuracy")),
+    Line(
+        "lpa-default",
+        lpa_jax.lpa,
+        ("first",),
+        "epsilon",
+        0.3,
+        {"site": "first", "split": lpa_jax.splits.mean_threshold("accuracy")},
+        "relative",
+    ),
     lpa("raw", direction="raw", split=DOWN),
     lpa("full", sharing="full", ball=1.0),
-    lpa("relative", radius="relative", ball="relative"),
+    lpa("absolute"),
     lpa("low-rank", low_rank=1, sharing="full", ball=1.0),
     lpa("norm", objective="norm", split=lpa_jax.splits.mean_threshold(window="epoch")),
     lpa("sample", granularity="sample", radius="relative", ball="relative-sample"),
@@ -83,7 +91,8 @@ TABLE = [
     lpa("logits", site="logits", ball=1.0, split=lpa_jax.splits.mean_threshold(window="batch")),
     lpa("several", site=("first", "second")),
     lpa("loop", site="second", steps=10, ball=1.0, split=lpa_jax.splits.threshold(0.5)),
-    Line("adaptive", adaptive, ("first", "second"), "epsilon", 0.3, {}, POSITIONS),
+    # Step 0 measures, and perturbs nothing.
+    Line("adaptive", adaptive, ("first", "second"), "epsilon", 0.3, {}, POSITIONS, step=1),
     logits(lpa_jax.lpl, "epsilon", 0.3, label="-steps", ball=math.sqrt(2)),
     logits(lpa_jax.lpl, "epsilon", 0.3, label="-projected", solver="projected", ball=1.0),
     Line("lpg", lpa_jax.lpg, ("logit_grads",), "epsilon", 0.3, {}, 1.0),
@@ -217,14 +226,19 @@ def variables_of():
 
 
 @functools.cache
-def plain():
+def plain(perturbation=()):
     @quick_jit
     def call(step_count, variables, inputs, labels, weights):
-        step = step_of(lpa_jax.chain())
+        step = step_of(lpa_jax.chain(perturbation))
         state = step.init(variables, inputs, labels)._replace(step=step_count, class_stats=seen())
         return step(variables, state, inputs, labels, jax.random.key(7), weights=weights)
 
     return call(jnp.int32(0), variables_of(), *batch(), jnp.ones(BATCH))
+
+
+def measured():
+    """Return the state after a step that only reads the class statistics."""
+    return plain(lpa_jax.stateless("logits", lambda value, *, class_stats, **_: value))[2]
 
 
 def jitted(make):
@@ -242,7 +256,8 @@ def case_of(label):
     line = TABLE[LABELS.index(label)]
     call = jitted(lambda strength: line.make(fading(line, strength)))
     fresh = step_of(watched(line.make(line.amount))).init(variables_of(), *batch())
-    case = Case(line, call, variables_of(), fresh, fresh._replace(class_stats=seen()), None)
+    state = fresh._replace(class_stats=seen(), step=jnp.int32(line.step))
+    case = Case(line, call, variables_of(), fresh, state, None)
     case.result = case.run()
     return case
 
@@ -278,16 +293,20 @@ def test_zero_strength_is_plain_training(line):
     # The value is the same to the last bit, what follows up to the order XLA sums it in.
     for site in line.sites:
         chex.assert_trees_all_equal(case.after(site, result), case.before(site, result))
-    got = loss, aux["logits"], grads, state.class_stats
-    expected = plain_loss, plain_aux["logits"], plain_grads, plain_state.class_stats
+    got = loss, aux["logits"], grads
+    expected = plain_loss, plain_aux["logits"], plain_grads
+    if line.make(line.amount).class_level:
+        got, expected = (*got, state.class_stats), (*expected, measured().class_stats)
+    else:
+        chex.assert_trees_all_equal(state.class_stats, plain_state.class_stats)
     chex.assert_trees_all_close(got, expected, rtol=1e-5, atol=1e-7)
 
 
 @each_scheduled_line
 def test_a_schedule_is_evaluated_at_the_step(line):
     case = case_of(line.label)
-    # The schedule is 0 at step 1.
-    later = case.state._replace(step=jnp.int32(1))
+    # The schedule is 0 at the next step.
+    later = case.state._replace(step=case.state.step + 1)
     (loss, _), grads, _ = case.run(state=later)
     plain_result = plain()
     expected = plain_result[0][0], plain_result[1]
@@ -392,7 +411,8 @@ def test_the_state_keeps_its_structure_and_types(line):
     case = case_of(line.label)
     second = case.run(state=case.next_state)[2]
     assert avals(case.fresh) == avals(case.state) == avals(case.next_state) == avals(second)
-    assert [int(state.step) for state in (case.fresh, case.next_state, second)] == [0, 1, 2]
+    steps = [int(state.step) for state in (case.state, case.next_state, second)]
+    assert steps == [line.step, line.step + 1, line.step + 2]
 
 
 @each_line
@@ -422,7 +442,7 @@ def test_eight_devices_under_optax_wrappers_agree_with_one_without(line):
     weights = jax.device_put(jnp.ones(BATCH), split)
     call = jitted(line.wrapped)
     state = step_of(watched(line.wrapped(line.amount))).init(variables_of(), *batch())
-    state = state._replace(class_stats=seen())
+    state = state._replace(class_stats=seen(), step=jnp.int32(line.step))
     strength, variables, state = jax.device_put(
         (jnp.float32(line.amount), variables_of(), state), whole
     )
@@ -506,6 +526,66 @@ def test_a_bfloat16_network_has_float32_losses_and_gradients(line):
     assert loss.dtype == jnp.float32
     chex.assert_trees_all_equal_shapes_and_dtypes(grads, variables["params"])
     chex.assert_trees_all_equal_shapes_and_dtypes(state, new)
+
+
+# ---------------------------------------------------------------- under JAX's strict modes
+
+
+def traced(line, model=NET):
+    """Trace a step from its first state to the next, computing nothing."""
+    step = step_of(line.make(line.amount), model)
+    variables = jax.eval_shape(model.init, jax.random.key(1), batch()[0])
+
+    def run(variables, inputs, labels):
+        state = step.init(variables, inputs, labels)
+        given = {"weights": jnp.ones(BATCH), "examples": EXAMPLES}
+        return step(variables, state, inputs, labels, jax.random.key(0), **given)
+
+    return jax.eval_shape(run, variables, *batch())
+
+
+@pytest.mark.parametrize("dtype", [None, jnp.bfloat16], ids=["float32", "bfloat16"])
+@each_line
+def test_nothing_is_promoted_under_strict_promotion(line, dtype):
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        traced(line, Net(dtype))
+        value, new = direct(line, jnp.float32)
+    chex.assert_trees_all_equal_shapes_and_dtypes(value, new)
+
+
+@each_line
+def test_no_tracer_leaks(line):
+    with jax.checking_leaks():
+        traced(line)
+
+
+@each_line
+def test_debug_nans_finds_none(line):
+    case = case_of(line.label)
+    with jax.debug_nans(True):
+        case.run()
+
+
+@each_line
+def test_a_mesh_with_explicit_axes_agrees_with_one_device(line):
+    case = case_of(line.label)
+    mesh = jax.make_mesh((8,), ("data",))
+    split, whole = (jax.NamedSharding(mesh, jax.P(*axis)) for axis in (("data",), ()))
+    inputs, labels, weights = jax.device_put((*batch(), jnp.ones(BATCH)), split)
+    strength, variables, state = jax.device_put(
+        (jnp.float32(line.amount), case.variables, case.state), whole
+    )
+    (loss, aux), grads, new = case.call(strength, variables, state, inputs, labels, weights)
+    ((one_loss, one_aux), one_grads, one_new) = case.result
+    got, expected = jax.device_get(
+        (
+            storable((loss, aux["logits"], aux["metrics"], grads, new)),
+            storable((one_loss, one_aux["logits"], one_aux["metrics"], one_grads, one_new)),
+        )
+    )
+    chex.assert_trees_all_close(got, expected, rtol=1e-5, atol=1e-6)
+    assert jax.typeof(aux["logits"]).sharding.spec == jax.P("data", None)
+    assert avals(state) == avals(new)
 
 
 # ---------------------------------------------------------------- refusals and completeness

@@ -12,7 +12,7 @@ import networks
 from networks import scale, shift
 import numpy as np
 import optax
-from probes import quick_jit, watch
+from probes import absolute, quick_jit, watch
 import pytest
 
 import lpa_jax
@@ -370,7 +370,7 @@ def test_the_gradients_of_the_logits_and_the_parameters_are_sites():
 
 def test_metrics_tell_how_far_each_class_was_moved_and_why():
     split = lpa_jax.splits.tail(1, class_counts=[9, 3, 3, 1])
-    perturbation = lpa_jax.chain(lpa_jax.lpa("group2", 0.3, sharing="full", split=split))
+    perturbation = lpa_jax.chain(absolute("group2", 0.3, sharing="full", split=split))
     aux, _ = forward(perturbation)
     metrics = aux["metrics"]["group2"]
     np.testing.assert_array_equal(metrics["sign"], [-1.0, 1.0, 1.0, 1.0])
@@ -384,7 +384,8 @@ def test_metrics_tell_how_far_each_class_was_moved_and_why():
 
 
 def test_class_statistics_are_those_of_the_logits_that_come_back():
-    perturbation = lpa_jax.chain(shift("group1"), scale("logits"))
+    read = lpa_jax.stateless("logits", lambda value, *, class_stats, **_: value)
+    perturbation = lpa_jax.chain(shift("group1"), scale("logits"), read)
     weights = jnp.array([1.0, 1.0, 0.5, 1.0, 1.0, 1.0, 0.0, 1.0])
     (_, aux), _, state = run_step(perturbation, weights=weights)
     members = jax.nn.one_hot(LABELS, CLASSES) * weights[:, None]
@@ -404,7 +405,7 @@ def test_a_split_by_the_present_batch_sees_the_network_before_any_class_was_move
     split = lpa_jax.splits.mean_threshold(window="batch")
     perturbation = lpa_jax.chain(
         scale("group1", -1.0),
-        lpa_jax.lpa("group2", 0.5, split=split),
+        absolute("group2", 0.5, split=split),
         scale("group2", -1.0),
         lpa_jax.lpl(0.5, split=split, solver="projected"),
     )
@@ -438,7 +439,7 @@ def test_batch_statistics_come_back_with_sam_as_without():
     model = networks.BatchNorms()
     variables = fill(model)
     params = variables["params"]
-    lpa = lpa_jax.lpa("block", 0.3, steps=1, split=lpa_jax.splits.all_positive())
+    lpa = absolute("block", 0.3, steps=1, split=lpa_jax.splits.all_positive())
     step = make(lpa_jax.chain(lpa), model)
     state = step.init(variables, INPUTS, LABELS, **TRAIN)
 
@@ -507,7 +508,7 @@ def test_numbers_that_are_schedules_are_taken_at_the_step():
     """Those of ours; an optax transform counts for itself, in its own state."""
     epsilon = {"epsilon": lambda step: 0.1 * (1 + step), "sharing": "full"}
     perturbation = lpa_jax.chain(
-        lpa_jax.lpa("group2", steps=1, split=lpa_jax.splits.all_positive(), **epsilon),
+        absolute("group2", steps=1, split=lpa_jax.splits.all_positive(), **epsilon),
         lpa_jax.at("logit_grads", optax.scale_by_schedule(lambda count: 1.0 / (1 + count))),
         watch("logit_grads"),
     )
@@ -530,7 +531,7 @@ def test_a_donated_state_goes_round_without_tracing_again_and_epochs_end():
     perturbation = lpa_jax.chain(
         lpa_jax.mixup(1.0),
         lpa_jax.label_smoothing(0.1),
-        lpa_jax.lpa(("block", "after"), 0.2, steps=1, split=split),
+        absolute(("block", "after"), 0.2, steps=1, split=split),
         lpa_jax.at("fc", optax.add_noise(0.01, 0.55, key=0)),
         lpa_jax.lpg(0.1),
         lpa_jax.at("param_grads", optax.trace(0.9)),
@@ -567,7 +568,7 @@ def test_eight_devices_agree_with_one():
     model = networks.BatchNorms()
     variables = fill(model)
     split = lpa_jax.splits.mean_threshold(window="batch")
-    step = make(lpa_jax.lpa("block", 0.3, steps=1, split=split), model)
+    step = make(absolute("block", 0.3, steps=1, split=split), model)
     state = step.init(variables, INPUTS, LABELS, **TRAIN)
     weights = jnp.ones(BATCH).at[3].set(0.0)
     run = quick_jit(functools.partial(step, **TRAIN))
@@ -632,7 +633,7 @@ def unchecked():
     [
         (LABELS.at[2].set(CLASSES), r"range from 0 to 4"),
         (np.asarray(LABELS.at[2].set(CLASSES)), r"range from 0 to 4"),
-        (LABELS.at[1].set(-1), r"range from -1 to 2"),
+        (LABELS.at[1].set(-2), r"-1 for an example that does not count, but range from -2 to 2"),
         (LABELS[:-1], r"must have shape \(8,\), not \(7,\)"),
         (LABELS[:, None], r"must have shape \(8,\), not \(8, 1\)"),
         (jnp.ones((BATCH, CLASSES + 1)), r"floats \[8, 4\], not float32 \(8, 5\)"),

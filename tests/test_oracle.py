@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import oracle
-from probes import before_and_after, quick_jit, watch, watched
+from probes import absolute, before_and_after, quick_jit, watch, watched
 import pytest
 
 import lpa_jax
@@ -167,7 +167,7 @@ def of(factory, *arguments, **options):
 
 
 def hidden(**options):
-    return of(lpa_jax.lpa, "hidden", **options)
+    return of(lpa_jax.lpa, "hidden", **{"radius": "absolute"} | options)
 
 
 splits = lpa_jax.splits
@@ -379,7 +379,7 @@ def test_label_smoothing_mixes_with_the_uniform_distribution():
 
 def test_smoothed_labels_leave_the_classes_as_they_are():
     up = lpa_jax.splits.all_positive()
-    lpa = lpa_jax.lpa("hidden", 0.5, split=up)
+    lpa = absolute("hidden", 0.5, split=up)
     chain = lpa_jax.chain(lpa_jax.label_smoothing(0.2), lpa)
     result, batch = one_step(chain)
     batch.targets = smoothed(batch.targets, 0.2)
@@ -450,7 +450,7 @@ def test_manifold_mixup_mixes_values_and_targets_at_one_layer():
 
 def test_after_mixup_an_example_belongs_to_both_its_classes():
     up = lpa_jax.splits.all_positive()
-    mixup, lpa = lpa_jax.mixup(1.0), lpa_jax.lpa("hidden", 0.5, split=up)
+    mixup, lpa = lpa_jax.mixup(1.0), absolute("hidden", 0.5, split=up)
     weights = batches()[1][2]
     chain = lpa_jax.chain(mixup, watch("inputs"), watch("labels"), lpa)
     result, batch = one_step(chain)

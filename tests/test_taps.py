@@ -179,7 +179,9 @@ def assert_lpa_is_as_by_hand(
     variables = fill(model, inputs=inputs) if params is None else {"params": as_model(params)}
     params = variables["params"] if params is None else params
     split, signs = SPLITS[split]
-    perturbation = lpa_jax.lpa(site, EPSILON, steps=STEPS, split=split, sharing=sharing)
+    perturbation = lpa_jax.lpa(
+        site, EPSILON, steps=STEPS, split=split, sharing=sharing, radius="absolute"
+    )
     perturbation = lpa_jax.chain(perturbation, *map(watch, also))
     (loss, aux), grads, state = run_step(model, perturbation, variables, inputs, **kwargs)
 

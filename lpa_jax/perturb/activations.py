@@ -20,7 +20,7 @@ def lpa(
     split: splits.Split | None = None,
     direction: Literal["normalized", "raw"] = "normalized",
     sharing: Literal["channel", "full"] = "channel",
-    radius: Literal["absolute", "relative"] = "absolute",
+    radius: Literal["absolute", "relative"] = "relative",
     low_rank: int | None = None,
     objective: Literal["loss", "norm"] = "loss",
     granularity: Literal["class", "sample"] = "class",
@@ -53,8 +53,9 @@ def lpa(
         to epsilon a raw gradient never reaches the ball) or raw.
       sharing: One entry of `d_c` per channel, added at every position, or one per feature. The
         bound is on `d_c` as it is shared.
-      radius: `"relative"` multiplies the bound by the class-mean of `||a_i||`, scaled so that
-        `||change|| / ||a||` is at most epsilon for either sharing.
+      radius: `"relative"` (default) multiplies the bound by the class-mean of `||a_i||`, scaled so
+        that `||change|| / ||a||` is at most epsilon for either sharing; `"absolute"` takes it as it
+        is.
       low_rank: Keep the part of the gradient in its top-k right singular directions, `[positions,
         channels]` (eq 12; *ours*: of the gradient map, a single vector has rank 1).
       objective: `"norm"` expands (+1) or contracts (-1) the class-mean activation instead, in
@@ -94,7 +95,13 @@ def lpa(
         value, *, labels, targets, weights, class_stats, gradient_fn=None, site=None, step=0, **_
     ):
         frozen = jax.lax.stop_gradient(value)
-        reduce, copies = _share(sharing, value.shape)
+        # The axes along which entries share one of the perturbation's, and how many do.
+        positions = tuple(range(1, value.ndim - 1)) if sharing == "channel" else ()
+        copies = math.prod(value.shape[axis] for axis in positions)
+
+        def reduce(entries):
+            return jnp.sum(entries.astype(jnp.float32), axis=positions, keepdims=True)
+
         if granularity == "class":
             members = membership.by_class(labels, weights, targets.shape[1])
         else:
@@ -107,11 +114,7 @@ def lpa(
         gather = members.total if direction == "normalized" else members.mean
         zero = jnp.zeros_like(gather(reduce(frozen)))
 
-        def gradient(delta):
-            climb = sites.require_gradient("lpa", site, gradient_fn)
-            # At the start nothing is added, and the class statistics' pass is shared.
-            moved = frozen + members.spread(delta).astype(frozen.dtype)
-            _, uphill = climb(value if delta is zero else moved)
+        def direction_of(uphill):
             if low_rank is None:
                 return gather(reduce(uphill))
             return reduce(_top_directions(gather(uphill), low_rank))
@@ -119,8 +122,25 @@ def lpa(
         if objective == "norm":
             delta = pgd.stretch(members.mean(reduce(frozen)) / copies, signs, radii)
         else:
+            climb = sites.require_gradient("lpa", site, gradient_fn)
+            # Nothing is added yet, and the pass for the class statistics is shared.
+            start = jax.lax.stop_gradient(climb(value)[1])
+            summed, noise = _with_noise(start, positions, members)
+
+            def gradient(delta):
+                if delta is zero:
+                    return gather(summed) if low_rank is None else direction_of(start)
+                _, uphill = climb(frozen + members.spread(delta).astype(frozen.dtype))
+                return direction_of(uphill)
+
             delta = pgd.ascend(
-                gradient, zero, signs, radii, steps, normalized=direction == "normalized"
+                gradient,
+                zero,
+                signs,
+                radii,
+                steps,
+                normalized=direction == "normalized",
+                floor=noise,
             )
         return value + jax.lax.stop_gradient(members.spread(delta)).astype(value.dtype)
 
@@ -130,16 +150,25 @@ def lpa(
     return sites.stateless(names, update, report)
 
 
-def _share(sharing: str, shape: tuple[int, ...]) -> tuple[Callable[[Array], Array], int]:
-    """Return the sum over the positions that share an entry, and their number."""
-    if sharing == "full":
-        return lambda value: value.astype(jnp.float32), 1
-    positions = tuple(range(1, len(shape) - 1))
+def _with_noise(
+    uphill: Array, axes: tuple[int, ...], members: membership.Membership
+) -> tuple[Array, pgd.PerRow]:
+    """Sum gradients over axes; return that, and a length below which a row of it is rounding noise.
 
-    def reduce(value):
-        return jnp.sum(value.astype(jnp.float32), axis=positions, keepdims=True)
-
-    return reduce, math.prod(shape[axis] for axis in positions)
+    Where the rest of the network removes a shift (one vector added to all keys of an attention, or
+    ahead of an instance normalization) the sum is 0 but for rounding, whose size grows with that of
+    its terms and with the precision of the value.
+    """
+    # The first axis is summed last: the terms left tell the size, without a pass of their own.
+    terms = jnp.sum(uphill.astype(jnp.float32), axis=axes[1:], keepdims=True)
+    squares = jnp.sum(terms**2, axis=tuple(range(1, terms.ndim)))
+    length = jnp.sqrt(members.total(squares))
+    # Measured of attentions and instance normalizations: up to 1e-5 (float32) and 0.2 (bfloat16) of
+    # the length; a sum of terms of random signs is as long as that.
+    precision = 4.0 * math.sqrt(float(jnp.finfo(uphill.dtype).eps))
+    # Squares that float32 does not hold tell nothing.
+    noise = jnp.where(jnp.isfinite(length), precision * length, 0.0)
+    return jnp.sum(terms, axis=axes[:1], keepdims=True), noise
 
 
 def _top_directions(gradient: pgd.Rows, rank: int) -> pgd.Rows:
@@ -167,13 +196,14 @@ class AdaptiveState(NamedTuple):
 def adaptive(perturbation: sites.Perturbation, every: int) -> sites.Perturbation:
     """Perturb only the site where it matters most: `argmax_l sum_c |loss change|` (LPA eq 13).
 
-    All sites are measured at every `every`-th step, which costs each of them its own perturbation
-    and two more passes through the network's tail; the other steps cost the chosen site alone.
+    Every `every`-th step measures each site alone, against no perturbation, and is itself trained
+    without one: what stands at an earlier site would change the scores of the later ones. It costs
+    each site its own perturbation and two more passes through the network's tail; the other steps
+    cost the chosen site alone.
 
     Args:
       perturbation: A perturbation of at least two sites that have a gradient, `lpa` for instance.
-      every: Number of steps between two choices, at least 2. Until the first measurement (step 0)
-        has been made the first site is chosen.
+      every: Number of steps from one measurement to the next, at least 2; step 0 is the first.
 
     Returns:
       The perturbation of one site at a time.
@@ -200,6 +230,7 @@ def adaptive(perturbation: sites.Perturbation, every: int) -> sites.Perturbation
         gradient_fn = sites.require_gradient("adaptive", site, extra.get("gradient_fn"))
         measuring = step % every == 0
         chosen = jnp.where(measuring, state.chosen, jnp.argmax(state.scores)).astype(jnp.int32)
+        mine = ~measuring & (chosen == index)
 
         def run():
             return perturbation.update(
@@ -219,14 +250,15 @@ def adaptive(perturbation: sites.Perturbation, every: int) -> sites.Perturbation
             members = membership.by_class(labels, weights, targets.shape[1])
             return jnp.sum(jnp.abs(members.mean(change)))
 
-        mine = chosen == index
         new, inner = jax.lax.cond(measuring | mine, run, lambda: (value, state.inner))
         frozen = jax.lax.stop_gradient(new)
         measured = jax.lax.cond(measuring, lambda: score(frozen), lambda: state.scores[index])
         new = jnp.where(mine, new, value)
         return new, AdaptiveState(inner, chosen, state.scores.at[index].set(measured))
 
-    return sites.Perturbation(names, init, update, perturbation.report)
+    return sites.Perturbation(
+        names, init, update, perturbation.report, class_level=perturbation.class_level
+    )
 
 
 def dropout(site: str, rate: sites.Number) -> sites.Perturbation:

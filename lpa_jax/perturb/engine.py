@@ -1,6 +1,7 @@
 """One training step with perturbations: capture, perturb, replace, back-propagate."""
 
 import collections
+import contextlib
 from collections.abc import Callable, Mapping
 import dataclasses
 import functools
@@ -9,13 +10,16 @@ from typing import Any, NamedTuple
 import jax
 from jax import core
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, PyTree
 import numpy as np
 import optax
 
-from lpa_jax.perturb import membership, pgd, sites, statistics
+from lpa_jax.perturb import membership, meshes, pgd, sites, statistics
 from lpa_jax.perturb.network import Network, Position, Tap, Trace
 
+IGNORE = -1
+"""The integer label of an example that does not count: its weight is 0."""
 LossFn = Callable[[Float[Array, "batch classes"], Float[Array, "batch classes"]], Array]
 FIXED = (sites.INPUTS, sites.LABELS, sites.LOGITS, sites.LOGIT_GRADS, sites.PARAM_GRADS)
 
@@ -111,17 +115,42 @@ class Step:
         **apply_kwargs: Any,
     ) -> tuple[tuple[Array, dict[str, Any]], PyTree, StepState]:
         """Return `((loss, aux), grads, state)`; see `lpa_jax.value_and_grad`."""
+        given = (variables, state, inputs, labels, key, weights, examples, apply_kwargs)
+        mesh = meshes.explicit(given)
+        if mesh is None:
+            return self._step(*given)
+        on = functools.partial(meshes.on, mesh)
+        by_example = NamedSharding(mesh, PartitionSpec(*on(inputs).spec[:1]))
+        aux = {"logits": by_example, "labels": by_example, "updates": on(), "metrics": on()}
+        kept = jax.tree.map(on, (variables["params"], state))
+        return meshes.run_automatic(self._step, mesh, ((on(), aux), *kept), *given)
+
+    def _step(
+        self,
+        variables: PyTree,
+        state: StepState,
+        inputs: Array,
+        labels: membership.Labels,
+        key: Array,
+        weights: Float[Array, "batch"] | None,
+        examples: Int[Array, "batch"] | None,
+        apply_kwargs: Mapping[str, Any],
+    ) -> tuple[tuple[Array, dict[str, Any]], PyTree, StepState]:
         batch = inputs.shape[0]
         _check_labels(labels, batch, self.num_classes)
-        if weights is None:
-            weights = jnp.ones(batch, jnp.float32)
-        else:
-            weights = jnp.asarray(weights, jnp.float32)
-            if weights.shape != (batch,):
-                raise ValueError(f"weights must have shape ({batch},), not {weights.shape}.")
+        labels, padded = jnp.asarray(labels), weights is not None
+        weights = jnp.ones(batch, jnp.float32) if weights is None else weights
+        weights = jnp.asarray(weights, jnp.float32)
+        if weights.shape != (batch,):
+            raise ValueError(f"weights must have shape ({batch},), not {weights.shape}.")
+        if jnp.issubdtype(labels.dtype, jnp.integer):
+            labels, padded = labels.astype(jnp.int32), True
+            weights = jnp.where(labels == IGNORE, 0.0, weights)
+        if padded:
             # Padding may hold anything, NaN included, which a weight of 0 would not keep out.
             inputs, labels = (
-                jnp.where(pgd.column(weights, padded) > 0, padded, 0) for padded in (inputs, labels)
+                jnp.where(pgd.column(weights, values) > 0, values, jnp.zeros_like(values))
+                for values in (inputs, labels)
             )
         if examples is not None:
             examples = _checked_examples(examples, batch)
@@ -151,47 +180,54 @@ class Step:
         grads = walk.perturb((sites.PARAM_GRADS,), grads, lambda moved: loss_and_grads(moved)[:2])
         state = StepState(
             step=jnp.asarray(optax.safe_increment(state.step)),
-            class_stats=statistics.end_batch(walk.class_stats, walk.members()),
+            class_stats=walk.stats_after(),
             perturbations=walk.states,
         )
-        return (loss, {"logits": raw, "updates": updates, "metrics": walk.metrics}), grads, state
+        aux = {"logits": raw, "labels": walk.labels, "updates": updates, "metrics": walk.metrics}
+        return (loss, aux), grads, state
 
     def _forward(
         self, start: "_Walk", variables: PyTree, inputs: Array, kwargs: Mapping[str, Any]
     ) -> tuple[Array, tuple["_Walk", Array, PyTree]]:
         """Walk to the logits; return them perturbed, and the walk, them raw, and the mutated."""
         # Gradients flow into the parameters that a transform uses, as into those of the network.
-        walk = dataclasses.replace(start, metrics={}, params=variables["params"])
         trace = self.network.trace(variables, inputs, kwargs)
         taps = self._taps(trace)
+        walk = dataclasses.replace(
+            start, metrics={}, params=variables["params"], unmatched=self._unmatched(taps)
+        )
         frozen = jax.lax.stop_gradient(variables)
 
         def perturb(names, value, tail, time=0):
             """Perturb the value at a site, the network beyond which is `tail`."""
 
             # Jitted for being traced once, however often a transform asks.
-            @jax.jit
-            def tail_gradient(value, targets):
+            @functools.partial(jax.jit, static_argnames="after")
+            def tail_gradient(value, objective, *, after):
+                def to_loss(logits):
+                    return walk.at_loss(logits, jax.lax.stop_gradient(objective), after)
+
                 logits, pullback = jax.vjp(tail, value)
-                losses, cotangent = self._losses_and_grads(logits, targets)
+                losses, cotangent = self._losses_and_grads(logits, objective.targets, to_loss)
                 # Ahead of the tail, in which batch normalization mixes the examples.
                 real = walk.weights > 0
                 cotangent = jnp.where(real[:, None], cotangent, 0.0)
                 return (jnp.where(real, losses, 0.0), pullback(cotangent)[0]), logits
 
-            def evaluate(value):
-                return tail_gradient(jax.lax.stop_gradient(value), walk.targets)
+            def evaluate(value, after):
+                objective = walk.objective()
+                return tail_gradient(jax.lax.stop_gradient(value), objective, after=after)
 
-            first, targets = None, walk.targets
+            # What stands at the logits is part of the loss at every site before them.
+            first, measured_at = None, walk.objective()
             if walk.reads_statistics(names):
-                first, logits = evaluate(value)
+                first, logits = evaluate(value, after=-1)
                 walk.measure(logits)
 
-            def gradient_fn(moved):
+            def gradient_fn(moved, after=-1):
                 # The statistics and a transform that starts from the value share one pass.
-                if first and moved is value and walk.targets is targets:
-                    return first
-                return evaluate(moved)[0]
+                same = moved is value and after == -1 and walk.objective().same_as(measured_at)
+                return first if first and same else evaluate(moved, after)[0]
 
             return walk.perturb(names, value, gradient_fn, time=time)
 
@@ -217,7 +253,8 @@ class Step:
 
         raw, _, updates = self._run(variables, inputs, replaced, (), kwargs)
         logits = perturb((sites.LOGITS,), raw, lambda value: value)
-        walk.measure(raw)
+        if walk.class_level:
+            walk.measure(raw)
         return logits, (walk, raw, _earliest(trace.updates, passes, updates))
 
     def _run_from(self, variables, inputs, earlier, tap, kwargs, value):
@@ -227,11 +264,13 @@ class Step:
         logits, values, updates = self.network.run(*arguments)
         return logits.astype(jnp.float32), values, updates
 
-    def _losses_and_grads(self, logits: Array, targets: Array) -> tuple[Array, Array]:
-        """Return the loss of each example and its gradient at the logits."""
+    def _losses_and_grads(
+        self, logits: Array, targets: Array, to_loss: Callable[[Array], Array] = lambda x: x
+    ) -> tuple[Array, Array]:
+        """Return the loss of each example, of `to_loss(logits)`, and its gradient at the logits."""
 
         def total(logits):
-            losses = self.loss_fn(logits, targets)
+            losses = self.loss_fn(to_loss(logits), targets)
             if losses.shape != logits.shape[:1]:
                 raise ValueError(
                     f"loss_fn must return one loss for each example, of shape {logits.shape[:1]}, "
@@ -275,11 +314,19 @@ class Step:
                     "its variable_axes have 'perturbation': 0)."
                 )
         taps = tuple(tap for tap in trace.taps if wanted & ({tap.site, tap.name} - set(FIXED)))
-        self._check_mixing(taps)
+        self._unmatched(taps)
         return taps
 
-    def _check_mixing(self, taps: tuple[Tap, ...]) -> None:
-        """Raise `SiteError` where examples and targets would not be mixed alike."""
+    def _unmatched(self, taps: tuple[Tap, ...]) -> tuple[tuple[tuple[str, int], str], ...]:
+        """Find what stands where the targets are mixed and the examples are not yet.
+
+        Returns:
+          The sites of the mixing, in words, for each name of a value and place in the chain.
+
+        Raises:
+          SiteError: If class-level work stands ahead of mixing, or something is mixed twice.
+        """
+        unmatched = {}
         order = [sites.INPUTS, *(tap.name for tap in taps)]
         at = {name: [order.index(name)] for name in order}
         for tap in taps:
@@ -300,15 +347,17 @@ class Step:
                         f"{site!r} is computed several times, and mixing more than once would not "
                         f"fit the targets; name one, such as '{site}[0]'."
                     )
+            mixed = (0, mixing_rank if sites.INPUTS in mixing.sites else len(self.chain))
             last = max(places(mixing_rank), default=(0, 0))
             for rank, other in enumerate(self.chain):
-                early = [place for place, rank in places(rank) if (place, rank) < last]
-                if other.report and early:
-                    raise sites.SiteError(
-                        f"A class-level perturbation at {order[early[0]]!r} would see targets that "
-                        f"are mixed before the examples are, at {mixing.sites}; place it after "
-                        "the last of them."
-                    )
+                for place, _ in places(rank):
+                    if rank == mixing_rank:
+                        continue
+                    if other.class_level and (place, rank) < last:
+                        raise sites.SiteError(_early(order[place], str(mixing.sites)))
+                    if mixed < (place, rank) < last:
+                        unmatched[order[place], rank] = str(mixing.sites)
+        return tuple(unmatched.items())
 
 
 @dataclasses.dataclass
@@ -325,6 +374,7 @@ class _Walk:
     weights: Array
     examples: Array | None
     params: PyTree
+    unmatched: tuple[tuple[tuple[str, int], str], ...] = ()
     metrics: dict[str, dict[str, Array]] = dataclasses.field(default_factory=dict)
     measured: bool = False
 
@@ -345,6 +395,43 @@ class _Walk:
             if not set(names).isdisjoint(perturbation.sites)
         ]
 
+    @property
+    def class_level(self) -> bool:
+        """Whether anything of the chain may read the class statistics."""
+        return any(perturbation.class_level for perturbation in self.chain)
+
+    def stats_after(self) -> statistics.ClassStats:
+        """Return the class statistics with the batch taken in, where anything reads them."""
+        if not self.class_level:
+            return self.class_stats
+        return statistics.end_batch(self.class_stats, self.members())
+
+    def objective(self) -> "_Objective":
+        """Return what the loss depends on besides the logits, as it is now."""
+        states = {i: self.states[i] for i, _ in self.standing((sites.LOGITS,))}
+        return _Objective(self.labels, self.targets, states)
+
+    def at_loss(self, logits: Array, objective: "_Objective", after: int) -> Array:
+        """Return the logits as the loss will see them, with nothing that needs their gradient.
+
+        Args:
+          logits: The network's logits, or what the first of the chain have made of them.
+          objective: Labels, targets and states.
+          after: Place in the chain beyond which transforms at the logits are applied.
+        """
+        walk = dataclasses.replace(
+            self,
+            labels=objective.labels,
+            targets=objective.targets,
+            params=jax.lax.stop_gradient(self.params),
+        )
+        for i, state in objective.states.items():
+            if i > after:
+                walk.states = (*walk.states[:i], state, *walk.states[i + 1 :])
+                with contextlib.suppress(_GradientNeeded):
+                    logits, _ = walk._update(i, sites.LOGITS, logits, _needed)
+        return logits
+
     def reads_statistics(self, names: tuple[str, ...]) -> bool:
         """Return whether class-level work is first met at a site."""
         return not self.measured and any(self.chain[i].class_level for i, _ in self.standing(names))
@@ -364,7 +451,10 @@ class _Walk:
             return value
         before, members, report = value, self.members(), {}
         for i, site in standing:
-            value, state = self._update(i, site, value, gradient_fn, logits, time)
+            climb = gradient_fn
+            if climb is not None and names == (sites.LOGITS,):
+                climb = functools.partial(climb, after=i)
+            value, state = self._update(i, site, value, climb, logits, time, names[0])
             self.states = (*self.states[:i], state, *self.states[i + 1 :])
             if (describe := self.chain[i].report) is not None:
                 report |= describe(site, self.class_stats, self.step)
@@ -405,7 +495,17 @@ class _Walk:
         self.labels = moved
         self.states = (*self.states[:index], state, *self.states[index + 1 :])
 
-    def _update(self, index, site, value, gradient_fn=None, logits=None, time=0) -> tuple[Any, Any]:
+    def _update(
+        self, index, site, value, gradient_fn=None, logits=None, time=0, name=None
+    ) -> tuple[Any, Any]:
+        by_target = {
+            "labels": self.labels,
+            "targets": self.targets,
+            "class_stats": self.class_stats,
+            "gradient_fn": gradient_fn,
+        }
+        if (mixing := dict(self.unmatched).get((name or site, index))) is not None:
+            by_target = dict.fromkeys(by_target, _Unmatched(site, mixing))
         # The same key at all sites of a perturbation: its draws agree without a state.
         key = jax.random.fold_in(self.key, index)
         return self.chain[index].update(
@@ -416,14 +516,58 @@ class _Walk:
             # Several calls of one module draw anew.
             key=jax.random.fold_in(key, time),
             step=self.step,
-            labels=self.labels,
-            targets=self.targets,
             weights=self.weights,
             examples=self.examples,
-            class_stats=self.class_stats,
-            gradient_fn=gradient_fn,
             logits=logits,
+            **by_target,
         )
+
+
+class _Unmatched:
+    """Stands for what depends on the targets where they are mixed and the examples not yet."""
+
+    def __init__(self, site: str, mixing: str):
+        self._told = _early(site, mixing)
+
+    def _refuse(self, *_: Any, **__: Any) -> Any:
+        raise sites.SiteError(self._told)
+
+    __call__ = __getattr__ = __getitem__ = __jax_array__ = _refuse
+
+
+def _early(site: str, mixing: str) -> str:
+    return (
+        f"A perturbation at {site!r} that reads classes, targets or the gradient would see targets "
+        f"that are mixed before the examples are, at {mixing}; place it after the last of them. "
+        "(What an optax wrapper contains is not known, and is taken for one that does.)"
+    )
+
+
+class _GradientNeeded(Exception):
+    """A transform at the logits asks for the gradient there."""
+
+
+def _needed(_: Array) -> tuple[Array, Array]:
+    raise _GradientNeeded
+
+
+class _Objective(NamedTuple):
+    """What the loss depends on besides the logits; it changes on the way through a step.
+
+    Attributes:
+      labels: The class membership.
+      targets: The targets.
+      states: State of each perturbation at the logits, by its place in the chain.
+    """
+
+    labels: membership.Labels
+    targets: Array
+    states: dict[int, PyTree]
+
+    def same_as(self, other: "_Objective") -> bool:
+        """Return whether all arrays are the same ones."""
+        pairs = zip(jax.tree.leaves(self), jax.tree.leaves(other), strict=True)
+        return all(mine is its for mine, its in pairs)
 
 
 jax.tree_util.register_dataclass(
@@ -432,7 +576,7 @@ jax.tree_util.register_dataclass(
         "key", "states", "step", "class_stats", "labels", "targets", "weights", "examples",
         "params", "metrics",
     ],
-    meta_fields=["chain", "measured"],
+    meta_fields=["chain", "measured", "unmatched"],
 )  # fmt: skip
 
 
@@ -443,7 +587,10 @@ def all_finite(tree: PyTree) -> Bool[Array, ""]:
 
 def _soft(labels: membership.Labels, num_classes: int) -> Float[Array, "batch classes"]:
     if labels.ndim == 1:
-        return jax.nn.one_hot(labels, num_classes, dtype=jnp.float32)
+        known = (labels >= 0) & (labels < num_classes)
+        targets = jax.nn.one_hot(labels, num_classes, dtype=jnp.float32)
+        # A label that no one could check: its loss is NaN rather than 0.
+        return jnp.where(known[:, None], targets, jnp.nan)
     return labels.astype(jnp.float32)
 
 
@@ -500,9 +647,10 @@ def _check_labels(labels: membership.Labels, batch: int, num_classes: int) -> No
         if not isinstance(labels, core.Tracer) and labels.size and _is_here(labels):
             # Not by jax: within a jit its operations are traced, on constants too.
             low, high = np.asarray(labels).min(), np.asarray(labels).max()
-            if low < 0 or high >= num_classes:
+            if low < IGNORE or high >= num_classes:
                 raise ValueError(
-                    f"Labels must lie in [0, {num_classes}), but range from {low} to {high}."
+                    f"Labels must lie in [0, {num_classes}), or be {IGNORE} for an example that "
+                    f"does not count, but range from {low} to {high}."
                 )
     elif labels.shape != (batch, num_classes):
         raise ValueError(

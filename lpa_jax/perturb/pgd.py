@@ -98,6 +98,7 @@ def ascend(
     steps: int,
     *,
     normalized: bool = True,
+    floor: PerRow | float = 0.0,
 ) -> Rows:
     """Take projected steps `d <- Proj(d + s * kappa * dir(d))`, `kappa = 2 * radius / steps`.
 
@@ -109,6 +110,8 @@ def ascend(
       steps: Number of steps T, at least 1.
       normalized: Whether `dir` is the gradient scaled to l2 norm 1, or the gradient. (A gradient
         shorter than 1e-36 is none.)
+      floor: A gradient no longer than this is rounding noise and has no direction: the row of a
+        `normalized` ascent then stays where it is. At least 0; `[R]` or one for all.
 
     Returns:
       Perturbations within their balls, float32 `[R, ...]`.
@@ -127,7 +130,8 @@ def ascend(
         pace = stride
         if normalized:
             size, scaled = _scale(uphill)
-            pace = stride / _nonzero(_length(scaled)) / size
+            length = _length(scaled)
+            pace = jnp.where(size * length > floor, stride / _nonzero(length) / size, 0.0)
         return within + column(pace, within) * uphill
 
     def into_ball(moved):

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 import difflib
+import inspect
 import math
 import numbers
 from typing import Any
@@ -35,7 +36,9 @@ class Perturbation(optax.GradientTransformationExtraArgs):
         threaded through them in the order in which they are computed.
       report: What to show of the perturbation at a site, `report(site, class_stats, step)`, a dict
         of arrays; None if there is nothing beyond the change of the value.
-      class_level: Whether it may read the class statistics, which are then measured before it.
+      class_level: Whether it may read the class statistics, which are then measured before it. They
+        are measured only where something may read them. If not told: whether `update` names
+        `class_stats`, or takes its extra arguments under a name other than `_`.
     """
 
     sites: tuple[str, ...]
@@ -48,12 +51,14 @@ class Perturbation(optax.GradientTransformationExtraArgs):
         init: Callable[..., Any],
         update: Callable[..., Any],
         report: Callable[..., dict[str, Array]] | None = None,
-        class_level: bool = False,
+        class_level: bool | None = None,
     ) -> "Perturbation":
         """Place the transform `(init, update)` at `sites`."""
         self = super().__new__(cls, init, update)
         self.report = report
-        self.class_level = class_level or report is not None
+        if class_level is None:
+            class_level = report is not None or _may_read_statistics(update)
+        self.class_level = class_level
         self.sites = (sites,) if isinstance(sites, str) else tuple(sites)
         if not self.sites or not all(isinstance(site, str) and site for site in self.sites):
             raise SiteError(f"A perturbation needs the name of at least one site, not {sites!r}.")
@@ -91,7 +96,14 @@ def stateless(
     def stateful(value, state, params=None, **extra):
         return update(value, params=params, **extra), state
 
-    return Perturbation(sites, optax.init_empty_state, stateful, report)
+    class_level = report is not None or _may_read_statistics(update)
+    return Perturbation(sites, optax.init_empty_state, stateful, report, class_level)
+
+
+def _may_read_statistics(update: Callable[..., Any]) -> bool:
+    parameters = inspect.signature(update).parameters
+    rest = [p.name for p in parameters.values() if p.kind is inspect.Parameter.VAR_KEYWORD]
+    return "class_stats" in parameters or rest not in ([], ["_"])
 
 
 def at(site: str | Sequence[str], transform: optax.GradientTransformation) -> Perturbation:
@@ -122,9 +134,11 @@ def at(site: str | Sequence[str], transform: optax.GradientTransformation) -> Pe
     if not isinstance(transform, optax.GradientTransformation):
         raise TypeError(f"at({site!r}, ...) takes an optax transform, not {transform!r}.")
     # A wrapper does not tell what it wraps, but without extra arguments nothing is class-level.
-    extra = isinstance(transform, optax.GradientTransformationExtraArgs)
+    class_level = isinstance(transform, optax.GradientTransformationExtraArgs)
+    if isinstance(transform, Perturbation):
+        class_level = transform.class_level
     update = optax.with_extra_args_support(transform).update
-    return Perturbation(site, transform.init, update, class_level=extra)
+    return Perturbation(site, transform.init, update, class_level=class_level)
 
 
 def chain(*perturbations: "Perturbation | Chain") -> Chain:
