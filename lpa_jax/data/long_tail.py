@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from jaxtyping import Int, Int64
 import numpy as np
 
+from lpa_jax.data import streams
 from lpa_jax.data.examples import DataError
 
 PROFILES = ("exponential", "step")
@@ -91,7 +92,7 @@ def long_tail_subset(
       [4, 1]
     """
     counts = long_tail_counts(np.bincount(labels, minlength=num_classes).tolist(), ratio, kind)
-    rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(1,)))
+    rng = streams.stream("long_tail", seed)
     members = (rng.permutation(np.flatnonzero(labels == c)) for c in range(num_classes))
     kept = [drawn[:count] for drawn, count in zip(members, counts, strict=True)]
     return np.sort(np.concatenate(kept))

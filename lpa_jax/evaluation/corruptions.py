@@ -10,6 +10,8 @@ from jaxtyping import Float32, UInt8
 import numpy as np
 from scipy import ndimage
 
+from lpa_jax.data import streams
+
 Pixels = Float32[np.ndarray, "n height width channels"]
 SEVERITIES = (1, 2, 3)
 CHUNK = 1000
@@ -85,7 +87,7 @@ def corrupt(
             f"{', '.join(CORRUPTIONS)}, and one of {', '.join(map(str, SEVERITIES))}."
         )
     change, strengths = CORRUPTIONS[name]
-    rng = np.random.default_rng(seed)
+    rng = streams.stream("corruption", seed)
     corrupted = np.empty_like(images)
     for at in range(0, len(images), CHUNK):
         chunk = slice(at, at + CHUNK)
