@@ -378,9 +378,9 @@ def test_every_purpose_has_a_stream_of_its_own(monkeypatch):
                 numbers = first_numbers(order, seed, epoch, examples)
                 # A run has one of these orders.
                 assert found.setdefault(f"order {epoch}", numbers) == numbers
-            # Besides, the turns of each class.
+            # Besides, the turns of each class and the order within batches.
             aware = first_numbers(data.train_batches, seed, epoch, labels, 8, "class_aware")
-            assert len(aware - found[f"order {epoch}"]) >= 8
+            assert len(aware - found[f"order {epoch}"]) >= 9
             found[f"class-aware {epoch}"] = aware - found[f"order {epoch}"]
         fixed = {k: v for k, v in found.items() if not k.startswith("class-aware")}
         turns = set.union(*(v for k, v in found.items() if k.startswith("class-aware")))

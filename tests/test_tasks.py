@@ -396,13 +396,41 @@ def test_an_epoch_is_as_long_with_each_sampling():
         for name in ("uniform", "class_balanced", "class_aware")
     }
     assert {(b.shape, b.dtype) for b in found.values()} == {((8, 8), np.dtype(np.int32))}
-    for name, order in (
-        ("class_balanced", data.class_balanced_order),
-        ("class_aware", data.class_aware_order),
-    ):
-        np.testing.assert_array_equal(found[name].ravel(), order(0, 2, labels)[:64])
+    balanced, aware = data.class_balanced_order, data.class_aware_order
+    np.testing.assert_array_equal(found["class_balanced"].ravel(), balanced(0, 2, labels)[:64])
+    # Within a batch in another order.
+    cut_up = aware(0, 2, labels)[:64].reshape(8, 8)
+    np.testing.assert_array_equal(np.sort(found["class_aware"]), np.sort(cut_up))
+    again = data.train_batches(0, 2, labels, 8, "class_aware")
+    np.testing.assert_array_equal(found["class_aware"], again)
     with pytest.raises(ValueError, match="no sampling 'random': give uniform, class_balanced"):
         data.train_batches(0, 2, labels, 8, "random")
+
+
+@pytest.mark.parametrize("sampling", ["uniform", "class_balanced", "class_aware"])
+@pytest.mark.parametrize(("num_classes", "ratio"), [(10, 1), (10, 100), (100, 100)])
+def test_neighbors_in_a_batch_share_a_class_as_often_as_any_two(sampling, num_classes, ratio):
+    """Mixing pairs each example with the one before it."""
+    size, batch = 20000 // num_classes, 128
+    counts = data.long_tail_counts([size] * num_classes, ratio)
+    labels = np.random.default_rng(0).permutation(np.repeat(np.arange(num_classes), counts))
+    neighbors, expected, pairs = 0, 0.0, 0
+    for epoch in range(4):
+        batches = labels[data.train_batches(0, epoch, labels, batch, sampling)]
+        neighbors += (batches == np.roll(batches, 1, axis=1)).sum()
+        pairs += batches.size
+        for row in batches:
+            present = np.bincount(row)
+            # Each example has another place in the batch, all orders being equally likely.
+            expected += (present * (present - 1)).sum() / (batch - 1)
+            if sampling == "class_aware":
+                # A batch holds whole rounds and at most two parts of one.
+                whole = batch // num_classes
+                assert present.max() <= whole + 2
+                assert np.bincount(row, minlength=num_classes).min() >= whole - 1
+    share = expected / pairs
+    # Four standard deviations, were the pairs independent.
+    assert abs(neighbors - expected) < 4 * np.sqrt(pairs * share * (1 - share))
 
 
 # ---------------------------------------------------------------- the trainer

@@ -116,7 +116,8 @@ def train_batches(
       batch_size: At least 1.
       sampling: `"uniform"`, each example once (`epoch_order`); `"class_balanced"` or
         `"class_aware"`, in which rare classes come as often as frequent ones. The epoch is as long
-        with each.
+        with each. The examples of each batch stand in random order, those of `"class_aware"` too,
+        whose rounds only decide which batch an example is in.
 
     Returns:
       Indices of examples, int32, a row a step.
@@ -143,7 +144,11 @@ def train_batches(
         order = class_aware_order(seed, epoch, labels)
     else:
         raise ValueError(f"There is no sampling {sampling!r}: give {', '.join(SAMPLINGS)}.")
-    return order[: steps * batch_size].astype(np.int32).reshape(steps, batch_size)
+    batches = order[: steps * batch_size].astype(np.int32).reshape(steps, batch_size)
+    if sampling == "class_aware":
+        # Mixing pairs neighbors, and those of a round never share their class.
+        batches = streams.stream("order_in_batch", seed, epoch).permuted(batches, axis=1)
+    return batches
 
 
 def eval_batches(

@@ -9,6 +9,7 @@ KEYS = {
     "epoch_order": (3,),
     "class_turns": (4,),
     "corruption": (5,),
+    "order_in_batch": (6,),
 }
 """What the spawn key of each purpose begins with; a number is never given to another purpose."""
 
