@@ -320,6 +320,12 @@ CASES = {
         npz(y_train=np.zeros((40, 1), int)), "shape (40, 1), not [N]: save y.reshape(-1)"
     ),
     "a label below 0": (npz(y_train=np.arange(40) - 1), "label -1 is outside the classes 0 to 38"),
+    "channels first": (
+        npz(
+            x_train=np.zeros((40, 3, 6, 5), np.uint8), x_test=np.zeros((8, 3, 6, 5), np.uint8),
+        ),
+        "shape (40, 3, 6, 5), which looks like [N, C, H, W], not [N, H, W, C]: save np.transpose(x,"
+    ),
     "a label far above": (npz(y_train=np.full(40, 40)), "label 40 among 40 examples: number the"),
     "a label beyond int64": (
         npz(y_train=np.full(40, 2**63 + 5, np.uint64)), "label 9223372036854775807 among 40"

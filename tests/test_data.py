@@ -1,5 +1,6 @@
 """Sources of examples and their errors, splits, batches, augmentation."""
 
+import functools
 import pathlib
 import subprocess
 import sys
@@ -143,6 +144,24 @@ def test_npz_is_read_as_it_was_written(npz):
     assert data.load(grey).test.images.shape == (8, 6, 5, 1)
     named = npz(class_names=np.array(["a", "b", "c", "d", "e"]))
     assert data.load(named).class_names == ("a", "b", "c", "d", "e")
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_images_with_their_channels_first_are_refused(channels, npz):
+    arrays = make_arrays(shape=(6, 5, channels))
+    last = {key: arrays[key] for key in ("x_train", "x_test")}
+    assert data.load(npz(**last)).train.images.shape[1:] == (6, 5, channels)
+    first = {key: np.transpose(images, (0, 3, 1, 2)) for key, images in last.items()}
+    remedy = r"looks like \[N, C, H, W\], .*: save np.transpose\(x, \(0, 2, 3, 1\)\)"
+    with pytest.raises(
+        DataError, match=rf"x_train .* has shape \(40, {channels}, 6, 5\), .*{remedy}"
+    ):
+        data.load(npz(**first))
+    with pytest.raises(DataError, match=r"x_test .* looks like"):
+        data.load(npz(**last | {"x_test": first["x_test"]}))
+    # Small images are what they are said to be.
+    small = make_arrays(shape=(3, 4, 3))
+    assert data.load(npz(x_train=small["x_train"], x_test=small["x_test"])).mean
 
 
 def test_a_single_array_is_no_npz(tmp_path):
@@ -366,7 +385,7 @@ def test_every_purpose_has_a_stream_of_its_own(monkeypatch):
                 data.long_tail_subset, np.arange(80) % 8, 8, 2, "exponential", seed
             ),
             "noise": first_numbers(
-                lambda: data.label_noise.symmetric(labels, 0.5, 8, seed, inclusive=True)
+                functools.partial(data.label_noise.symmetric, inclusive=True), labels, 0.5, 8, seed
             ),
             "corruptions": first_numbers(
                 corruptions.corrupt, np.zeros((1, 2, 2, 1), np.uint8), "gaussian_noise", 1, seed

@@ -288,6 +288,23 @@ def test_images_must_fit():
         trace(model, (8, 8, 3))
 
 
+def test_images_with_their_channels_first_are_refused():
+    for means in ((0.5,), (0.4, 0.5, 0.6)):
+        model = create("small_cnn", mean=means, std=means)
+        trace(model, (2, 8, 9, 3))
+        with pytest.raises(
+            ValueError, match=r"\(2, 3, 8, 9\) look like .*: give jnp.transpose\(im"
+        ):
+            trace(model, (2, 3, 8, 9))
+    grey = create("small_cnn", mean=(0.5,), std=(0.5,))
+    with pytest.raises(ValueError, match=r"look like \[B, C, H, W\]"):
+        trace(grey, (2, 1, 8, 9))
+    # One of them need not be what it looks like.
+    trace(grey, (2, 3, 8, 1))
+    two = create("small_cnn", mean=(0.5, 0.5), std=(0.5, 0.5))
+    trace(two, (2, 4, 4, 2))
+
+
 def test_networks_made_from_lists_are_hashable():
     made = [create("wrn_10_1", mean=[0.5, 0.5, 0.5], std=[0.2, 0.2, 0.2]) for _ in range(2)]
     assert made[0] == made[1]

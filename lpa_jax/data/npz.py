@@ -95,7 +95,15 @@ def _images(where: str, array: np.ndarray) -> np.ndarray:
         raise DataError(
             f"{where} has shape {array.shape}: reshape it to [N, H, W, C] or [N, H, W]."
         )
-    return array if array.ndim == 4 else array[..., None]
+    if array.ndim == 3:
+        return array[..., None]
+    channels = (1, 3, 4)
+    if array.shape[1] in channels and array.shape[3] not in channels:
+        raise DataError(
+            f"{where} has shape {array.shape}, which looks like [N, C, H, W], not [N, H, W, C]: "
+            "save np.transpose(x, (0, 2, 3, 1))."
+        )
+    return array
 
 
 def checked_labels(where: str, array: np.ndarray) -> np.ndarray:

@@ -21,13 +21,21 @@ def normalise(
 
     Raises:
       TypeError: If `inputs` are not floating (bytes would not lie in [0, 1]).
-      ValueError: If `inputs` are not `[B, H, W, C]`, or `mean` and `std` do not have one number, or
-        one for each of the channels.
+      ValueError: If `inputs` are not `[B, H, W, C]`, or look like `[B, C, H, W]` (1, 3 or 4 entries
+        on axis 1, but neither on the last axis nor in `mean`), or `mean` and `std` do not have one
+        number, or one for each of the channels.
     """
     if not jnp.issubdtype(inputs.dtype, jnp.floating):
         raise TypeError(f"Images must be floats in [0, 1], not {inputs.dtype}; divide by 255.")
     if inputs.ndim != 4:
         raise ValueError(f"Images must have the shape [B, H, W, C], not {inputs.shape}.")
+    channels = (1, 3, 4)
+    last = inputs.shape[-1]
+    if inputs.shape[1] in channels and last not in channels and len(mean) != last:
+        raise ValueError(
+            f"Images of shape {inputs.shape} look like [B, C, H, W], not [B, H, W, C]: give "
+            "jnp.transpose(images, (0, 2, 3, 1))."
+        )
     # Broadcasting would otherwise turn grey images into images of len(mean) channels.
     if not {len(mean), len(std)} <= {1, inputs.shape[-1]}:
         raise ValueError(
