@@ -326,6 +326,13 @@ CASES = {
         ),
         "shape (40, 3, 6, 5), which looks like [N, C, H, W], not [N, H, W, C]: save np.transpose(x,"
     ),
+    "frequencies corrected twice": (
+        (
+            None,
+            [RUN[0].replace("lpa", "logit_adjustment"), RUN[1], "--config.sampling=class_aware"],
+        ),
+        "config.sampling 'class_aware' draws all classes equally often, and logit_adjustment in",
+    ),
     "a label far above": (npz(y_train=np.full(40, 40)), "label 40 among 40 examples: number the"),
     "a label beyond int64": (
         npz(y_train=np.full(40, 2**63 + 5, np.uint64)), "label 9223372036854775807 among 40"

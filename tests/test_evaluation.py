@@ -429,6 +429,31 @@ def test_a_checkpoint_deleted_while_it_is_read_is_no_failure(finished, tmp_path,
     assert evaluation["seeds"][0]["clean"] == finished[2]["seeds"][0]["clean"]
 
 
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"sampling": "class_aware"}, "config.sampling=class_aware"),
+        ({"sampling": "class_balanced"}, "config.sampling=class_balanced"),
+        ({"method": "logit_adjustment"}, "logit_adjustment"),
+        ({"method": "ldam+drw"}, "drw"),
+        ({"method": "lpa+reweight", "sampling": "class_aware"}, "reweight and config.sampling"),
+    ],
+)
+def test_class_frequencies_are_not_corrected_again_post_hoc(changes, named, finished, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(finished[0], workdir)
+    config = json.loads((workdir / "config.json").read_text())
+    (workdir / "config.json").write_text(json.dumps({**config, **changes}))
+    with pytest.raises(ConfigError, match=f"^{named}.* has corrected the run .*: take one of the"):
+        evaluated(workdir, logit_adjustment=1.0)
+
+
+def test_margins_leave_the_prior_to_be_corrected_post_hoc():
+    config = smoke()
+    config.method = "ldam+lpl"
+    evaluate.check_adjustable(config)
+
+
 def test_what_cannot_be_judged_is_refused(finished, tmp_path):
     with pytest.raises(ConfigError, match="holds no run: give --workdir"):
         evaluated(tmp_path)

@@ -137,6 +137,16 @@ def test_without_spread_or_seeds_there_is_no_p():
     assert (lines[4].error, lines[4].n) == (None, 0)
 
 
+def test_a_row_that_would_correct_class_frequencies_twice_stops_the_table_before_it_trains(
+    tmp_path,
+):
+    table = catalogue.chosen("digits_lt", ["erm", "post_hoc_logit_adjustment"])
+    table = table._replace(changes=table.changes | {"sampling": "class_aware"})
+    with pytest.raises(ConfigError, match="logit adjustment post hoc would do so once more"):
+        runs.run(table, small(seeds=1), tmp_path / "new", QUIET)
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_table_trains_what_is_missing_and_nothing_twice(tmp_path, monkeypatch):
     table = catalogue.chosen("digits_lt", ["erm", "post_hoc_logit_adjustment"])
     table = table._replace(changes=table.changes | {"imbalance.ratio": 5.0})

@@ -15,7 +15,7 @@ from configs import digits
 from lpa_jax import data
 from lpa_jax.data import DataError, label_noise
 from lpa_jax.training import config as configuration
-from lpa_jax.training import loop
+from lpa_jax.training import experiment, loop
 
 NONE = {"kind": "none"}
 CIFAR10 = (
@@ -541,7 +541,7 @@ def test_a_run_counts_and_draws_the_labels_it_trains_on(monkeypatch, tmp_path):
     monkeypatch.setattr(configuration, "perturbation", counted)
     monkeypatch.setattr(data, "train_batches", drawn)
     changes = {"noise.kind": "asymmetric", "noise.rate": 0.5}
-    summary, _ = run(smoke("logit_adjustment", **TASK | changes), tmp_path)
+    summary, _ = run(smoke("ldam", **TASK | changes), tmp_path)
     # Half of each class goes to the next.
     original = np.array([128, 99, 76, 59, 46, 35, 27, 21, 16, 12])
     moved = np.round(0.5 * original).astype(int)
@@ -627,6 +627,28 @@ def test_cifar10_asymmetric_noise(cifar10):
     task = data.make_task(cifar10, NONE, noise("asymmetric", 0.4))
     wrong = task.train.labels != task.original_labels
     names = np.array(cifar10.class_names)
+@pytest.mark.parametrize("sampling", ["class_balanced", "class_aware"])
+@pytest.mark.parametrize(
+    "method", ["logit_adjustment", "reweight", "drw", "ldam+drw", "lpa+reweight"]
+)
+def test_class_frequencies_are_corrected_once(sampling, method):
+    name = next(part for part in method.split("+") if part in configuration.CORRECTIONS)
+    message = (
+        f"sampling '{sampling}' draws .*, and {name} in .*: take one of the two, .* without {name}"
+    )
+    with pytest.raises(configuration.ConfigError, match=message):
+        experiment.build(smoke(method, sampling=sampling))
+    experiment.build(smoke(method))
+
+
+def test_what_does_not_correct_a_prior_goes_with_balanced_sampling():
+    """Margins and splits follow from how many different examples a class has."""
+    experiment.build(smoke("ldam", sampling="class_balanced"))
+    config = smoke("lpl+lpg", sampling="class_aware")
+    config.perturbation.lpl.split.name = "tail"
+    experiment.build(config)
+
+
     sources = set(names[task.original_labels[wrong]])
     assert sources == {"truck", "bird", "deer", "cat", "dog"}
     assert set(names[task.train.labels[wrong]]) == {"automobile", "airplane", "horse", "dog", "cat"}

@@ -97,8 +97,10 @@ def configure_all(table: Table, protocol: Protocol) -> dict[str, tuple[Config, s
       DataError: If the data cannot be read.
     """
     configured = {name: configure(table, row, protocol) for name, row in table.rows.items()}
-    for config, _ in configured.values():
+    for name, (config, _) in configured.items():
         experiment.build(config)
+        if table.rows[name].post_hoc is not None:
+            evaluate.check_adjustable(config)
     return configured
 
 

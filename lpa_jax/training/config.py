@@ -41,6 +41,9 @@ TRANSFORMS = (
 )
 # Arguments of transforms that follow from the data and the length of the run.
 TASK = ("class_counts", "mean", "num_classes", "num_examples", "num_steps")
+# Those that correct for the frequencies of the classes in training. LDAM's margins are not among
+# them: they follow from how many different examples a class has, however often these are drawn.
+CORRECTIONS = ("drw", "logit_adjustment", "reweight")
 # For each transform, the arguments that have no default or another one here: those for CIFAR.
 METHODS = {
     "lpa": {"site": "group3", "epsilon": 0.1, "radius": "relative"},
@@ -277,6 +280,7 @@ def perturbation(
             f"{'+'.join(config.perturbation) or 'erm'}: choose the method after the colon of "
             "--config, as in FILE.py:method=lpa."
         )
+      ConfigError: If class frequencies would be corrected both by the sampling and by a transform.
     task = {
         "class_counts": class_counts,
         "mean": tuple(mean),
@@ -286,6 +290,14 @@ def perturbation(
     }
     return lpa_jax.chain(*(_transform(name, config.perturbation[name], task) for name in names))
 
+    corrections = [name for name in names if name in CORRECTIONS]
+    if corrections and config.sampling != "uniform":
+        named = " and ".join(corrections)
+        raise ConfigError(
+            f"config.sampling {config.sampling!r} draws all classes equally often, and {named} in "
+            "config.method would correct for their frequencies once more: take one of the two, "
+            f"config.sampling='uniform' or a method without {named}."
+        )
 
 def _transform(name: str, config: Config, task: Mapping[str, Any]) -> lpa_jax.Perturbation:
     factory = getattr(lpa_jax, name)

@@ -16,6 +16,7 @@ import lpa_jax
 from lpa_jax import data
 from lpa_jax.evaluation import attacks, calibration, corruptions, metrics
 from lpa_jax.training import checkpoints, experiment, mesh, records, report
+from lpa_jax.training import config as configuration
 from lpa_jax.training.config import Config, ConfigError
 from lpa_jax.training.experiment import Experiment
 from lpa_jax.training.state import TrainState
@@ -48,7 +49,8 @@ def evaluate_run(
         in [0, 1].
       corrupt: Whether to judge them on corrupted images as well, see `evaluation.corruptions`.
       logit_adjustment: Tau, at least 0: judge them as well with `tau * log(prior)` subtracted from
-        the logits, the prior being the share of each class in the training labels.
+        the logits, the prior being the share of each class in the training labels; for a run that
+        has not corrected for it in training, by its sampling or its method.
       console: Where to print; default the standard output.
 
     Returns:
@@ -72,6 +74,8 @@ def evaluate_run(
     console = console or Console()
     workdir = pathlib.Path(workdir)
     config = records.read_config(workdir)
+    if logit_adjustment is not None:
+        check_adjustable(config)
     parts = _rebuild(config, workdir)
     dataset = parts.dataset
     examples = dataset.test if part == "test" else dataset.validation
@@ -123,6 +127,19 @@ def evaluate_run(
     report.show_evaluation(title, evaluation["metrics"], console)
     console.print(f"Figures and a plot are in {workdir / stem}.json and .png.", highlight=False)
     return evaluation
+
+
+def check_adjustable(config: Config) -> None:
+    """Raise `ConfigError` if training corrects for class frequencies, as is done post hoc."""
+    done = [name for name in config.method.split("+") if name in configuration.CORRECTIONS]
+    if config.sampling != "uniform":
+        done.append(f"config.sampling={config.sampling}")
+    if done:
+        raise ConfigError(
+            f"{' and '.join(done)} has corrected the run for the frequencies of its classes, and "
+            "logit adjustment post hoc would do so once more: take one of the two, leave out "
+            "--logit_adjustment or give a run without."
+        )
 
 
 def _rebuild(config: Config, workdir: pathlib.Path) -> Experiment:
