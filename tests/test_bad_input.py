@@ -320,6 +320,38 @@ CASES = {
         npz(y_train=np.zeros((40, 1), int)), "shape (40, 1), not [N]: save y.reshape(-1)"
     ),
     "a label below 0": (npz(y_train=np.arange(40) - 1), "label -1 is outside the classes 0 to 38"),
+    "a label below 0 of a named set": (
+        npz(y_train=np.arange(40) % 5 - 1, class_names=np.array([*"abcd"])),
+        "the label -1 is outside the classes 0 to 3; remove its examples or number the classes",
+    ),
+    "labels from 1": (
+        npz(y_train=np.arange(40) % 4 + 1, y_test=np.arange(8) % 4 + 1),
+        "has no example of class 0 ('0'): the labels look as if they were numbered from 1, so subt",
+    ),
+    "labels from 1 of a named set": (
+        npz(
+            y_train=np.arange(40) % 4 + 1, y_test=np.arange(8) % 4 + 1,
+            class_names=np.array([*"abcd"]),
+        ),
+        "label 4 is outside the classes 0 to 3 (the labels look as if they were numbered from 1: su"
+    ),
+    "labels from 1 in the test alone": (
+        npz(y_test=np.arange(8) % 4 + 1), "(the labels look as if they were numbered from 1: subtr"
+    ),
+    "a class of the test alone": (
+        npz(y_train=np.arange(40) % 4 // 2 * 3, y_test=np.arange(8) % 4),
+        "has no example of classes 1 ('1'), 2 ('2'): number the classes of all splits from 0",
+    ),
+    "a long tail without one class": (
+        npz(
+            "imbalance.kind=step", "imbalance.ratio=2", class_names=np.array([*"abcde"]),
+        ),
+        "since there is no training example of class 4 ('e'): add examples, or leave",
+    ),
+    "weights without one class": (
+        (npz(class_names=np.array([*"abcde"]))[0], [SET[0].replace("lpa", "reweight"), *SET[1:]]),
+        "There is no training example of class 4 ('e'), but config.method 'reweight' needs the",
+    ),
     "channels first": (
         npz(
             x_train=np.zeros((40, 3, 6, 5), np.uint8), x_test=np.zeros((8, 3, 6, 5), np.uint8),

@@ -707,6 +707,24 @@ def test_bad_choices_are_refused(factory, arguments, keywords):
         factory(*arguments, **keywords)
 
 
+@pytest.mark.parametrize(
+    "factory",
+    [
+        lpa_jax.ldam,
+        lpa_jax.logit_adjustment,
+        lpa_jax.reweight,
+        functools.partial(lpa_jax.drw, start=3),
+        functools.partial(lpa_jax.splits.tail, 1),
+    ],
+    ids=["ldam", "logit_adjustment", "reweight", "drw", "tail"],
+)
+def test_a_class_without_training_examples_is_named(factory):
+    for counts in ([5, 3, 0, 1], (5, 3, -1, 0), (5.0, 3.0, math.nan, 1.0)):
+        message = rf"positive, but class 2 has {counts[2]}: give it a training example, or leave"
+        with pytest.raises(ValueError, match=message):
+            factory(class_counts=counts)
+
+
 def test_the_table_has_a_line_for_every_public_factory():
     no_perturbation = {
         "Perturbation",

@@ -146,6 +146,28 @@ def test_npz_is_read_as_it_was_written(npz):
     assert data.load(named).class_names == ("a", "b", "c", "d", "e")
 
 
+def test_a_class_that_is_named_may_have_no_training_example(npz):
+    loaded = data.load(npz(class_names=np.array([*"abcdefghi"])))
+    assert (loaded.num_classes, loaded.train.labels.max()) == (9, 3)
+    # It makes no long tail.
+    assert data.groups_of(loaded) == {}
+    classes = "classes 4 ('e'), 5 ('f'), 6 ('g') and 2 more"
+    assert data.missing_classes(range(9), loaded.train.labels, loaded.class_names) == classes
+    assert data.missing_classes(range(4), loaded.train.labels, loaded.class_names) == ""
+
+
+def test_a_class_that_is_not_named_must_have_a_training_example(npz):
+    labels = make_arrays()["y_train"]
+    for shifted, message in (
+        (labels + 1, r"class 0 \('0'\): the labels look as if .* from 1, so subtract 1 from y_tr"),
+        (labels + 2, r"classes 0 \('0'\), 1 \('1'\): number the classes of all splits from 0"),
+        (labels * 2, r"classes 1 \('1'\), 3 .*, or save class_names for all of them"),
+        (np.maximum(labels, 1) * 2 - 1, r"classes 0 \('0'\), 2 \('2'\).*: number the classes"),
+    ):
+        with pytest.raises(DataError, match=rf"y_train in .* has no example of {message}"):
+            data.load(npz(y_train=shifted, y_test=shifted[:8]))
+
+
 @pytest.mark.parametrize("channels", [1, 3, 4])
 def test_images_with_their_channels_first_are_refused(channels, npz):
     arrays = make_arrays(shape=(6, 5, channels))

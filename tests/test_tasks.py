@@ -102,7 +102,8 @@ def test_classes_that_differ_in_size_keep_the_profile(available, kind):
         (([50] * 3, float("nan")), "give a number from 1"),
         (([50] * 3, 10, "linear"), "no imbalance 'linear': give exponential or step"),
         (([50] * 3, 51), "leaves class 2 without .* largest class having 50: give a smaller"),
-        (([50, 0, 50], 2), "leaves class 0 without a training example"),
+        (([50, 0, 50], 2), "Class 1 has no example, so that no long tail can be made: give it"),
+        (([0, 50], 1), "Class 0 has no example"),
     ],
 )
 def test_counts_that_cannot_be(arguments, message):
@@ -135,6 +136,9 @@ def test_groups_of_classes():
         "head": [0],
         "middle": [1],
     }
+    # What nothing is learned of is no part of the tail.
+    groups = data.class_groups([7, 0, 6, 5, 0])
+    assert groups == {"few": [0, 2, 3], "head": [0], "middle": [2], "tail": [3]}
 
 
 # ---------------------------------------------------------------- label noise
@@ -303,6 +307,79 @@ def test_no_task_is_the_set_itself(loaded):
     assert data.make_task(whole, NONE, NONE) is whole
     assert data.noise_rates(whole) == {"train": 0.0, "validation": 0.0}
     assert set(data.noise_rates(loaded(validation_fraction=0.0)[0])) == {"train"}
+
+
+def test_noise_that_leaves_a_class_without_training_labels(tmp_path):
+    labels = np.repeat(np.arange(10), 5)
+    images = np.zeros((50, 1, 1), np.uint8)
+    arrays = {"x_train": images, "y_train": labels, "x_test": images, "y_test": labels}
+    np.savez(tmp_path / "set.npz", **arrays, class_names=np.array(CIFAR10))
+    whole = data.load(f"npz:{tmp_path / 'set.npz'}", validation_fraction=0.2)
+    message = r"leaves no training label of classes 2 \('bird'\), 4 \('deer'\), 9 \('truck'\): give"
+    with pytest.raises(DataError, match=f"asymmetric label noise {message} a smaller noise.rate"):
+        data.make_task(whole, NONE, noise("asymmetric", 1.0))
+    given = np.where(labels == 3, 5, labels)
+    # One of the cats is called so, but not in training.
+    given[whole.validation_index[3]] = 3
+    np.savez(tmp_path / "given.npz", labels=given)
+    human = noise("human", path=str(tmp_path / "given.npz"), key="labels")
+    with pytest.raises(DataError, match=r"of class 3 \('cat'\): give labels in which every class"):
+        data.make_task(whole, NONE, human)
+
+
+def test_a_long_tail_needs_every_class(tmp_path, loaded):
+    whole, _ = loaded()
+    more = whole._replace(class_names=(*whole.class_names, "emu"))
+    message = r"no training example of class 4 \('emu'\): add examples, or leave that out"
+    with pytest.raises(DataError, match=message):
+        data.make_task(more, tail(2), NONE)
+
+
+def test_a_trial_that_leaves_a_class_without_training_examples_says_so(caplog):
+    experiment.build(smoke(limit=64, batch_size=8))
+    assert not caplog.text
+    for method in ("erm", "lpl"):
+        parts = experiment.build(smoke(method, limit=9, batch_size=8))
+        (absent,) = np.flatnonzero(np.array(parts.class_counts) == 0)[:1]
+        told = f"no training example of class{'es' * (parts.class_counts.count(0) > 1)} {absent} ('"
+        assert f"{told}{absent}')" in caplog.text
+        assert "config.limit 9 keeps none, give more, or it is never learned" in caplog.text
+        caplog.clear()
+    for method in ("ldam", "lpa+reweight", "lpl"):
+        config = smoke(method, limit=9, batch_size=8)
+        if method == "lpl":
+            config.perturbation.lpl.split.name = "tail"
+        message = (
+            rf"of class.* {absent} \('{absent}'\).*, but config.method '.*: config.limit 9 keeps"
+        )
+        with pytest.raises(configuration.ConfigError, match=message):
+            experiment.build(config)
+    # What is refused is told once.
+    assert not caplog.text
+
+
+def test_a_class_that_is_named_alone_is_told_of_or_refused(tmp_path, caplog):
+    images = np.zeros((40, 8, 8, 1), np.uint8)
+    arrays = {"x_train": images, "y_train": np.arange(40) % 4, "x_test": images[:8]}
+    names = np.array(["ant", "bee", "cat", "dog", "emu"])
+    np.savez(tmp_path / "set.npz", **arrays, y_test=np.arange(8) % 5, class_names=names)
+    changes = {"dataset": f"npz:{tmp_path / 'set.npz'}", "batch_size": 8}
+    experiment.build(smoke(**changes))
+    assert (
+        "no training example of class 4 ('emu'): give it examples, or leave it out" in caplog.text
+    )
+    with pytest.raises(configuration.ConfigError, match=r"class 4 \('emu'\), but .*'ldam' needs"):
+        experiment.build(smoke("ldam", **changes))
+
+
+def test_a_limited_run_has_the_groups_of_the_whole_task():
+    """A part of a balanced set is no long tail, and a part of a long tail is one."""
+    balanced = experiment.build(smoke(limit=15, batch_size=8))
+    counts = np.bincount(balanced.dataset.train.labels, minlength=10)
+    assert counts.max() >= 2 * counts.min()
+    assert balanced.groups == {}
+    whole, part = (experiment.build(smoke(limit=n, batch_size=8, **TASK)) for n in (None, 15))
+    assert part.groups == whole.groups != {}
 
 
 def test_unknown_noise(loaded):
@@ -550,6 +627,28 @@ def test_a_run_counts_and_draws_the_labels_it_trains_on(monkeypatch, tmp_path):
     assert summary["groups"] == data.class_groups(original.tolist())
 
 
+@pytest.mark.parametrize("sampling", ["class_balanced", "class_aware"])
+@pytest.mark.parametrize(
+    "method", ["logit_adjustment", "reweight", "drw", "ldam+drw", "lpa+reweight"]
+)
+def test_class_frequencies_are_corrected_once(sampling, method):
+    name = next(part for part in method.split("+") if part in configuration.CORRECTIONS)
+    message = (
+        f"sampling '{sampling}' draws .*, and {name} in .*: take one of the two, .* without {name}"
+    )
+    with pytest.raises(configuration.ConfigError, match=message):
+        experiment.build(smoke(method, sampling=sampling))
+    experiment.build(smoke(method))
+
+
+def test_what_does_not_correct_a_prior_goes_with_balanced_sampling():
+    """Margins and splits follow from how many different examples a class has."""
+    experiment.build(smoke("ldam", sampling="class_balanced"))
+    config = smoke("lpl+lpg", sampling="class_aware")
+    config.perturbation.lpl.split.name = "tail"
+    experiment.build(config)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -627,28 +726,6 @@ def test_cifar10_asymmetric_noise(cifar10):
     task = data.make_task(cifar10, NONE, noise("asymmetric", 0.4))
     wrong = task.train.labels != task.original_labels
     names = np.array(cifar10.class_names)
-@pytest.mark.parametrize("sampling", ["class_balanced", "class_aware"])
-@pytest.mark.parametrize(
-    "method", ["logit_adjustment", "reweight", "drw", "ldam+drw", "lpa+reweight"]
-)
-def test_class_frequencies_are_corrected_once(sampling, method):
-    name = next(part for part in method.split("+") if part in configuration.CORRECTIONS)
-    message = (
-        f"sampling '{sampling}' draws .*, and {name} in .*: take one of the two, .* without {name}"
-    )
-    with pytest.raises(configuration.ConfigError, match=message):
-        experiment.build(smoke(method, sampling=sampling))
-    experiment.build(smoke(method))
-
-
-def test_what_does_not_correct_a_prior_goes_with_balanced_sampling():
-    """Margins and splits follow from how many different examples a class has."""
-    experiment.build(smoke("ldam", sampling="class_balanced"))
-    config = smoke("lpl+lpg", sampling="class_aware")
-    config.perturbation.lpl.split.name = "tail"
-    experiment.build(config)
-
-
     sources = set(names[task.original_labels[wrong]])
     assert sources == {"truck", "bird", "deer", "cat", "dog"}
     assert set(names[task.train.labels[wrong]]) == {"automobile", "airplane", "horse", "dog", "cat"}

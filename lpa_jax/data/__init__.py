@@ -11,6 +11,7 @@ from lpa_jax.data.batching import eval_batches as eval_batches
 from lpa_jax.data.batching import train_batches as train_batches
 from lpa_jax.data.examples import DataError as DataError
 from lpa_jax.data.examples import Examples as Examples
+from lpa_jax.data.examples import missing_classes as missing_classes
 from lpa_jax.data.long_tail import class_groups as class_groups
 from lpa_jax.data.long_tail import long_tail_counts as long_tail_counts
 from lpa_jax.data.long_tail import long_tail_subset as long_tail_subset

@@ -1,5 +1,6 @@
 """Labelled images, what is required of them, and which are held out."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from jaxtyping import Bool, Int, Int32, UInt8
@@ -52,11 +53,30 @@ def checked(
         raise DataError(f"{where}: it is empty; give at least one image.")
     outside = labels[(labels < 0) | (labels >= num_classes)]
     if outside.size:
+        from_1 = labels.min() == 1 and labels.max() == num_classes
+        looks = " (the labels look as if they were numbered from 1: subtract 1)" if from_1 else ""
         raise DataError(
-            f"{where}: the label {outside[0]} is outside the classes 0 to {num_classes - 1}; "
-            "remove its examples or number the classes of all splits from 0 without gaps."
+            f"{where}: the label {outside[0]} is outside the classes 0 to {num_classes - 1}"
+            f"{looks}; remove its examples or number the classes of all splits from 0 without gaps."
         )
     return Examples(images, labels.astype(np.int32))
+
+
+def missing_classes(
+    classes: Sequence[int] | Int[np.ndarray, "m"],
+    labels: Int[np.ndarray, "n"],
+    class_names: tuple[str, ...],
+) -> str:
+    """Return which of some classes no label is of, by number and name; `""` if each is there.
+
+    Example:
+      >>> missing_classes(range(4), np.array([1, 3]), ("cat", "dog", "emu", "fox"))
+      "classes 0 ('cat'), 2 ('emu')"
+    """
+    absent = np.setdiff1d(classes, labels).tolist()
+    named = ", ".join(f"{label} ({class_names[label]!r})" for label in absent[:3])
+    more = f" and {len(absent) - 3} more" if len(absent) > 3 else ""
+    return f"class{'es' * (len(absent) > 1)} {named}{more}" if absent else ""
 
 
 def take(examples: Examples, chosen: Int[np.ndarray, "m"] | Bool[np.ndarray, "n"]) -> Examples:

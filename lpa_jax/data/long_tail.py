@@ -55,6 +55,11 @@ def long_tail_counts(
         shares = float(ratio) ** -np.linspace(0.0, 1.0, num_classes)
     else:
         shares = np.where(np.arange(num_classes) < num_classes // 2, 1.0, 1.0 / ratio)
+    if 0 in available:
+        raise DataError(
+            f"Class {list(available).index(0)} has no example, so that no long tail can be made: "
+            "give it examples, or leave it out and number the classes anew."
+        )
     # Powers are rounded differently on different machines; 45 must not be 44 on one of them.
     rounding = 1e-6
     largest = np.min(np.floor(np.asarray(available) / shares + rounding))
@@ -108,7 +113,8 @@ def class_groups(class_counts: Sequence[int]) -> dict[str, list[int]]:
       The classes of each group that has any: `"many"` with more than 100 training examples,
       `"medium"` with 20 to 100 and `"few"` with fewer; and the thirds `"head"`, `"middle"` and
       `"tail"` by frequency, of which the first are larger where three does not divide the
-      number of classes. Equally frequent classes are ordered by number.
+      number of classes. Equally frequent classes are ordered by number; classes without training
+      examples are in no group.
 
     Example:
       >>> class_groups([5000, 300, 83, 19])["medium"]
@@ -121,11 +127,12 @@ def class_groups(class_counts: Sequence[int]) -> dict[str, list[int]]:
       arXiv:1904.05160 (the groups by number of examples).
     """
     counts = np.asarray(class_counts)
-    thirds = np.array_split(np.argsort(-counts, kind="stable"), 3)
+    by_frequency = np.argsort(-counts, kind="stable")[: np.count_nonzero(counts)]
+    thirds = np.array_split(by_frequency, 3)
     groups = {
         "many": np.flatnonzero(counts > MANY),
         "medium": np.flatnonzero((counts >= FEW) & (counts <= MANY)),
-        "few": np.flatnonzero(counts < FEW),
+        "few": np.flatnonzero((counts > 0) & (counts < FEW)),
         **dict(zip(("head", "middle", "tail"), thirds, strict=True)),
     }
     return {name: sorted(group.tolist()) for name, group in groups.items() if len(group)}

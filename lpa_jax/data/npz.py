@@ -7,7 +7,7 @@ import zlib
 
 import numpy as np
 
-from lpa_jax.data.examples import checked, DataError, Source
+from lpa_jax.data.examples import checked, DataError, missing_classes, Source
 
 KEYS = ("x_train", "y_train", "x_test", "y_test")
 # What numpy and zipfile raise on damaged files; RuntimeError: bits that claim encryption,
@@ -21,7 +21,7 @@ def read(path: str) -> Source:
     Args:
       path: A file with the arrays `x_train` and `x_test`, uint8 `[N, H, W, C]` or `[N, H, W]`,
         `y_train` and `y_test`, integer `[N]`, and optionally `class_names`, strings `[classes]`;
-        without it the classes are 0 to the largest label in `y_train`.
+        without it the classes are 0 to the largest label in `y_train`, which has all of them.
 
     Raises:
       DataError: If the file is missing, damaged, or holds anything else.
@@ -39,6 +39,19 @@ def read(path: str) -> Source:
     class_names = _class_names(path, arrays.get("class_names"), y_train)
     train = checked(f"x_train and y_train in {path}", x_train, y_train, len(class_names))
     test = checked(f"x_test and y_test in {path}", x_test, y_test, len(class_names))
+    # Names say that there is such a class; a number that is left out says that the count is wrong.
+    absent = missing_classes(range(len(class_names)), y_train, class_names)
+    if absent and "class_names" not in arrays:
+        remedy = "number the classes of all splits from 0 without gaps"
+        if len(np.unique(y_train)) == y_train.max() and y_train.min() == 1:
+            remedy = (
+                "the labels look as if they were numbered from 1, so subtract 1 from y_train and "
+                "y_test"
+            )
+        raise DataError(
+            f"y_train in {path} has no example of {absent}: {remedy}, or save class_names for all "
+            "of them."
+        )
     return Source(train, test, class_names)
 
 

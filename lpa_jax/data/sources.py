@@ -63,7 +63,8 @@ def load(
         it covers that square, and cropped to its centre. None leaves them as they are.
 
     Returns:
-      The set, with uint8 images `[N, H, W, C]` and int32 labels `[N]`.
+      The set, with uint8 images `[N, H, W, C]` and int32 labels `[N]`. A class of which
+      the source has the name may have no training example, for instance one of the test set alone.
 
     Raises:
       DataError: If the examples cannot be read or used, or an argument is outside its range.

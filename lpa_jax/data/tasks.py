@@ -7,7 +7,7 @@ from jaxtyping import Int32
 import numpy as np
 
 from lpa_jax.data import label_noise
-from lpa_jax.data.examples import DataError, take
+from lpa_jax.data.examples import DataError, missing_classes, take
 from lpa_jax.data.long_tail import class_groups, long_tail_subset
 from lpa_jax.data.sources import Dataset, pixel_statistics
 
@@ -36,7 +36,8 @@ def make_task(
       The set with the training examples kept, their labels and pixel statistics.
 
     Raises:
-      DataError: If an argument is outside its range or human labels cannot be used.
+      DataError: If an argument is outside its range, human labels cannot be used, or a class would
+        be left without a training example.
 
     Example:
       >>> from lpa_jax import data
@@ -53,6 +54,11 @@ def make_task(
     if imbalance["kind"] != "none":
         ratio = imbalance["ratio"]
         labels = dataset.original_labels[dataset.train_index]
+        if absent := missing_classes(range(dataset.num_classes), labels, dataset.class_names):
+            raise DataError(
+                f"No imbalance can be made, since there is no training example of {absent}: add "
+                "examples, or leave that out of the class names and number the classes anew."
+            )
         kept = long_tail_subset(labels, dataset.num_classes, ratio, imbalance["kind"], seed)
         train = take(dataset.train, kept)
         mean, std = pixel_statistics(train.images)
@@ -66,6 +72,13 @@ def make_task(
     if noise["kind"] != "none":
         rate = "" if noise["kind"] == "human" else f" {noise['rate']:g}"
         labels = _noisy_labels(dataset, noise, seed)
+        clean = dataset.original_labels[dataset.train_index]
+        if absent := missing_classes(clean, labels[dataset.train_index], dataset.class_names):
+            remedy = "labels in which every class occurs" if rate == "" else "a smaller noise.rate"
+            raise DataError(
+                f"The {noise['kind']} label noise leaves no training label of {absent}: give "
+                f"{remedy}."
+            )
         dataset = dataset._replace(
             name=f"{dataset.name}, {noise['kind']} noise{rate}",
             train=dataset.train._replace(labels=labels[dataset.train_index]),
@@ -129,17 +142,19 @@ def task_labels(dataset: Dataset) -> dict[str, np.ndarray]:
 def groups_of(dataset: Dataset) -> dict[str, list[int]]:
     """Return `class_groups` of a long-tailed training set, by original labels; else nothing.
 
-    *Ours*: it is long-tailed if its largest class has at least twice the examples of the smallest.
+    *Ours*: it is long-tailed if its largest class has at least twice the examples of the smallest
+    that has any.
     """
     labels = dataset.original_labels[dataset.train_index]
-    counts = np.bincount(labels, minlength=dataset.num_classes).tolist()
-    return class_groups(counts) if max(counts) >= 2 * min(counts) else {}
+    counts = np.bincount(labels, minlength=dataset.num_classes)
+    long_tailed = counts.max() >= 2 * counts[counts > 0].min()
+    return class_groups(counts.tolist()) if long_tailed else {}
 
 
 def limited(dataset: Dataset, limit: int) -> Dataset:
     """Return at most `limit` examples of each part, evenly spaced: files are often sorted by class.
 
-    The pixel statistics stay those of all.
+    The pixel statistics stay those of all. A class may be left without a training example.
     """
     train, validation, test = (
         np.linspace(0, len(part.labels) - 1, min(limit, len(part.labels))).astype(int)

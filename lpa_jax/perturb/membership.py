@@ -115,8 +115,14 @@ def counts_of(class_counts: Sequence[float]) -> Float[Array, "classes"]:
     Raises:
       ValueError: If a count is not positive.
     """
-    if not len(class_counts) or not all(count > 0 for count in class_counts):
-        raise ValueError(f"class_counts must be positive, not {class_counts!r}.")
+    if not len(class_counts):
+        raise ValueError("class_counts must have a number for each class, not none.")
+    for label, count in enumerate(class_counts):
+        if not count > 0:
+            raise ValueError(
+                f"class_counts must be positive, but class {label} has {count}: give it a training "
+                "example, or leave the class out."
+            )
     return jnp.asarray(class_counts, jnp.float32)
 
 

@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from lpa_jax.perturb import sites, statistics
+from lpa_jax.perturb import membership, sites, statistics
 
 Classes = Int[Array, "rows"]
 PerRow = Float[Array, "rows"]
@@ -119,8 +119,8 @@ def tail(num_head: int, class_counts: Sequence[float] | None = None) -> Split:
       ([1.0, -1.0, 1.0], [1.0, 1.0, 0.5])
     """
     sites.check_count("num_head", num_head, low=0)
-    if class_counts is not None and not all(count > 0 for count in class_counts):
-        raise ValueError(f"class_counts must be positive, not {class_counts!r}.")
+    if class_counts is not None:
+        membership.counts_of(class_counts)
 
     def frequency(stats):
         if class_counts is None:

@@ -259,6 +259,15 @@ def arguments_of(name: str, known: Mapping[str, Any]) -> dict[str, Any]:
     return arguments
 
 
+def needs_every_class(config: Config) -> bool:
+    """Return whether a transform uses how many training examples each class has."""
+    return any(
+        "class_counts" in inspect.signature(getattr(lpa_jax, name)).parameters
+        or arguments.get("split", {}).get("name") == "tail"
+        for name, arguments in config.perturbation.items()
+    )
+
+
 def perturbation(
     config: Config, class_counts: list[int], mean: Sequence[float], num_steps: int
 ) -> tuple[lpa_jax.Perturbation, ...]:
@@ -271,6 +280,7 @@ def perturbation(
       num_steps: Number of steps of the run.
 
     Raises:
+      ConfigError: If class frequencies would be corrected both by the sampling and by a transform.
       ValueError: If an argument is outside its range.
     """
     names = [] if config.method == "erm" else config.method.split("+")
@@ -280,7 +290,14 @@ def perturbation(
             f"{'+'.join(config.perturbation) or 'erm'}: choose the method after the colon of "
             "--config, as in FILE.py:method=lpa."
         )
-      ConfigError: If class frequencies would be corrected both by the sampling and by a transform.
+    corrections = [name for name in names if name in CORRECTIONS]
+    if corrections and config.sampling != "uniform":
+        named = " and ".join(corrections)
+        raise ConfigError(
+            f"config.sampling {config.sampling!r} draws all classes equally often, and {named} in "
+            "config.method would correct for their frequencies once more: take one of the two, "
+            f"config.sampling='uniform' or a method without {named}."
+        )
     task = {
         "class_counts": class_counts,
         "mean": tuple(mean),
@@ -290,14 +307,6 @@ def perturbation(
     }
     return lpa_jax.chain(*(_transform(name, config.perturbation[name], task) for name in names))
 
-    corrections = [name for name in names if name in CORRECTIONS]
-    if corrections and config.sampling != "uniform":
-        named = " and ".join(corrections)
-        raise ConfigError(
-            f"config.sampling {config.sampling!r} draws all classes equally often, and {named} in "
-            "config.method would correct for their frequencies once more: take one of the two, "
-            f"config.sampling='uniform' or a method without {named}."
-        )
 
 def _transform(name: str, config: Config, task: Mapping[str, Any]) -> lpa_jax.Perturbation:
     factory = getattr(lpa_jax, name)

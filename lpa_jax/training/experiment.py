@@ -6,6 +6,7 @@ import functools
 import inspect
 from typing import NamedTuple
 
+from absl import logging
 from flax import linen as nn
 import jax.numpy as jnp
 import numpy as np
@@ -71,8 +72,19 @@ def build(config: Config) -> Experiment:
     )
     imbalance, noise = dict(config.imbalance), dict(config.noise)
     dataset = data.make_task(dataset, imbalance, noise, seed=config.data_seed)
+    # Those of the task, of which a part for trials would not tell.
+    groups = data.groups_of(dataset)
+    absent = _absent(dataset)
+    remedy = "give it examples, or leave it out of the class names and number the classes anew"
     if config.limit is not None:
         dataset = data.limited(dataset, config.limit)
+        if _absent(dataset) != absent:
+            absent, remedy = _absent(dataset), f"config.limit {config.limit} keeps none, give more"
+    if absent and configuration.needs_every_class(config):
+        raise ConfigError(
+            f"There is no training example of {absent}, but config.method {config.method!r} needs "
+            f"the number of examples of every class: {remedy}."
+        )
     num_train = len(dataset.train.labels)
     if num_train < config.batch_size:
         raise ConfigError(
@@ -125,10 +137,14 @@ def build(config: Config) -> Experiment:
             dict(config.optimizer.options),
             accumulate,
         )
+    if absent:
+        logging.warning(
+            "There is no training example of %s: %s, or it is never learned.", absent, remedy
+        )
     return Experiment(
         dataset=dataset,
         class_counts=class_counts,
-        groups=data.groups_of(dataset),
+        groups=groups,
         model=model,
         perturbed=perturbed,
         rate=rate,
@@ -139,6 +155,11 @@ def build(config: Config) -> Experiment:
             config.eval_batch_size, max(len(dataset.validation.labels), len(dataset.test.labels))
         ),
     )
+
+
+def _absent(dataset: data.Dataset) -> str:
+    classes = range(dataset.num_classes)
+    return data.missing_classes(classes, dataset.train.labels, dataset.class_names)
 
 
 @contextlib.contextmanager
