@@ -253,13 +253,19 @@ def stretch(mean, sign, radius):
     return times(sign * (radius if sign > 0 else min(radius, length(mean))), unit(mean))
 
 
-def lpl_steps(logits, targets, shares, weights, signs, radii, *, alpha, most=None):
-    """Return what LPL adds to each example: class c takes `floor(radius / alpha)` raw steps."""
-    total = counts(shares, weights)
-    numbers = [
-        math.floor(radius / alpha + 1e-9) if count else 0
-        for radius, count in zip(radii, total, strict=True)
-    ]
+def lpl_steps(logits, targets, shares, weights, signs, radii, *, alpha, most=None, rounded=False):
+    """Return what LPL adds to each example: class c takes `floor(radius / alpha)` raw steps.
+
+    With `rounded` it takes `round(radius / alpha)`, at least one but where the radius is 0.
+    """
+    total, numbers = counts(shares, weights), []
+    for radius, count in zip(radii, total, strict=True):
+        if not count or radius == 0:
+            numbers.append(0)
+        elif rounded:
+            numbers.append(max(1, round(radius / alpha)))
+        else:
+            numbers.append(math.floor(radius / alpha + 1e-9))
     numbers = [number if most is None else min(number, most) for number in numbers]
     deltas = [[0.0] * len(logits[0]) for _ in total]
     for t in range(max(numbers)):
@@ -345,7 +351,7 @@ def threshold(stats, statistic, window, tau=None):
     return [sign(offset) for offset in offsets], [abs(offset) for offset in offsets]
 
 
-def tail(frequency, num_head):
+def tail(frequency, num_head, head_scale=1.0):
     """Return the sign of each class and its share of the varied bound, by frequency."""
     order = sorted(range(len(frequency)), key=lambda c: -frequency[c])
     known = [f for f in frequency if f > 0]
@@ -356,7 +362,7 @@ def tail(frequency, num_head):
             shares.append(0.0)
         elif order.index(c) < num_head:
             signs.append(-1.0)
-            shares.append(f / max(known))
+            shares.append(head_scale * f / max(known))
         else:
             signs.append(1.0)
             shares.append(min(known) / f)

@@ -95,6 +95,9 @@ TABLE = [
     Line("adaptive", adaptive, ("first", "second"), "epsilon", 0.3, {}, POSITIONS, step=1),
     logits(lpa_jax.lpl, "epsilon", 0.3, label="-steps", ball=math.sqrt(2)),
     logits(lpa_jax.lpl, "epsilon", 0.3, label="-projected", solver="projected", ball=1.0),
+    logits(
+        lpa_jax.lpl, "epsilon", 0.3, label="-rounded", solver="rounded_steps", ball=math.sqrt(2)
+    ),
     Line("lpg", lpa_jax.lpg, ("logit_grads",), "epsilon", 0.3, {}, 1.0),
     Line(
         "lpg-iterative",

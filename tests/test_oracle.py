@@ -15,6 +15,7 @@ from probes import absolute, before_and_after, quick_jit, watch, watched
 import pytest
 
 import lpa_jax
+from lpa_jax import data
 from lpa_jax.perturb import statistics
 
 NUM_CLASSES, BATCH, POSITIONS, DEPTH, WIDTH = 4, 9, 3, 2, 4
@@ -246,6 +247,25 @@ CASES = {
 
 def jitted(perturbation, bend="tanh"):
     model = Net(bend)
+    "lpl rounded steps": Case(
+        of(
+            lpa_jax.lpl,
+            solver="rounded_steps",
+            step_size=0.15,
+            split=splits.tail(2, FREQUENCIES, head_scale=0.6),
+        ),
+        lambda stats: oracle.tail(FREQUENCIES, 2, 0.6),
+        lpl_steps(alpha=0.15, rounded=True),
+        epsilon=0.0,
+        delta_epsilon=1.5,
+    ),
+    "lpl rounded steps, no more than two": Case(
+        of(lpa_jax.lpl, solver="rounded_steps", step_size=0.1, steps=2, split=splits.tail(1)),
+        lambda stats: oracle.tail(stats.frequency, 1),
+        lpl_steps(alpha=0.1, most=2, rounded=True),
+        epsilon=0.03,
+        delta_epsilon=0.4,
+    ),
     if isinstance(perturbation, lpa_jax.Perturbation):
         perturbation = watched(perturbation)
     step = lpa_jax.value_and_grad(model.apply, perturbation, num_classes=NUM_CLASSES)
@@ -494,3 +514,81 @@ def test_lpl_takes_as_many_steps_as_the_bound_holds(epsilon, alpha, number):
         gradient_fn=lambda value: (jnp.zeros(1), jnp.ones_like(value)),
     )
     assert moved.tolist() == [pytest.approx([number * alpha] * 2)]
+
+
+def steps_of(perturbation, num_classes):
+    """Return the number of steps of each class: as reported, and as taken on logits of zero."""
+    stats, classes = statistics.init(num_classes), jnp.arange(num_classes)
+    value = jnp.zeros((num_classes, num_classes))
+    moved, _ = perturbation.update(
+        value,
+        perturbation.init(value),
+        labels=classes,
+        targets=jnp.eye(num_classes),
+        weights=jnp.ones(num_classes),
+        class_stats=stats,
+        gradient_fn=lambda value: (jnp.zeros(num_classes), jnp.ones_like(value)),
+    )
+    reported = perturbation.report("logits", stats, 0)["steps"]
+    return reported.tolist(), np.abs(moved[:, 0])
+
+
+def released_steps(counts, num_head, head_scale, steps=10):
+    numbers = []
+    for c, n in enumerate(counts):
+        share = n / counts[0] * head_scale if c < num_head else counts[-1] / n
+        numbers.append(max(1, round(share * steps)))
+    return numbers
+
+
+@pytest.mark.parametrize("ratio", [100, 10])
+@pytest.mark.parametrize(
+    ("num_classes", "size", "num_head", "head_scale"), [(10, 5000, 4, 0.6), (100, 500, 27, 0.2)]
+)
+def test_lpl_takes_the_steps_of_its_released_code_on_long_tails(
+    num_classes, size, num_head, head_scale, ratio
+):
+    counts = data.long_tail_counts([size] * num_classes, ratio).tolist()
+    split = lpa_jax.splits.tail(num_head, counts, head_scale=head_scale)
+    perturbation = lpa_jax.lpl(
+        0.0, delta_epsilon=1.5, step_size=0.15, solver="rounded_steps", split=split
+    )
+    expected = released_steps(counts, num_head, head_scale)
+    if (num_classes, ratio) == (10, 100):
+        assert expected == [6, 4, 2, 1, 1, 1, 2, 4, 6, 10]
+    if (num_classes, ratio) == (100, 100):
+        # The code that indexes with one less takes ten steps for these.
+        assert [round(counts[-1] / n * 10) for n in counts[27:35]] == [0] * 8
+        assert expected[27:35] == [1] * 8
+    reported, taken = steps_of(perturbation, num_classes)
+    assert reported == expected
+    np.testing.assert_allclose(taken, 0.15 * np.array(expected), rtol=1e-5)
+
+
+@pytest.mark.parametrize("alpha", [0.15, 0.1, 0.07])
+def test_ties_of_rounded_steps_go_to_the_even_number(alpha):
+    up = lpa_jax.splits.all_positive()
+    for odd in range(1, 40, 2):
+        epsilon = odd / 2 * alpha
+        perturbation = lpa_jax.lpl(epsilon, step_size=alpha, solver="rounded_steps", split=up)
+        assert steps_of(perturbation, 2)[0] == [max(1, round(odd / 2))] * 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({"epsilon": 0.0}, 0),
+        ({"epsilon": 1e-6}, 1),
+        ({"epsilon": 0.24}, 2),
+        ({"epsilon": 0.26}, 3),
+        ({"epsilon": 50.0, "steps": 4}, 4),
+        ({"epsilon": 1e30, "steps": 3}, 3),
+        ({"epsilon": 0.5, "split": lpa_jax.splits.mean_threshold()}, 0),
+    ],
+)
+def test_rounded_steps_are_at_least_one_and_none_where_nothing_is_to_move(arguments, expected):
+    arguments = {"split": lpa_jax.splits.all_positive()} | arguments
+    perturbation = lpa_jax.lpl(step_size=0.1, solver="rounded_steps", **arguments)
+    reported, taken = steps_of(perturbation, 2)
+    assert reported == [expected] * 2
+    np.testing.assert_allclose(taken, 0.1 * expected, rtol=1e-6)
