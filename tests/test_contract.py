@@ -100,6 +100,15 @@ TABLE = [
     ),
     Line("lpg", lpa_jax.lpg, ("logit_grads",), "epsilon", 0.3, {}, 1.0),
     Line(
+        "lpg-inverted",
+        lpa_jax.lpg,
+        ("logit_grads",),
+        "epsilon",
+        0.3,
+        {"split": lpa_jax.splits.inverted(lpa_jax.splits.mean_threshold())},
+        1.0,
+    ),
+    Line(
         "lpg-iterative",
         lpa_jax.lpg,
         ("logit_grads",),
@@ -702,6 +711,11 @@ def refused(factory, *arguments, **keywords):
         refused(lpa_jax.splits.tail, num_head=-1),
         refused(lpa_jax.splits.tail, num_head=1.0),
         refused(lpa_jax.splits.tail, num_head=1, class_counts=[1, 0]),
+        refused(lpa_jax.splits.tail, num_head=1, head_scale=-0.1),
+        refused(lpa_jax.splits.tail, num_head=1, head_scale=math.nan),
+        refused(lpa_jax.splits.tail, num_head=1, head_scale=lambda step: 1.0),
+        refused(lpa_jax.splits.inverted, "tail"),
+        refused(lpa_jax.splits.inverted, lpa_jax.splits.mean_threshold),
     ],
 )
 @pytest.mark.usefixtures("unchecked")

@@ -95,6 +95,14 @@ def window(name, statistic="confidence"):
     return lambda stats: oracle.threshold(stats, statistic, name)
 
 
+def inverted(split):
+    def negated(stats):
+        signs, spread = split(stats)
+        return [-sign for sign in signs], spread
+
+    return negated
+
+
 def lpa(**options):
     """Make the oracle's LPA with options of its own."""
 
@@ -239,14 +247,6 @@ CASES = {
         epsilon=0.2,
         delta_epsilon=2.0,
     ),
-    "lpl projected": Case(of(lpa_jax.lpl, solver="projected"), ema(), lpl_projected, 0.7),
-    "lpg": Case(of(lpa_jax.lpg), ema(), lpg, 0.3, 0.5),
-    "lpg iterated": Case(of(lpa_jax.lpg, solver="iterative"), ema(), lpg, 1.5),
-}
-
-
-def jitted(perturbation, bend="tanh"):
-    model = Net(bend)
     "lpl rounded steps": Case(
         of(
             lpa_jax.lpl,
@@ -266,6 +266,21 @@ def jitted(perturbation, bend="tanh"):
         epsilon=0.03,
         delta_epsilon=0.4,
     ),
+    "lpl projected": Case(of(lpa_jax.lpl, solver="projected"), ema(), lpl_projected, 0.7),
+    "lpg": Case(of(lpa_jax.lpg), ema(), lpg, 0.3, 0.5),
+    "lpg inverted": Case(
+        of(lpa_jax.lpg, split=splits.inverted(splits.mean_threshold())),
+        inverted(ema()),
+        lpg,
+        0.3,
+        0.5,
+    ),
+    "lpg iterated": Case(of(lpa_jax.lpg, solver="iterative"), ema(), lpg, 1.5),
+}
+
+
+def jitted(perturbation, bend="tanh"):
+    model = Net(bend)
     if isinstance(perturbation, lpa_jax.Perturbation):
         perturbation = watched(perturbation)
     step = lpa_jax.value_and_grad(model.apply, perturbation, num_classes=NUM_CLASSES)

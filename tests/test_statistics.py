@@ -177,6 +177,51 @@ def test_nothing_is_known_at_the_first_step():
         assert split.spread(stats, jnp.arange(4)).tolist() == [0] * 4
 
 
+@pytest.mark.parametrize(
+    "split",
+    [
+        lpa_jax.splits.mean_threshold(),
+        lpa_jax.splits.threshold(0.6),
+        lpa_jax.splits.tail(2, [3, 9, 1, 2], head_scale=0.5),
+        lpa_jax.splits.all_positive(),
+    ],
+)
+def test_an_inverted_split_has_the_other_signs_and_the_same_bounds(split):
+    stats, classes = known([0.2, 0.5, 0.8, 0.9], [3.0, 5.0, 2.0, 0.0]), jnp.arange(4)
+    inverted = lpa_jax.splits.inverted(split)
+    assert inverted.signs(stats, classes).tolist() == [-s for s in split.signs(stats, classes)]
+    assert inverted.spread(stats, classes).tolist() == split.spread(stats, classes).tolist()
+    twice = lpa_jax.splits.inverted(inverted)
+    assert twice.signs(stats, classes).tolist() == split.signs(stats, classes).tolist()
+
+
+def test_with_an_inverted_split_lpg_dampens_the_class_with_the_highest_loss():
+    stats = known([0.9, 0.1, 0.8, 0.7], [5.0] * 4)
+    labels = jnp.arange(4)
+    gradients = jax.nn.softmax(jnp.zeros((4, 4))) - jnp.eye(4)
+    inverted = lpa_jax.splits.inverted(lpa_jax.splits.mean_threshold())
+    sizes = []
+    for split in (None, inverted):
+        lpg = lpa_jax.lpg(0.2, split=split)
+        moved, _ = lpg.update(
+            gradients,
+            lpg.init(gradients),
+            labels=labels,
+            targets=jnp.eye(4),
+            weights=jnp.ones(4),
+            class_stats=stats,
+        )
+        sizes.append(jnp.linalg.norm(moved, axis=1) - jnp.linalg.norm(gradients, axis=1))
+    np.testing.assert_allclose(sizes[0], [-0.2, 0.2, -0.2, -0.2], rtol=1e-4)
+    np.testing.assert_allclose(sizes[1], [0.2, -0.2, 0.2, 0.2], rtol=1e-4)
+
+
+def test_head_classes_of_the_tail_split_have_a_scale_of_their_own():
+    stats, classes = statistics.init(4), jnp.arange(4)
+    split = lpa_jax.splits.tail(2, [50, 100, 10, 5], head_scale=0.6)
+    np.testing.assert_allclose(split.spread(stats, classes), [0.3, 0.6, 0.5, 1.0], rtol=1e-6)
+
+
 def test_constant_splits_have_one_bound():
     stats = statistics.init(4)
     for split, sign in ((lpa_jax.splits.all_positive(), 1), (lpa_jax.splits.all_negative(), -1)):

@@ -20,7 +20,7 @@ from configs import digits
 import lpa_jax
 from lpa_jax import data, losses, models
 from lpa_jax.evaluation import metrics
-from lpa_jax.perturb import engine
+from lpa_jax.perturb import engine, statistics
 from lpa_jax.training import checkpoints, feed, loop, mesh, records, report, schedules
 from lpa_jax.training import config as configuration
 from lpa_jax.training.step import make_steps
@@ -376,6 +376,21 @@ def test_every_transform_can_be_configured(name):
     config = digits.get_config(f"method={name}")
     (perturbation,) = configuration.perturbation(config, [10] * 10, (0.5,), 20)
     assert perturbation.sites
+
+
+def test_the_split_of_a_configuration_is_scaled_and_inverted():
+    counts = data.long_tail_counts([5000] * 10, 100).tolist()
+    config = digits.get_config("method=lpl+lpg")
+    config.perturbation.lpl.update(
+        {"epsilon": 0.0, "delta_epsilon": 1.5, "step_size": 0.15, "solver": "rounded_steps"}
+    )
+    config.perturbation.lpl.split.update({"name": "tail", "num_head": 4, "head_scale": 0.6})
+    config.perturbation.lpg.split.update({"name": "tail", "num_head": 4, "inverted": True})
+    chain = configuration.perturbation(config, counts, (0.5,), 20)
+    reports = [part.report(part.sites[0], statistics.init(10), 0) for part in chain]
+    assert reports[0]["steps"].tolist() == [6, 4, 2, 1, 1, 1, 2, 4, 6, 10]
+    assert reports[0]["sign"].tolist() == [-1] * 4 + [1] * 6
+    assert reports[1]["sign"].tolist() == [1] * 4 + [-1] * 6
 
 
 def test_deferred_weights_begin_late_and_isda_reaches_its_strength_at_the_end():

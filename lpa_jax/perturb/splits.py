@@ -176,3 +176,30 @@ def all_positive() -> Split:
 def all_negative() -> Split:
     """Pull in every class; all have the same bound."""
     return _constant(-1.0)
+
+
+def inverted(split: Split) -> Split:
+    """Push out the classes that `split` pulls in and pull in those it pushes out.
+
+    The bound of each class stays. With wrong labels LPG takes the mean threshold so: it dampens the
+    classes with the highest loss, whose labels are the least to be trusted.
+
+    Args:
+      split: Any split.
+
+    Returns:
+      The split with all signs negated.
+
+    Raises:
+      ValueError: If `split` is not a `Split`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from lpa_jax.perturb import statistics
+      >>> split = inverted(tail(1, class_counts=[10, 40, 20]))
+      >>> split.signs(statistics.init(3), jnp.arange(3)).tolist()
+      [-1.0, 1.0, -1.0]
+    """
+    if not isinstance(split, Split):
+        raise ValueError(f"inverted needs a split, such as mean_threshold(), not {split!r}.")
+    return Split(lambda stats, classes: -split.signs(stats, classes), split.spread)

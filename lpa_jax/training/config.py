@@ -78,6 +78,8 @@ SPLIT = {
     "window": "ema",
     "tau": 0.5,
     "num_head": 1,
+    "head_scale": 1.0,
+    "inverted": False,
 }
 # For each kind of imbalance and noise, the key that it needs; the other keys must be left out.
 KINDS = {
@@ -331,7 +333,8 @@ def _split(config: Config, class_counts: list[int]) -> splits.Split:
         raise ConfigError(f"There is no split {name!r}; the splits are {', '.join(names)}.")
     factory = getattr(splits, name)
     known = {**config, "class_counts": class_counts}
-    return factory(**{key: known[key] for key in inspect.signature(factory).parameters})
+    split = factory(**{key: known[key] for key in inspect.signature(factory).parameters})
+    return splits.inverted(split) if config.inverted else split
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
