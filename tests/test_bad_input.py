@@ -265,6 +265,7 @@ CASES = {
     "options of another model": (key("model.name=wrn_10_1"), "'width'"),
     "an unknown type": (key("model.dtype=float16"), "float32 or bfloat16"),
     "no width": (key("model.options.width=0"), "width must be at least 1"),
+    "an unknown head": (key("model.head=cosine"), "head must be one of linear, normalized"),
     "an unknown remat": (cifar("remat=everything"), "remat must be"),
     "a negative strength": (key("perturbation.lpa.epsilon=-0.1"), "epsilon must be at least 0"),
     "a strength that is none": (key("perturbation.lpa.epsilon=nan"), "epsilon must be finite"),

@@ -18,7 +18,8 @@ from probes import before_and_after, quick_jit, watched
 import pytest
 
 import lpa_jax
-from lpa_jax import losses
+from lpa_jax import data, losses
+from lpa_jax.models import layers
 
 DEPTH, WIDTH, CLASSES, BATCH = 3, 4, 4, 7
 COUNTS = [500, 20, 3, 90]
@@ -147,12 +148,13 @@ def differences(function, params, step=1e-6):
     return treedef.unflatten(grads)
 
 
-def agree(result, objective, loss=None, params=PARAMS):
+def agree(result, objective, loss=None, params=PARAMS, **tolerance):
     """Check loss and gradient; the loss is of the objective unless another one is given."""
     (got, _), grads, _ = result
     exact = jax.tree.map(np.float64, params)
-    close(float(got), (loss or objective)(exact))
-    jax.tree.map(close, grads, differences(objective, params))
+    close(float(got), (loss or objective)(exact), **tolerance)
+    expected = differences(objective, params)
+    jax.tree.map(functools.partial(close, **tolerance), grads, expected)
 
 
 def stepper(perturbation, loss_fn=None):
@@ -279,29 +281,126 @@ def test_class_balanced_focal_loss_is_focal_loss_with_weights():
     agree(result, mean_over(batch, weighted), loss=mean_over(batch, unweighted))
 
 
-def ldam_logits(params, x, t):
-    rarest = min(COUNTS) ** -0.25
-    margins = [0.5 * n**-0.25 / rarest for n in COUNTS]
-    return [u - m * s for u, m, s in zip(logits_of(params, x), margins, t, strict=True)]
+def weighted_mean(batch, example_loss, weights):
+    """Return a function of the parameters: `sum w_y l / sum w_y` over the examples."""
+    total = mean_over(
+        batch, lambda params, i, x, t: weight_of(t, weights) * example_loss(params, i, x, t)
+    )
+    return lambda params: total(params) / mean_weight(batch, weights)
 
 
+def mean_weight(batch, weights):
+    shares, real = shares_of(batch[1]), batch[2]
+    total = sum(r * weight_of(t, weights) for r, t in zip(real, shares, strict=True))
+    return total / real.sum()
+
+
+@each_kind
+@pytest.mark.parametrize("beta", [0.9999, 1.0])
+def test_normalized_weights_make_a_weighted_mean(beta, kind):
+    inputs, labels, weights = both_kinds()[kind]
+    # Weights of examples count as well, not whether they are padding alone.
+    batch = inputs, labels, weights * np.linspace(0.5, 2.0, BATCH, dtype=np.float32)
+    result = one_step(lpa_jax.reweight(COUNTS, beta, normalize=True), batch)
+    objective = weighted_mean(batch, plain_ce, effective_weights(beta))
+    agree(result, objective, loss=mean_over(batch, plain_ce))
+
+
+@each_kind
+def test_before_deferral_and_on_padding_alone_nothing_is_weighted(kind):
+    inputs, labels, weights = both_kinds()[kind]
+    value = jax.random.normal(KEY, (BATCH, CLASSES))
+    given = {"labels": jnp.asarray(labels), "weights": jnp.asarray(weights)}
+    drw = lpa_jax.drw(COUNTS, start=5)
+    before, after = (drw.update(value, (), step=jnp.int32(s), **given)[0] for s in (4, 5))
+    np.testing.assert_array_equal(before, value)
+    assert not np.allclose(after, value, rtol=0.1)
+    given["weights"] = jnp.zeros(BATCH)
+    chex.assert_tree_all_finite(drw.update(value, (), step=jnp.int32(5), **given)[0])
+    _, grads, _ = one_step(drw, (inputs, labels, 0 * weights))
+    chex.assert_trees_all_equal(grads, jax.tree.map(jnp.zeros_like, grads))
+
+
+class CosineNet(nn.Module):
+    """`x [B, D] -> features = tanh(x V + a) -> 30 cos(features, w_c)`."""
+
+    @nn.compact
+    def __call__(self, x):
+        return layers.NormalizedHead(CLASSES, name="head")(Body(name="features")(x))
+
+
+COSINE_PARAMS = {**PARAMS, "head": {"kernel": PARAMS["head"]["kernel"]}}
+
+
+def cosines_of(params, x):
+    features, kernel = np.array(features_of(params, x)), params["head"]["kernel"]
+    return [
+        sum(features * kernel[:, c]) / math.sqrt(sum(features**2) * sum(kernel[:, c] ** 2))
+        for c in range(CLASSES)
+    ]
+
+
+def cosine_stepper(perturbation, batch):
+    step = lpa_jax.value_and_grad(CosineNet().apply, perturbation, num_classes=CLASSES)
+    variables = {"params": COSINE_PARAMS}
+    arrays = [jnp.asarray(array) for array in batch]
+
+    @quick_jit
+    def call(state):
+        return step(variables, state, *arrays[:2], KEY, weights=arrays[2])
+
+    return call, step.init(variables, *arrays[:2])
+
+
+LDAM_MARGINS = [0.5 * (min(COUNTS) / n) ** 0.25 for n in COUNTS]
+
+
+@each_kind
 @pytest.mark.parametrize("order", [1, -1])
-def test_ldam_with_deferred_weights_in_either_order(order):
-    batch, weights = draw_batch(1), effective_weights(0.9999)
+def test_ldam_drw_is_its_papers_loss_on_a_normalized_head(order, kind):
+    """`sum w_y l / sum w_y` of `30 (cos - m_y e_y)`, with weights from the start on."""
+    batch, weights = both_kinds()[kind], effective_weights(0.9999)
+    assert sum(weights) == pytest.approx(CLASSES)
 
     def ldam(params, i, x, t):
-        return cross_entropy(ldam_logits(params, x, t), t)
+        cosines = cosines_of(params, x)
+        return cross_entropy(
+            [30 * (cosines[c] - LDAM_MARGINS[c] * t[c]) for c in range(CLASSES)], t
+        )
 
-    def weighted(params, i, x, t):
-        return weight_of(t, weights) * ldam(params, i, x, t)
-
-    pair = lpa_jax.ldam(COUNTS, scale=1.0), lpa_jax.drw(COUNTS, start=2)
-    call, state = stepper(lpa_jax.chain(*pair[::order]))
+    pair = lpa_jax.ldam(COUNTS), lpa_jax.drw(COUNTS, start=2)
+    call, state = cosine_stepper(lpa_jax.chain(*pair[::order]), batch)
+    plain = mean_over(batch, ldam)
     for step in range(4):
-        result = call(state, batch)
+        result = call(state)
         state = result[2]
-        objective = weighted if step >= 2 else ldam
-        agree(result, mean_over(batch, objective), loss=mean_over(batch, ldam))
+        objective = weighted_mean(batch, ldam, weights) if step >= 2 else plain
+        agree(result, objective, loss=plain, params=COSINE_PARAMS, atol=2e-5)
+
+
+def test_the_additive_margin_is_of_cosines_on_a_normalized_head():
+    batch = draw_batch(1)
+
+    def formula(params, i, x, t):
+        cosines = cosines_of(params, x)
+        return cross_entropy([30 * (cosines[c] - 0.35 * t[c]) for c in range(CLASSES)], t)
+
+    call, state = cosine_stepper(lpa_jax.additive_margin(0.35, scale=30.0), batch)
+    agree(call(state), mean_over(batch, formula), params=COSINE_PARAMS, atol=2e-5)
+
+
+def test_deferred_weights_leave_the_size_of_gradients_of_a_long_tail():
+    """CIFAR-10-LT at ratio 100: without a weighted mean they would be six times smaller."""
+    counts = data.long_tail_counts([5000] * 10, 100).tolist()
+    # One example for each class stands for all of them.
+    given = {"labels": jnp.arange(10), "weights": jnp.array(counts, jnp.float32)}
+    sizes = {}
+    for normalize in (True, False):
+        drw = lpa_jax.drw(counts, start=1, normalize=normalize)
+        factors = drw.update(jnp.ones((10, 10)), (), step=jnp.int32(1), **given)[0][:, 0]
+        sizes[normalize] = np.average(factors, weights=counts)
+    assert sizes[True] == pytest.approx(1.0, rel=1e-5)
+    assert sizes[False] == pytest.approx(0.17, abs=0.01)
 
 
 def test_counts_of_other_classes_are_refused():
@@ -316,7 +415,7 @@ def test_the_additive_margin_is_taken_off_the_true_logit(kind):
 
     def formula(params, i, x, t):
         u = logits_of(params, x)
-        return cross_entropy([3.0 * (u[c] - 0.4 * t[c]) for c in range(CLASSES)], t)
+        return cross_entropy([u[c] - 3.0 * 0.4 * t[c] for c in range(CLASSES)], t)
 
     agree(one_step(lpa_jax.additive_margin(0.4, scale=3.0), batch), mean_over(batch, formula))
 

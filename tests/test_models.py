@@ -157,6 +157,46 @@ def test_every_module_is_named(name):
 
 
 @pytest.mark.parametrize("name", SMALL)
+def test_a_normalized_head_makes_logits_of_thirty_times_the_cosine(name):
+    model = create_to_compute(name, head="normalized", dtype=jnp.bfloat16)
+    variables = fill(model)
+    assert list(variables["params"]["head"]) == ["kernel"]
+    logits, seen = apply(model, variables, capture_intermediates=True)
+    features = np.asarray(seen["intermediates"]["features"]["__call__"][0], np.float64)
+    kernel = np.asarray(variables["params"]["head"]["kernel"], np.float64)
+    assert kernel.shape == (features.shape[1], 5)
+    lengths = np.linalg.norm(features, axis=1)[:, None] * np.linalg.norm(kernel, axis=0)
+    assert logits.dtype == jnp.float32
+    np.testing.assert_allclose(logits, 30 * (features @ kernel) / lengths, rtol=1e-4, atol=1e-4)
+
+
+def test_a_normalized_head_is_safe_at_zero_and_blind_to_lengths():
+    head = layers.NormalizedHead(5)
+    kernel = jax.random.normal(jax.random.key(0), (3, 5))
+    features = jax.random.normal(jax.random.key(1), (4, 3))
+
+    def logits(features, kernel):
+        return head.apply({"params": {"kernel": kernel}}, features)
+
+    scaled = logits(1e4 * features, kernel * jnp.array([1e-6, 1e6, 1.0, 2.0, 3.0]))
+    np.testing.assert_allclose(scaled, logits(features, kernel), rtol=1e-4, atol=1e-5)
+    for zeros in ((0 * features, kernel), (features, 0 * kernel), (0 * features, 0 * kernel)):
+        value, grads = jax.value_and_grad(lambda a, w: logits(a, w).sum(), (0, 1))(*zeros)
+        assert value == 0
+        chex.assert_tree_all_finite(grads)
+
+
+def test_unknown_heads_are_refused():
+    for name in SMALL:
+        with pytest.raises(
+            ValueError, match="head must be one of linear, normalized, not 'cosine'"
+        ):
+            create(name, head="cosine")
+    with pytest.raises(ValueError, match="head must be one of linear, normalized"):
+        trace(models.SmallCNN(num_classes=5, head="cosine"))
+
+
+@pytest.mark.parametrize("name", SMALL)
 def test_normalisation_is_inside(name):
     mean, std = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
     plain = create_to_compute(name)

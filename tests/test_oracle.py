@@ -399,8 +399,8 @@ def test_ldam_takes_a_margin_off_the_true_logit():
     result, batch = one_step(lpa_jax.ldam(FREQUENCIES, max_margin=0.6, scale=3.0))
     rarest = min(FREQUENCIES) ** -0.25
     margins = [0.6 * f**-0.25 / rarest for f in FREQUENCIES]
-    shift = [[-m * s for m, s in zip(margins, share, strict=True)] for share in batch.shares]
-    check(result, batch, logits=shift, scale=3.0)
+    shift = [[-3.0 * m * s for m, s in zip(margins, share, strict=True)] for share in batch.shares]
+    check(result, batch, logits=shift)
 
 
 def smoothed(targets, alpha):
@@ -529,6 +529,7 @@ def test_lpl_takes_as_many_steps_as_the_bound_holds(epsilon, alpha, number):
         gradient_fn=lambda value: (jnp.zeros(1), jnp.ones_like(value)),
     )
     assert moved.tolist() == [pytest.approx([number * alpha] * 2)]
+    assert perturbation.report("logits", statistics.init(2), 0)["steps"].tolist() == [number] * 2
 
 
 def steps_of(perturbation, num_classes):

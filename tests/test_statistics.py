@@ -378,6 +378,7 @@ def everything():
         lpa_jax.lpg(0.3, split=lpa_jax.splits.all_negative(), solver="iterative"),
         lpa_jax.reweight(counts, 1.0),
         lpa_jax.drw(counts, start=1),
+        lpa_jax.lpl(0.3, solver="rounded_steps", step_size=0.1, split=up),
         lpa_jax.elr(6, 3.0),
         lpa_jax.gradient_clipping(0.1),
         lpa_jax.sam(0.1),

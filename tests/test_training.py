@@ -21,7 +21,7 @@ import lpa_jax
 from lpa_jax import data, losses, models
 from lpa_jax.evaluation import metrics
 from lpa_jax.perturb import engine, statistics
-from lpa_jax.training import checkpoints, feed, loop, mesh, records, report, schedules
+from lpa_jax.training import checkpoints, experiment, feed, loop, mesh, records, report, schedules
 from lpa_jax.training import config as configuration
 from lpa_jax.training.step import make_steps
 
@@ -393,10 +393,33 @@ def test_the_split_of_a_configuration_is_scaled_and_inverted():
     assert reports[1]["sign"].tolist() == [1] * 4 + [-1] * 6
 
 
+def test_margins_come_with_a_normalized_head_and_their_scale():
+    assert digits.get_config("method=lpa").model.head == "linear"
+    margins = {"ldam": ("max_margin", 0.5), "additive_margin": ("margin", 0.35)}
+    for name, (key, margin) in margins.items():
+        config = digits.get_config(f"method=dropout+{name}")
+        assert config.model.head == "normalized"
+        assert (config.perturbation[name][key], config.perturbation[name].scale) == (margin, 30.0)
+        assert experiment.build(config).model.head == "normalized"
+        chosen = configuration.arguments_of(name, configuration.METHODS.get(name, {}))
+        assert chosen == config.perturbation[name].to_dict()
+
+
+@pytest.mark.parametrize("method", ["ldam+isda", "isda+additive_margin"])
+def test_isda_on_a_normalized_head_is_refused(method):
+    config = digits.get_config(f"method={method}")
+    with pytest.raises(
+        configuration.ConfigError, match=r"isda needs a linear head.*model\.head is"
+    ):
+        experiment.build(config)
+    config.model.head = "linear"
+    assert experiment.build(config).model.head == "linear"
+
+
 def test_deferred_weights_begin_late_and_isda_reaches_its_strength_at_the_end():
     counts, num_steps = [90, 10, *[20] * 8], 600
-    config = digits.get_config("method=ldam+drw+isda")
-    _, drw, isda = configuration.perturbation(config, counts, (0.5,), num_steps)
+    config = digits.get_config("method=drw+isda")
+    drw, isda = configuration.perturbation(config, counts, (0.5,), num_steps)
     labels, weights, ones = jnp.array([0, 1]), jnp.ones(2), jnp.ones((2, 10))
     given = {"labels": labels, "weights": weights}
     before, after = (

@@ -8,6 +8,7 @@ from flax import linen as nn
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from lpa_jax.models.layers import HEADS
 from lpa_jax.models.preact_resnet import PreActResNet as PreActResNet
 from lpa_jax.models.resnet import ResNet as ResNet
 from lpa_jax.models.small_cnn import SmallCNN as SmallCNN
@@ -21,6 +22,7 @@ def create(
     mean: Sequence[float],
     std: Sequence[float],
     dtype: DTypeLike = jnp.float32,
+    head: str = "linear",
     **options: Any,
 ) -> nn.Module:
     """Make a network by name.
@@ -32,13 +34,15 @@ def create(
       mean: What to subtract from the inputs, one number or one for each channel.
       std: What to divide the centred inputs by, likewise.
       dtype: Data type of the computation; parameters, statistics and logits are float32.
+      head: `"linear"`, or `"normalized"`: logits are `30 cos(features, w_c)`, as LDAM and additive
+        margins need.
       **options: Further attributes of the network, such as the `width` of `"small_cnn"`.
 
     Returns:
       The network, to be called with float images `[B, H, W, C]` and `train=`.
 
     Raises:
-      ValueError: If there is no network of that name, or none of that depth.
+      ValueError: If there is no network of that name, none of that depth, or no such head.
       TypeError: If the network has no such option.
 
     Example:
@@ -47,8 +51,10 @@ def create(
       >>> model.depth, model.widen_factor
       (16, 8)
     """
+    if head not in HEADS:
+        raise ValueError(f"head must be one of {', '.join(HEADS)}, not {head!r}.")
     common: dict[str, Any] = dict(
-        num_classes=num_classes, mean=tuple(mean), std=tuple(std), dtype=dtype, **options
+        num_classes=num_classes, mean=tuple(mean), std=tuple(std), dtype=dtype, head=head, **options
     )
     family, *sizes = re.split(r"_(?=\d)", name)
     match family, *(int(size) if re.fullmatch(r"[1-9]\d*", size) else size for size in sizes):

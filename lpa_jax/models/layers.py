@@ -8,6 +8,9 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32
 
+HEADS = ("linear", "normalized")
+SCALE = 30.0
+"""Of the cosines that a normalized head makes logits of."""
 POLICIES = ("nothing_saveable", "dots_saveable", "dots_with_no_batch_dims_saveable")
 
 
@@ -79,9 +82,51 @@ class Average(nn.Module):
         return inputs.mean(axis=(1, 2), dtype=jnp.float32)
 
 
-def classify(activation: Float[Array, "B H W C"], num_classes: int) -> Float32[Array, "B K"]:
-    """Average over positions (`features`) and apply the linear module `head`, all in float32."""
+class NormalizedHead(nn.Module):
+    """Logits `30 cos(features, w_c)`, with `w_c` the columns of `kernel`; there is no bias.
+
+    The head of LDAM (Cao et al. 2019, arXiv:1906.07413) and of CosFace (Wang et al. 2018,
+    arXiv:1801.09414), whose margins are of cosines. The scale is part of the logits, so that their
+    softmax is the network's confidence. Features of zeros have logits of 0.
+
+    Attributes:
+      num_classes: Number of logits.
+    """
+
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, features: Float[Array, "B C"]) -> Float32[Array, "B K"]:
+        """Return the logits in [-30, 30], float32 `[B, num_classes]`."""
+        shape = (features.shape[1], self.num_classes)
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape, jnp.float32)
+        return SCALE * _unit(features.astype(jnp.float32), 1) @ _unit(kernel, 0)
+
+
+def _unit(vectors: Float32[Array, "N M"], axis: int) -> Float32[Array, "N M"]:
+    """Scale to l2 norm 1; zeros stay, with a finite gradient."""
+    squares = jnp.sum(vectors**2, axis=axis, keepdims=True)
+    return vectors * jax.lax.rsqrt(jnp.where(squares > 1e-24, squares, 1.0))
+
+
+def classify(
+    activation: Float[Array, "B H W C"], num_classes: int, head: str = "linear"
+) -> Float32[Array, "B K"]:
+    """Average over positions (`features`) and apply the module `head`, all in float32.
+
+    Args:
+      activation: Output of the last group.
+      num_classes: Number of logits K.
+      head: `"linear"`, or `"normalized"` for a `NormalizedHead`.
+
+    Raises:
+      ValueError: If there is no such head.
+    """
     features = Average(name="features")(activation)
+    if head == "normalized":
+        return NormalizedHead(num_classes, name="head")(features)
+    if head != "linear":
+        raise ValueError(f"head must be one of {', '.join(HEADS)}, not {head!r}.")
     return nn.Dense(num_classes, dtype=jnp.float32, name="head")(features)
 
 

@@ -28,6 +28,8 @@ class PreActResNet(nn.Module):
       remat: What blocks keep for the backward pass instead of everything, to save memory:
         `"nothing_saveable"`, `"dots_saveable"` or `"dots_with_no_batch_dims_saveable"`, policies of
         `jax.checkpoint_policies`.
+      head: `"linear"`, or `"normalized"`: logits are `30 cos(features, w_c)`, as LDAM and additive
+        margins need; see `layers.NormalizedHead`.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -45,6 +47,7 @@ class PreActResNet(nn.Module):
     std: tuple[float, ...] = (1.0,)
     dtype: DTypeLike = jnp.float32
     remat: str | None = None
+    head: str = "linear"
 
     @nn.compact
     def __call__(
@@ -67,4 +70,4 @@ class PreActResNet(nn.Module):
         for i, num_blocks in enumerate(self.stage_sizes):
             width, stride = 2**i * 64, 1 if i == 0 else 2
             x = Group(block, num_blocks, width, stride, name=f"group{i + 1}")(x, train=train)
-        return classify(x, self.num_classes)
+        return classify(x, self.num_classes, self.head)

@@ -91,6 +91,8 @@ class ResNet(nn.Module):
       remat: What blocks keep for the backward pass instead of everything, to save memory:
         `"nothing_saveable"`, `"dots_saveable"` or `"dots_with_no_batch_dims_saveable"`, policies of
         `jax.checkpoint_policies`.
+      head: `"linear"`, or `"normalized"`: logits are `30 cos(features, w_c)`, as LDAM and additive
+        margins need; see `layers.NormalizedHead`.
 
     Raises:
       ValueError: If `depth` is not 6n+2.
@@ -112,6 +114,7 @@ class ResNet(nn.Module):
     std: tuple[float, ...] = (1.0,)
     dtype: DTypeLike = jnp.float32
     remat: str | None = None
+    head: str = "linear"
 
     def __post_init__(self):
         blocks_per_group(self.depth, 2)
@@ -144,4 +147,4 @@ class ResNet(nn.Module):
         for i in range(3):
             width, stride = 2**i * 16, 1 if i == 0 else 2
             x = Group(block, num_blocks, width, stride, name=f"group{i + 1}")(x, train=train)
-        return classify(x, self.num_classes)
+        return classify(x, self.num_classes, self.head)

@@ -41,6 +41,8 @@ class SmallCNN(nn.Module):
       mean: What to subtract from the inputs, one number or one for each channel.
       std: What to divide the centred inputs by, likewise.
       dtype: Data type of the computation; parameters, statistics and logits are float32.
+      head: `"linear"`, or `"normalized"`: logits are `30 cos(features, w_c)`, as LDAM and additive
+        margins need; see `layers.NormalizedHead`.
 
     Raises:
       ValueError: If `width` is less than 1.
@@ -60,6 +62,7 @@ class SmallCNN(nn.Module):
     mean: tuple[float, ...] = (0.0,)
     std: tuple[float, ...] = (1.0,)
     dtype: DTypeLike = jnp.float32
+    head: str = "linear"
 
     def __post_init__(self):
         if self.width < 1:
@@ -85,4 +88,4 @@ class SmallCNN(nn.Module):
         for i in range(3):
             width, stride = 2**i * self.width, 1 if i == 0 else 2
             x = ConvGroup(width, stride, self.dtype, name=f"group{i + 1}")(x, train=train)
-        return classify(x, self.num_classes)
+        return classify(x, self.num_classes, self.head)

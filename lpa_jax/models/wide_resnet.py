@@ -36,6 +36,8 @@ class WideResNet(nn.Module):
       remat: What blocks keep for the backward pass instead of everything, to save memory:
         `"nothing_saveable"`, `"dots_saveable"` or `"dots_with_no_batch_dims_saveable"`, policies of
         `jax.checkpoint_policies`.
+      head: `"linear"`, or `"normalized"`: logits are `30 cos(features, w_c)`, as LDAM and additive
+        margins need; see `layers.NormalizedHead`.
 
     Raises:
       ValueError: If `depth` is not 6n+4.
@@ -57,6 +59,7 @@ class WideResNet(nn.Module):
     std: tuple[float, ...] = (1.0,)
     dtype: DTypeLike = jnp.float32
     remat: str | None = None
+    head: str = "linear"
 
     def __post_init__(self):
         blocks_per_group(self.depth, 4)
@@ -85,4 +88,4 @@ class WideResNet(nn.Module):
             width, stride = 2**i * 16 * self.widen_factor, 1 if i == 0 else 2
             x = Group(block, num_blocks, width, stride, name=f"group{i + 1}")(x, train=train)
         x = nn.relu(batch_norm(train=train, dtype=self.dtype, name="norm")(x))
-        return classify(x, self.num_classes)
+        return classify(x, self.num_classes, self.head)

@@ -79,7 +79,9 @@ def _iterate(mean: pgd.Rows, signs: pgd.PerRow, radii: pgd.PerRow, steps: int = 
     return pgd.repeat(body, jnp.zeros_like(mean), steps)
 
 
-def reweight(class_counts: Sequence[float], beta: sites.Number = 0.9999) -> sites.Perturbation:
+def reweight(
+    class_counts: Sequence[float], beta: sites.Number = 0.9999, normalize: bool = False
+) -> sites.Perturbation:
     r"""Class-balanced re-weighting: scale each example's gradient by the weight of its class.
 
     .. math::
@@ -87,12 +89,14 @@ def reweight(class_counts: Sequence[float], beta: sites.Number = 0.9999) -> site
 
     the inverse of the effective number of samples. With cross-entropy the parameter gradient is
     that of class-balanced CE, with `losses.softmax_focal_loss` that of class-balanced focal loss;
-    the loss the step returns is not weighted. The mean is over the examples, as in the paper
-    (LDAM's code divides by the sum of the weights in the batch).
+    the loss the step returns is not weighted. The mean is over the examples, as in the paper.
 
     Args:
       class_counts: Number of training examples of each class, `[C]`, all positive.
       beta: In [0, 1], or a schedule. 0: no weights; 1: by inverse frequency.
+      normalize: Whether the mean is weighted, `sum_i w_{y_i} l_i / sum_i w_{y_i}` over the global
+        batch, as in LDAM's code. Most examples of a long tail have small weights: without that,
+        gradients are several times smaller than unweighted ones.
 
     With soft labels an example has the mixture of the weights of its classes (*ours*).
 
@@ -123,13 +127,22 @@ def reweight(class_counts: Sequence[float], beta: sites.Number = 0.9999) -> site
         by_class *= counts.shape[0] / jnp.sum(by_class)
         members = membership.by_class(labels, weights, value.shape[1])
         factors = members.spread(members.take_class(by_class))
+        if normalize:
+            real = weights > 0
+            total = jnp.sum(jnp.where(real, weights * factors, 0.0))
+            factors *= jnp.sum(jnp.where(real, weights, 0.0)) / jnp.where(total > 0, total, 1.0)
+        # Soft labels that sum to 1 but for a rounding are left alone as well.
+        factors = jnp.where(rest < 1, factors, 1.0)
         return value * factors[:, None].astype(value.dtype)
 
     return sites.stateless(sites.LOGIT_GRADS, update)
 
 
 def drw(
-    class_counts: Sequence[float], start: int, beta: sites.Number = 0.9999
+    class_counts: Sequence[float],
+    start: int,
+    beta: sites.Number = 0.9999,
+    normalize: bool = True,
 ) -> sites.Perturbation:
     """DRW: deferred re-weighting, `reweight` from step `start` on and nothing before it.
 
@@ -137,13 +150,14 @@ def drw(
       class_counts: Number of training examples of each class, `[C]`, all positive.
       start: First step that is weighted, at least 0. The paper's: epoch 160 of 200.
       beta: As in `reweight`.
+      normalize: As in `reweight`; by default as in the paper's code.
 
     Raises:
       ValueError: If an argument is outside its range.
 
     Example:
       >>> import lpa_jax
-      >>> lpa_jax.chain(lpa_jax.ldam([30, 10], scale=1.0), lpa_jax.drw([30, 10], start=8000))
+      >>> lpa_jax.chain(lpa_jax.ldam([30, 10]), lpa_jax.drw([30, 10], start=8000))
       (Perturbation(sites=('logits',)), Perturbation(sites=('logit_grads',)))
 
     References:
@@ -155,7 +169,7 @@ def drw(
     def deferred(step):
         return jnp.where(jnp.asarray(step) < start, 0.0, sites.at_step(beta, step))
 
-    return reweight(class_counts, deferred)
+    return reweight(class_counts, deferred, normalize)
 
 
 def elr(num_examples: int, strength: sites.Number, beta: sites.Number = 0.7) -> sites.Perturbation:

@@ -150,15 +150,19 @@ def logit_adjustment(class_counts: Sequence[float], tau: sites.Number = 1.0) -> 
 def ldam(
     class_counts: Sequence[float], max_margin: sites.Number = 0.5, scale: sites.Number = 30.0
 ) -> sites.Perturbation:
-    r"""LDAM: label-distribution-aware margins, `scale * (u - margin_y e_y)`.
+    r"""LDAM: label-distribution-aware margins, `u - scale * margin_y e_y`.
 
-    The margin of class c is proportional to `n_c^{-1/4}`, the largest being `max_margin`.
+    The margin of class c is proportional to `n_c^{-1/4}`, the largest being `max_margin`. The paper
+    takes the loss of `scale * (cos - margin_y e_y)`, which this is where the logits are
+    `u = scale * cos`: those of our networks with `head="normalized"`, whose scale is 30. If your
+    own head returns plain cosines, multiply them by the scale in the network.
 
     Args:
       class_counts: Number of training examples of each class, `[C]`, all positive.
-      max_margin: Margin of the rarest class, in the units of the logits, at least 0.
-      scale: Factor on the result, at least 0. The default, the paper's, is meant for cosine logits
-        in [-1, 1]; use 1 with an ordinary linear head.
+      max_margin: Margin of the rarest class, at least 0, in units of `1 / scale` of a logit: of a
+        cosine with a normalized head.
+      scale: What the network has multiplied cosines by, at least 0. The default is the paper's; use
+        1 with a linear head, where margins are in the units of the logits.
 
     Raises:
       ValueError: If an argument is outside its range.
@@ -182,18 +186,23 @@ def ldam(
         membership.check_classes(counts, value)
         margins = counts**-0.25
         margins = margins / jnp.max(margins) * sites.at_step(max_margin, step)
-        return _with_margins(value, labels, margins, sites.at_step(scale, step))
+        return _with_margins(value, labels, sites.at_step(scale, step) * margins)
 
     return sites.stateless(sites.LOGITS, update)
 
 
 def additive_margin(margin: sites.Number, scale: sites.Number = 1.0) -> sites.Perturbation:
-    r"""Large margin in its additive form: `scale * (u - margin e_y)`, one margin for all classes.
+    r"""Large margin in its additive form: `u - scale * margin e_y`, one margin for all classes.
+
+    The papers take the loss of `scale * (cos - margin e_y)`, which this is where the logits are
+    `u = scale * cos`: those of our networks with `head="normalized"`, whose scale is 30. If your
+    own head returns plain cosines, multiply them by the scale in the network.
 
     Args:
-      margin: Taken off the true logit, in the units of the logits, at least 0, or a schedule.
-      scale: Factor on the result, at least 0. The papers' margins (0.35) and scales (30 and more)
-        are meant for cosine logits in [-1, 1]; use 1 with an ordinary linear head.
+      margin: At least 0, in units of `1 / scale` of a logit, or a schedule. The papers' is 0.35, of
+        cosines.
+      scale: What the network has multiplied cosines by, at least 0: 30 with our normalized head. 1,
+        with a linear head, has the margin in the units of the logits.
 
     Raises:
       ValueError: If an argument is outside its range.
@@ -214,18 +223,17 @@ def additive_margin(margin: sites.Number, scale: sites.Number = 1.0) -> sites.Pe
     sites.check_number("scale", scale)
 
     def update(value, *, labels, step=0, **_):
-        margins = jnp.full(value.shape[1], sites.at_step(margin, step))
-        return _with_margins(value, labels, margins, sites.at_step(scale, step))
+        size = sites.at_step(scale, step) * sites.at_step(margin, step)
+        return _with_margins(value, labels, jnp.full(value.shape[1], size))
 
     return sites.stateless(sites.LOGITS, update)
 
 
-def _with_margins(value: Array, labels: membership.Labels, margins: Array, scale: Array) -> Array:
-    """Return `scale * (u - margin_y e_y)`."""
+def _with_margins(value: Array, labels: membership.Labels, margins: Array) -> Array:
+    """Return `u - margin_y e_y`."""
     if labels.ndim == 1:
         labels = jax.nn.one_hot(labels, value.shape[1])
-    shifted = value - (labels * margins).astype(value.dtype)
-    return shifted * scale.astype(value.dtype)
+    return value - (labels * margins).astype(value.dtype)
 
 
 class ISDAState(NamedTuple):

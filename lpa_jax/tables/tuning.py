@@ -19,7 +19,8 @@ SEED = 1000
 COMMON = {"schedule.learning_rate": Range(0.02, 0.3, log=True)}
 # By transform and loss.
 RANGES: dict[str, dict[str, Range]] = {
-    "additive_margin": {"margin": Range(0.05, 2.0, log=True)},
+    # Margins are of cosines.
+    "additive_margin": {"margin": Range(0.05, 0.8, log=True)},
     "adversarial": {"epsilon": Range(1 / 255, 16 / 255, log=True)},
     "asam": {"rho": Range(0.1, 4.0, log=True)},
     "cutmix": {"alpha": Range(0.1, 4.0, log=True), "probability": Range(0.1, 1.0)},
@@ -35,7 +36,7 @@ RANGES: dict[str, dict[str, Range]] = {
     "gradient_noise": {"eta": Range(1e-8, 1e-3, log=True)},
     "isda": {"strength": Range(0.05, 5.0, log=True)},
     "label_smoothing": {"alpha": Range(0.02, 0.4, log=True)},
-    "ldam": {"max_margin": Range(0.1, 4.0, log=True)},
+    "ldam": {"max_margin": Range(0.1, 1.0, log=True)},
     "logit_adjustment": {"tau": Range(0.25, 2.5)},
     "lpa": {"epsilon": Range(0.02, 1.0, log=True)},
     "lpg": {"epsilon": Range(0.01, 1.0, log=True)},

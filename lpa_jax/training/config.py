@@ -57,8 +57,7 @@ METHODS = {
     "adversarial": {"site": "inputs", "epsilon": 8 / 255, "bounds": (0.0, 1.0)},
     "label_smoothing": {"alpha": 0.1},
     "disturb_label": {"rate": 0.1},
-    "ldam": {"scale": 1.0},
-    "additive_margin": {"margin": 0.35},
+    "additive_margin": {"margin": 0.35, "scale": 30.0},
     "cutmix": {"alpha": 1.0, "probability": 0.5},
     "cutout": {"size": 16.0},
     # As a share of the run: epoch 160 of 200.
@@ -71,6 +70,11 @@ METHODS = {
     "shake": {"site": "group3", "strength": 0.5},
     "sam": {"rho": 0.05},
     "asam": {"rho": 0.5},
+}
+# For each transform, what it sets in the rest of the configuration: margins are of cosines.
+NEEDS = {
+    "additive_margin": {"model.head": "normalized"},
+    "ldam": {"model.head": "normalized"},
 }
 SPLIT = {
     "name": "mean_threshold",
@@ -130,8 +134,9 @@ def default() -> Config:
             "sampling": "uniform",
             # The standard CIFAR augmentation: crops from zero padding, and horizontal flips.
             "augment": {"padding": 4, "flip": True},
-            # A name that lpa_jax.models.create knows, and the type it computes in.
-            "model": {"name": "wrn_28_10", "dtype": "float32", "options": {}},
+            # A name that lpa_jax.models.create knows, the type it computes in, and its last module:
+            # "linear", or "normalized" for logits of 30 times a cosine.
+            "model": {"name": "wrn_28_10", "dtype": "float32", "head": "linear", "options": {}},
             # What blocks keep for the backward pass instead of everything: "nothing_saveable", ...
             "remat": config_dict.placeholder(str),
             # "softmax_cross_entropy", "softmax_binary_cross_entropy", "softmax_focal_loss" (which
@@ -225,6 +230,8 @@ def choose(
         name: arguments_of(name, {**METHODS.get(name, {}), **methods.get(name, {})})
         for name in names
     }
+    for name in names:
+        config.update_from_flattened_dict(NEEDS.get(name, {}))
     return config
 
 
@@ -429,6 +436,12 @@ def check(config: Config) -> None:
     if config.model.dtype not in ("float32", "bfloat16"):
         raise ConfigError(
             f"config.model.dtype must be float32 or bfloat16, not {config.model.dtype!r}."
+        )
+    if config.model.head != "linear" and "isda" in config.perturbation:
+        raise ConfigError(
+            f"isda needs a linear head, whose kernel's columns its formula is of, but "
+            f"config.model.head is {config.model.head!r}: set it to 'linear', or leave out isda. "
+            "(ldam and additive_margin set 'normalized'; with a linear head, set their scale to 1.)"
         )
 
 

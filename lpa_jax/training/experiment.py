@@ -112,6 +112,7 @@ def build(config: Config) -> Experiment:
             mean=dataset.mean,
             std=dataset.std,
             dtype=jnp.dtype(config.model.dtype),
+            head=config.model.head,
             **({} if config.remat is None else {"remat": config.remat}),
             **config.model.options,
         )
