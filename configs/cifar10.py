@@ -9,15 +9,17 @@ any other transform by name, and several joined by `+`, such as `lpa+lpl+lpg`; `
 seconds. Any number can be set, for example `--config.perturbation.lpa.epsilon=0.1`; the LPA paper's
 other network is `--config.model.name=resnet_110`.
 
-Published test error %, WRN-28-10, 200 epochs:
-cross-entropy 3.89, label smoothing 3.82, mixup 3.56, dropout 3.52, DropBlock 3.48, Manifold Mixup
-3.38, LPL 3.28, LPA 3.06 (varied bound) and 3.18 (fixed) in the LPA paper; cross-entropy 3.82, LPL
-3.37 in the LPL paper; cross-entropy 3.99, mixup 2.92, Manifold Mixup 2.55 in Manifold Mixup's.
-Published test error %, CIFAR-10-LT at ratios 100 and 10, in the LPL paper: LDAM-DRW 21.88, 11.63;
-logit adjustment 22.33, 11.07; LPL 22.05, 10.59. That set (12,406 and 20,431 images) is
-`--config.imbalance.kind=exponential --config.imbalance.ratio=100 --config.validation_fraction=0`;
-its usual network `--config.model.name=resnet_32`; the four head classes of LPL's code
-`--config.perturbation.lpl.split.name=tail --config.perturbation.lpl.split.num_head=4`;
+Published test errors stand beside measured ones in the tables of
+`python -m lpa_jax.table --table=cifar10` and, for long tails of ratio 100 and 10, of
+`--table=cifar10_lt` and `--table=cifar10_lt10`, with the paper, the form of the method and the
+protocol.
+The long tails (12,406 and 20,431 images) are `--config.imbalance.kind=exponential
+--config.imbalance.ratio=100 --config.validation_fraction=0`; their usual network is
+`--config.model.name=resnet_32`. The four head classes and the numbers of steps of LPL's code are
+`--config.perturbation.lpl.split.name=tail --config.perturbation.lpl.split.num_head=4
+--config.perturbation.lpl.split.head_scale=0.6 --config.perturbation.lpl.solver=rounded_steps
+--config.perturbation.lpl.step_size=0.15 --config.perturbation.lpl.epsilon=0
+--config.perturbation.lpl.delta_epsilon=1.5`.
 LDAM-DRW is `method=ldam+drw`, class-balanced CE `method=reweight`, which with
 `--config.loss.name=softmax_focal_loss` is class-balanced focal loss.
 Asymmetric label noise knows CIFAR-10 by its names: an npz file needs `class_names` for that.

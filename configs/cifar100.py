@@ -9,15 +9,18 @@ any other transform by name, and several joined by `+`, such as `lpa+lpl+lpg`; `
 seconds. Any number can be set, for example `--config.perturbation.lpa.epsilon=0.1`; the LPA paper's
 other network is `--config.model.name=resnet_110`.
 
-Published test error %, WRN-28-10, 200 epochs:
-cross-entropy 18.85, label smoothing 18.40, mixup 17.82, dropout 18.12, DropBlock 17.95, Manifold
-Mixup 17.65, LPL 17.08, LPA 16.48 (varied bound) and 16.72 (fixed), LPA+LPL 16.05 in the LPA paper;
-cross-entropy 18.53, LPL 17.61 in the LPL paper.
-Published test error %, CIFAR-100-LT at ratios 100 and 10, in the LPL paper: LDAM-DRW 57.11,
-41.22; logit adjustment 56.11, 41.66; LPL 55.75, 39.03. That set (10,847 and 19,573 images) is
-`--config.imbalance.kind=exponential --config.imbalance.ratio=100 --config.validation_fraction=0`;
-its usual network `--config.model.name=resnet_32`; the 27 head classes of LPL's code
-`--config.perturbation.lpl.split.name=tail --config.perturbation.lpl.split.num_head=27`.
+Published test errors stand beside measured ones in the tables of
+`python -m lpa_jax.table --table=cifar100` and, for long tails of ratio 100 and 10, of
+`--table=cifar100_lt` and `--table=cifar100_lt10`, with the paper, the form of the method and the
+protocol.
+The long tails (10,847 and 19,573 images) are `--config.imbalance.kind=exponential
+--config.imbalance.ratio=100 --config.validation_fraction=0`; their usual network is
+`--config.model.name=resnet_32`. The 27 head classes and the numbers of steps of LPL's code are
+`--config.perturbation.lpl.split.name=tail --config.perturbation.lpl.split.num_head=27
+--config.perturbation.lpl.split.head_scale=0.2 --config.perturbation.lpl.solver=rounded_steps
+--config.perturbation.lpl.step_size=0.15 --config.perturbation.lpl.epsilon=0
+--config.perturbation.lpl.delta_epsilon=1.5`.
+LDAM-DRW is `method=ldam+drw`.
 
 Measured: not yet; a run of 200 epochs needs a GPU.
 """

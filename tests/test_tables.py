@@ -67,9 +67,121 @@ def test_every_search_begins_with_a_default_within_its_range(table, row):
         assert interval.low <= known[key] <= interval.high, key
 
 
+CLASS_LEVEL = ("lpa", "lpl", "lpg")
+PUBLISHED = [
+    (table, row, label)
+    for table, row in EVERY
+    for label in catalogue.TABLES[table].rows[row].published
+]
+
+
+@pytest.mark.parametrize(("table", "row", "label"), PUBLISHED)
+def test_a_published_number_stands_beside_its_form(table, row, label):
+    table = catalogue.TABLES[table]
+    row = table.rows[row]
+    config, _ = runs.configure(table, row, runs.Protocol(CONFIGS, 1))
+    paper, *told = label.split(", ")
+    assert paper in ("LPA", "LPL", "MM")
+    # That paper's networks are trained for longer.
+    assert ("400 epochs" in told) == (paper == "MM")
+    assert config.epochs == 200
+    assert config.model.name == ("resnet_32" if config.imbalance.ratio else "wrn_28_10")
+    methods = {name: config.perturbation[name] for name in CLASS_LEVEL if name in row.method}
+    forms = {"fixed", "varied", "form not stated"} & set(told)
+    assert len(forms) == bool(methods)
+    for method in methods.values():
+        if "fixed" in forms:
+            assert method.epsilon > 0
+            assert method.delta_epsilon == 0
+        if "varied" in forms:
+            assert method.delta_epsilon > 0
+        assert method.split.name == ("tail" if config.imbalance.ratio else "mean_threshold")
+    if "lpl" in methods and config.imbalance.ratio and "fixed" not in told and paper == "LPL":
+        # Their steps by frequency.
+        lpl = methods["lpl"]
+        assert lpl.solver == "rounded_steps"
+        head = (4, 0.6) if table.config == "cifar10" else (27, 0.2)
+        assert (lpl.split.num_head, lpl.split.head_scale) == head
+        assert lpl.delta_epsilon / lpl.step_size == pytest.approx(10)
+        assert (lpl.epsilon, lpl.steps) == (0, None)
+
+
+def names_of(transforms):
+    return {name for name in transforms.split("+") if name != "erm"}
+
+
+@pytest.mark.parametrize(("table", "row"), EVERY)
+def test_rows_are_what_they_are_named(table, row):
+    table = catalogue.TABLES[table]
+    config, _ = runs.configure(table, table.rows[row], runs.Protocol(CONFIGS, 1))
+    for name in names_of(row):
+        method = name.removesuffix("_varied")
+        if method in CLASS_LEVEL:
+            bound = config.perturbation[method]
+            assert (bound.delta_epsilon > 0) == name.endswith("_varied")
+    focal = row in ("focal", "class_balanced_focal", "softmax_focal_loss")
+    assert (config.loss.name == "softmax_focal_loss") == focal
+    assert ("reweight" in config.perturbation) == row.startswith("class_balanced")
+    normalized = names_of(row) & {"ldam", "additive_margin"}
+    assert config.model.head == ("normalized" if normalized else "linear")
+    if "noise.kind" in table.changes and "lpg" in config.perturbation:
+        assert config.perturbation.lpg.split.inverted
+        assert config.perturbation.lpg.split.name == "mean_threshold"
+
+
+@pytest.mark.parametrize(
+    ("table", "row", "label", "error"),
+    [
+        ("cifar10", "lpl", "LPL, fixed", 3.39),
+        ("cifar10", "lpl_varied", "LPL, varied", 3.37),
+        ("cifar10", "lpa_varied", "LPA, varied", 3.06),
+        ("cifar100", "lpa", "LPA, fixed", 16.72),
+        ("cifar100", "lpl_varied", "LPL, varied", 17.61),
+        ("cifar10_lt", "focal", "LPL", 29.62),
+        ("cifar10_lt", "class_balanced_focal", "LPL", 25.43),
+        ("cifar10_lt10", "class_balanced_focal", "LPL", 12.52),
+        ("cifar100_lt", "class_balanced_focal", "LPL", 60.40),
+        ("cifar100_lt10", "class_balanced_focal", "LPL", 42.01),
+        ("cifar10_lt", "lpl", "LPL, fixed", 23.97),
+        ("cifar10_lt", "lpl_varied", "LPL, varied", 22.05),
+        ("cifar10_lt", "lpa", "LPA, fixed", 100 - 46.8),
+        ("cifar10_lt", "lpa_varied", "LPA, varied", 100 - 48.5),
+        ("cifar100_lt", "lpa", "LPA, fixed", 100 - 31.5),
+        ("cifar100_lt", "lpa_varied", "LPA, varied", 100 - 34.2),
+        ("cifar100_lt10", "lpl_varied", "LPL, varied", 39.03),
+    ],
+)
+def test_published_numbers_are_the_papers(table, row, label, error):
+    assert catalogue.TABLES[table].rows[row].published[label] == pytest.approx(error)
+
+
+def test_published_numbers_stand_in_one_place():
+    told = {f"{error:.2f}" for rows in catalogue.PUBLISHED.values() for row in rows.values()
+            for error in row.values()}  # fmt: skip
+    for path in CONFIGS.glob("cifar*.py"):
+        assert not told & set(re.findall(r"\d+\.\d\d", path.read_text())), path
+
+
+def test_what_is_off_is_not_searched():
+    table = catalogue.TABLES["cifar10_lt"]
+    found = {}
+    for name in ("lpl", "lpl_varied", "lpa", "lpa_varied"):
+        config, _ = runs.configure(table, table.rows[name], runs.Protocol(CONFIGS, 1))
+        keys = set(tuning.ranges(table, table.rows[name], config)) - {"schedule.learning_rate"}
+        found[name] = {key.removeprefix("perturbation.") for key in keys}
+    assert found == {
+        "lpl": {"lpl.epsilon"},
+        "lpl_varied": {"lpl.delta_epsilon"},
+        "lpa": {"lpa.epsilon"},
+        "lpa_varied": {"lpa.epsilon", "lpa.delta_epsilon"},
+    }
+
+
 @pytest.mark.parametrize(
     ("table", "method", "changes"),
     [
+        ("cifar10_lt", "logit_adjustment+lpl_varied", {}),
+        ("digits_noisy", "lpg", {}),
         ("digits_noisy", "generalized_cross_entropy", {"model.options": {"width": 4}}),
         ("cifar10_lt", "lpa+lpl", {"dataset": "npz:a $b;'c.npz", "limit": 10, "image_size": None}),
         ("digits", "dropblock", {"perturbation.dropblock.site": "group1"}),

@@ -34,7 +34,9 @@ def lpg(
       epsilon: The bound on `||d_c||_2`, at least 0, or a schedule. (`||g_i|| <= sqrt(2)` for
         cross-entropy.)
       delta_epsilon: Varied bound: `epsilon + delta_epsilon * split.spread`.
-      split: Which classes are amplified and which dampened; default `splits.mean_threshold()`.
+      split: Which classes are amplified and which dampened; default `splits.mean_threshold()`. With
+        wrong labels `splits.inverted(splits.mean_threshold())`, which dampens those with the
+        highest loss.
       solver: The closed form, or projected steps on the same objective, which agree with it.
 
     Raises:

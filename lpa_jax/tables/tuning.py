@@ -55,7 +55,8 @@ def ranges(table: Table, row: Row, config: Config) -> dict[str, Range]:
     Args:
       table: The table.
       row: The row. What it sets is not searched, unless the table has a range for it.
-      config: Its configuration.
+      config: Its configuration. What is 0 there is not searched, such as the varied part of a fixed
+        bound.
 
     Example:
       >>> from lpa_jax.tables.catalogue import TABLES
@@ -71,11 +72,10 @@ def ranges(table: Table, row: Row, config: Config) -> dict[str, Range]:
             found[f"perturbation.{name}.{key}"] = interval
     for key, interval in RANGES.get(config.loss.name, {}).items():
         found[f"loss.{key}"] = interval
-    return {
-        key: table.ranges.get(key, interval)
-        for key, interval in found.items()
-        if key in table.ranges or key not in row.changes
-    }
+    known = flat(config.to_dict())
+    found = {key: interval for key, interval in found.items() if key not in row.changes}
+    found |= {key: interval for key, interval in table.ranges.items() if key in known}
+    return {key: interval for key, interval in found.items() if known[key] != 0}
 
 
 def tuned(
