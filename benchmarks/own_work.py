@@ -162,7 +162,7 @@ def methods(batch, classes):
         "lpl, projected": at_logits(projected, T * (11 * numbers + 12 * rows * classes)),
         "lpg": at_logits(lpa_jax.lpg(0.1), 3 * numbers + 10 * rows * classes, "logit_grads"),
         "logit_adjustment": at_logits(lpa_jax.logit_adjustment(counts), numbers),
-        "ldam": at_logits(lpa_jax.ldam(counts), 5 * numbers, back=True),
+        "ldam": at_logits(lpa_jax.ldam(counts), 3 * numbers, back=True),
         "additive_margin": at_logits(lpa_jax.additive_margin(0.3), 3 * numbers, back=True),
         "reweight": at_logits(lpa_jax.reweight(counts), numbers, "logit_grads"),
         "label_smoothing": at_logits(lpa_jax.label_smoothing(0.1), 2 * numbers, "labels"),
