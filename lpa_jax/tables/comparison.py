@@ -23,6 +23,7 @@ class Line(NamedTuple):
       error: Mean over the seeds; None where there are no results, as for the other numbers.
       std: Sample standard deviation of the error; None for one seed.
       n: Number of seeds.
+      errors: Error of each seed.
       nll: Mean negative log-likelihood.
       ece: Mean expected calibration error, in percent.
       groups: Mean error of each group of classes.
@@ -40,6 +41,7 @@ class Line(NamedTuple):
     error: float | None
     std: float | None
     n: int
+    errors: Mapping[int, float]
     nll: float | None
     ece: float | None
     groups: Mapping[str, float]
@@ -94,6 +96,7 @@ def compare(outcomes: Mapping[str, Outcome]) -> list[Line]:
                 error=statistics.fmean(values) if values else None,
                 std=statistics.stdev(values) if len(values) > 1 else None,
                 n=len(values),
+                errors=errors,
                 nll=_mean(found, "test_nll"),
                 ece=None if ece is None else 100 * ece,
                 groups=_group_errors(found),

@@ -116,7 +116,8 @@ def _markdown(
     epochs, devices, versions = (
         " and ".join(map(str, about[key])) for key in ("epochs", "devices", "versions")
     )
-    told = f"{epochs} epochs, {trials}; {devices}; {versions}"
+    commits = " and ".join(commit or "unknown" for commit in about["commits"])
+    told = f"{epochs} epochs, {trials}; {devices}; {versions}; commit {commits or 'unknown'}"
     failures = "".join(f"\n{line.name}: {line.failure}\n" for line in lines if line.failure)
     commands = "\n".join(f"- {line.name}: `{line.command}`" for line in lines)
     note = NOTE + (PUBLISHED if "published" in header else "") + (BEST if "best" in header else "")

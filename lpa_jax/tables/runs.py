@@ -16,7 +16,7 @@ import rich.table
 
 from lpa_jax.tables.catalogue import Row, Table
 from lpa_jax.training import config as configuration
-from lpa_jax.training import evaluate, experiment, loop, mesh
+from lpa_jax.training import evaluate, experiment, loop, mesh, provenance
 from lpa_jax.training import feed as feeds
 from lpa_jax.training.config import Config, ConfigError
 from lpa_jax.training.step import make_steps
@@ -89,18 +89,30 @@ def configure(table: Table, row: Row, protocol: Protocol) -> tuple[Config, str]:
     return config, shlex.join(words)
 
 
-def configure_all(table: Table, protocol: Protocol) -> dict[str, tuple[Config, str]]:
+def configure_all(
+    table: Table, protocol: Protocol, workdir: pathlib.Path | None = None
+) -> dict[str, tuple[Config, str]]:
     """Return `configure` of each row, having found that each can be built.
 
+    Args:
+      table: The table.
+      protocol: What all its runs have in common.
+      workdir: Where the rows are trained: what is there must be fit to be pooled with what this
+        process would make. None where that does not count.
+
     Raises:
-      ConfigError: If one cannot.
+      ConfigError: If one cannot, or a seed of it came of other data, code or configuration.
       DataError: If the data cannot be read.
     """
     configured = {name: configure(table, row, protocol) for name, row in table.rows.items()}
     for name, (config, _) in configured.items():
-        experiment.build(config)
+        parts = experiment.build(config)
         if table.rows[name].post_hoc is not None:
             evaluate.check_adjustable(config)
+        if workdir is not None:
+            place = workdir / directory(name, table.rows[name])
+            ours = provenance.fingerprints(config, parts.dataset)
+            provenance.standing(place, config, ours, parts.num_steps)
     return configured
 
 
@@ -114,12 +126,13 @@ def run(
     number: a mean over the other seeds would flatter it.
 
     Raises:
-      ConfigError: If a row cannot be built; none is trained then.
+      ConfigError: If a row cannot be built, or a seed of it came of other data, code or
+        configuration; none is trained then.
       DataError: If the data cannot be read.
       PreemptedError: If the process was sent SIGTERM, after the present step has been saved.
       WriteError: If the work directory takes no more.
     """
-    configured = configure_all(table, protocol)
+    configured = configure_all(table, protocol, workdir)
     outcomes = {}
     for number, (name, row) in enumerate(table.rows.items(), 1):
         config, command = configured[name]
@@ -136,7 +149,11 @@ def run(
                 f" && python -m lpa_jax.evaluate --workdir=runs/again/{place.name} "
                 f"--logit_adjustment={row.post_hoc}"
             )
-            summary = {**summary, "seeds": _adjusted(config, place, row.post_hoc, console)}
+            adjusted = _adjusted(config, place, row.post_hoc, console)
+            # The networks are those that were trained.
+            trained = {result["seed"]: result["sessions"] for result in summary["seeds"]}
+            adjusted = [{**result, "sessions": trained[result["seed"]]} for result in adjusted]
+            summary = {**summary, "seeds": adjusted}
         outcomes[name] = Outcome(row, command, summary)
     return outcomes
 
@@ -181,13 +198,14 @@ def plan(
       trials: Number of settings that each row tries first, see `tuning.tuned`.
 
     Raises:
-      ConfigError: If a row cannot be configured.
+      ConfigError: If a row cannot be configured, or what is there cannot be pooled with it.
       DataError: If the data cannot be read.
     """
     shown = rich.table.Table("row", title="runs to be made")
     for column in ("trials", "seeds", "steps a seed", "seconds a step", "hours left"):
         shown.add_column(column, justify="right")
-    configured = configure_all(table, protocol)
+    # What a search would choose is not known here.
+    configured = configure_all(table, protocol, None if trials else workdir)
     total = 0.0
     for name, row in table.rows.items():
         (config, _), place = configured[name], directory(name, row)
@@ -244,11 +262,18 @@ def _seconds_a_step(config: Config) -> tuple[float, int]:
 
 
 def about(outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
-    """Return how the runs of a table were made: lists of all `"devices"` and `"versions"`."""
+    """Return how the runs of a table were made: all `"devices"`, `"versions"` and `"commits"`."""
     summaries = [o.summary for o in outcomes.values() if o.summary is not None]
-    versions = [", ".join(f"{k} {v}" for k, v in s["versions"].items()) for s in summaries]
+    sessions = [
+        session
+        for summary in summaries
+        for result in summary["seeds"]
+        for session in result["sessions"]
+    ]
+    versions = [", ".join(f"{k} {v}" for k, v in s["versions"].items()) for s in sessions]
     return {
         "epochs": list(dict.fromkeys(summary["config"]["epochs"] for summary in summaries)),
-        "devices": list(dict.fromkeys(summary["device"] for summary in summaries)),
+        "devices": list(dict.fromkeys(session["device"] for session in sessions)),
         "versions": list(dict.fromkeys(versions)),
+        "commits": list(dict.fromkeys(session["commit"] for session in sessions)),
     }

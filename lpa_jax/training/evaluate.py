@@ -15,7 +15,7 @@ from rich.console import Console
 import lpa_jax
 from lpa_jax import data
 from lpa_jax.evaluation import attacks, calibration, corruptions, metrics
-from lpa_jax.training import checkpoints, experiment, mesh, records, report
+from lpa_jax.training import checkpoints, experiment, mesh, provenance, records, report
 from lpa_jax.training import config as configuration
 from lpa_jax.training.config import Config, ConfigError
 from lpa_jax.training.experiment import Experiment
@@ -62,7 +62,8 @@ def evaluate_run(
       and the bins of the reliability diagram.
 
     Raises:
-      ConfigError: If there is no such run, seed or part, or an argument is outside its range.
+      ConfigError: If there is no such run, seed or part, an argument is outside its range, or the
+        seeds came of other data than there are now, or of different code.
       DataError: If the data cannot be read.
       CheckpointError: If a seed has checkpoints, but none that can be read.
       WriteError: If the directory takes no more.
@@ -191,6 +192,7 @@ def _restore(
             )
     if not networks:
         raise ConfigError(f"{workdir} has no checkpoint yet: wait for the first one.")
+    provenance.check_judged([present[seed].parent for seed in networks], parts.dataset)
     return networks
 
 

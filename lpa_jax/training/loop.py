@@ -3,12 +3,10 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 import contextlib
 import functools
-import importlib.metadata
 import itertools
 import json
 import math
 import pathlib
-import platform
 import signal
 import threading
 import time
@@ -21,10 +19,9 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-import lpa_jax
 from lpa_jax import data
 from lpa_jax.evaluation import metrics
-from lpa_jax.training import checkpoints, experiment, mesh, records, report
+from lpa_jax.training import checkpoints, experiment, mesh, provenance, records, report
 from lpa_jax.training import feed as feeds
 from lpa_jax.training.config import Config, ConfigError
 from lpa_jax.training.state import epoch_means
@@ -59,13 +56,17 @@ def train_and_evaluate(
         TensorBoard events and checkpoints for each seed.
       console: Where to print; default the standard output.
       allow_config_change: Whether a run of another configuration may go on with this one, as far
-        as its state fits; the change is kept in `config_changes.json` and `summary.json`.
+        as its state fits; the change is kept in `config_changes.json` and `summary.json`. Of a
+        finished seed only the epochs can be raised: it goes on from its last checkpoint, and its
+        result is replaced at the end.
 
     Returns:
-      What `summary.json` holds.
+      What `summary.json` holds. Each of its `"seeds"` tells of the sessions it came of: device,
+      versions, commit, and the fingerprints of data, code and configuration.
 
     Raises:
-      ConfigError: If the configuration cannot be run, before anything is written.
+      ConfigError: If the configuration cannot be run, or a seed in `workdir` came of other data,
+        other code or another configuration; before anything is written.
       DataError: If the data cannot be read, likewise.
       NonFiniteLossError: If the loss or an update becomes NaN or infinite and `config.nonfinite` is
         `"stop"`, or is so in every step of an epoch; it names where that began.
@@ -107,14 +108,28 @@ def train_and_evaluate(
     checkpoint_every = max(1, round(config.checkpoint_every * steps_per_epoch))
     # Of several processes, which share the work directory, the first keeps its records.
     first_process = jax.process_index() == 0
-    config_changes = records.claim(
-        workdir, config.to_dict(), write=first_process, allow_change=allow_config_change
+    session = provenance.session(config, dataset, devices)
+    finished, resumed = provenance.by_first(
+        lambda: provenance.standing(
+            workdir, config, session, num_steps, allow_change=allow_config_change
+        )
     )
     about_data: dict[str, Any] = {"groups": parts.groups} if parts.groups else {}
+    labels = None
     if {config.imbalance.kind, config.noise.kind} != {"none"}:
         labels = data.task_labels(dataset)
-        sha256 = records.keep_labels(workdir / "labels.npz", labels, write=first_process)
+        sha256 = records.keep_labels(workdir / "labels.npz", labels, write=False)
         about_data |= {"noise_rate": data.noise_rates(dataset), "labels_sha256": sha256}
+    # What another configuration cannot take on is refused before anything is written.
+    for seed in resumed if allow_config_change else ():
+        path = workdir / f"seed{seed}" / "checkpoints"
+        with contextlib.closing(checkpoints.Checkpoints(path, read_only=True)) as saved:
+            saved.restore(steps.like, steps.shardings)
+    config_changes = provenance.by_first(
+        lambda: records.claim(workdir, config.to_dict(), allow_change=allow_config_change)
+    )
+    if labels is not None:
+        records.keep_labels(workdir / "labels.npz", labels, write=first_process)
 
     @functools.cache
     def on_devices(number):
@@ -150,10 +165,8 @@ def train_and_evaluate(
         for seed in range(config.seed, config.seed + config.num_seeds):
             directory = workdir / f"seed{seed}"
             result_path = directory / "result.json"
-            if result_path.exists():
-                results.append(
-                    records.read_json(result_path, "seed", "test_accuracy", "perturbation")
-                )
+            if seed in finished:
+                results.append(records.read_json(result_path))
                 rows_by_seed[seed] = records.read_rows(directory / "metrics.jsonl")
                 continue
             if preempted():
@@ -162,11 +175,8 @@ def train_and_evaluate(
             state = saved.restore(steps.like, steps.shardings)
             state = steps.init(jnp.int32(seed)) if state is None else state
             first = step = int(state.step)
-            if first > num_steps:
-                raise ConfigError(
-                    f"{directory} has taken {first} steps, but this configuration has "
-                    f"{num_steps}: give config.epochs more."
-                )
+            begin = functools.partial(provenance.begin, directory, session, first)
+            sessions = provenance.by_first(begin)
             log = records.Records(directory, first, write=first_process)
             with contextlib.ExitStack() as stack:
                 stack.callback(saved.close)
@@ -218,7 +228,7 @@ def train_and_evaluate(
                     if best := _best_validation(log.rows):
                         result |= {report.BEST: best[max(best)]}
                 result |= _named("test", judge(state.variables, dataset.test))
-                result |= {"perturbation": by_class}
+                result |= {"perturbation": by_class, "sessions": sessions}
             if first_process:
                 with records.writing(str(result_path)):
                     records.write_json(result_path, result)
@@ -241,8 +251,6 @@ def train_and_evaluate(
         **about_data,
         "session_seconds": round(time.monotonic() - began, 1),
         "first_step_time": first_step_time,
-        "device": f"{devices.size} x {jax.devices()[0].device_kind}",
-        "versions": _versions(),
         "config": json.loads(json.dumps(config.to_dict())),
         "config_changes": config_changes,
     }
@@ -308,12 +316,6 @@ def _named(part: str, judged: dict[str, Any]) -> dict[str, Any]:
 
 def _scalars(row: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in row.items() if not isinstance(value, list)}
-
-
-def _versions() -> dict[str, str]:
-    packages = ("jax", "flax", "optax", "orbax-checkpoint")
-    versions = {package: importlib.metadata.version(package) for package in packages}
-    return {"lpa_jax": lpa_jax.__version__, "python": platform.python_version()} | versions
 
 
 @contextlib.contextmanager

@@ -1,6 +1,6 @@
 """What a run leaves in its directory while it goes: JSON lines, TensorBoard, and its own config."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 import contextlib
 import errno
 import hashlib
@@ -41,6 +41,52 @@ def writing(what: str, *errors: type[Exception]) -> Iterator[None]:
         ) from error
 
 
+@contextlib.contextmanager
+def serving(workdir: pathlib.Path) -> Iterator[None]:
+    """Turn an `OSError` into a `ConfigError` that the work directory cannot serve as one."""
+    if "\0" in str(workdir):
+        raise ConfigError(f"{str(workdir)!r} cannot serve as work directory: it has a null in it.")
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            # The directory is right, and there may be room in it again.
+            with writing(str(workdir)):
+                raise
+        raise ConfigError(f"{workdir} cannot serve as work directory: {error}.") from error
+
+
+def config_change(
+    workdir: pathlib.Path, config: dict[str, Any], *, allow_change: bool = False
+) -> dict[str, Any]:
+    """Return how a configuration differs from the one in the work directory, if there is one.
+
+    Returns:
+      `{key: [before, after]}`, without the keys that are free to differ.
+
+    Raises:
+      ConfigError: If it differs and `allow_change` is false, or the one there is damaged.
+    """
+    path = workdir / "config.json"
+    if not path.exists():
+        return {}
+    new, old = flat(json.loads(json.dumps(config))), flat(read_json(path))
+    keys = sorted((new | old).keys() - FREE)
+    change = {k: [old.get(k), new.get(k)] for k in keys if new.get(k) != old.get(k)}
+    if change and not allow_change:
+        raise ConfigError(
+            f"{workdir} holds a run of another configuration (it differs in "
+            f"{', '.join(change)}): give --workdir another directory, remove it, or let "
+            "python -m lpa_jax.main go on with this one by --allow_config_change."
+        )
+    return change
+
+
+def in_words(change: Mapping[str, Any]) -> str:
+    """Return what `config_change` does, in words."""
+    return ", ".join(f"{key} from {old!r} to {new!r}" for key, (old, new) in change.items())
+
+
 def claim(
     workdir: pathlib.Path,
     config: dict[str, Any],
@@ -64,40 +110,21 @@ def claim(
       ConfigError: If it holds the run of another configuration, or cannot be written.
       WriteError: If its disk is full.
     """
-    if "\0" in str(workdir):
-        raise ConfigError(f"{str(workdir)!r} cannot serve as work directory: it has a null in it.")
     path, changes_path = workdir / "config.json", workdir / "config_changes.json"
-    ours = json.loads(json.dumps(config))
     changes = []
-    try:
+    with serving(workdir):
         if changes_path.exists():
             changes = read_json(changes_path, "changes")["changes"]
-        if path.exists():
-            new, old = flat(ours), flat(read_json(path))
-            keys = sorted((new | old).keys() - FREE)
-            change = {k: [old.get(k), new.get(k)] for k in keys if new.get(k) != old.get(k)}
-            if change and not allow_change:
-                raise ConfigError(
-                    f"{workdir} holds a run of another configuration (it differs in "
-                    f"{', '.join(change)}): give --workdir another directory, remove it, or let "
-                    "python -m lpa_jax.main go on with this one by --allow_config_change."
-                )
-            if change:
-                told = ", ".join(f"{k} from {a!r} to {b!r}" for k, (a, b) in change.items())
-                logging.warning("%s goes on with another configuration: %s.", workdir, told)
-                changes = [*changes, change]
-                if write:
-                    write_json(changes_path, {"changes": changes})
-                    write_json(path, ours)
-        elif write:
+        change = config_change(workdir, config, allow_change=allow_change)
+        if change:
+            logging.warning("%s goes on with another configuration: %s.", workdir, in_words(change))
+            changes = [*changes, change]
+            if write:
+                write_json(changes_path, {"changes": changes})
+                write_json(path, config)
+        elif write and not path.exists():
             workdir.mkdir(parents=True, exist_ok=True)
-            write_json(path, ours)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            # The directory is right, and there may be room in it again.
-            with writing(str(workdir)):
-                raise
-        raise ConfigError(f"{workdir} cannot serve as work directory: {error}.") from error
+            write_json(path, config)
     return changes
 
 
