@@ -125,6 +125,34 @@ def test_the_command_line_trains_on_two_processes(tmp_path):
     assert "test accuracy %" in shown[0]
     assert "accuracy" not in shown[1]
     one, two = (json.loads((tmp_path / n / "summary.json").read_text()) for n in ("one", "two"))
-    assert two["device"].startswith("2 x")
+    (session,) = two["seeds"][0]["sessions"]
+    assert session["device"].startswith("2 x")
     for name, entry in one["metrics"].items():
         assert two["metrics"][name]["mean"] == pytest.approx(entry["mean"], rel=1e-2)
+
+
+def test_processes_with_other_data_are_refused(tmp_path):
+    labels = np.arange(64, dtype=np.uint8) % 2
+    command = [
+        sys.executable, "-m", "lpa_jax.main", f"--config={HERE.parent}/configs/digits.py:smoke",
+        "--config.dataset=npz:data.npz", "--config.epochs=1", "--config.batch_size=32",
+        f"--workdir={tmp_path / 'run'}", "--num_processes=2",
+        f"--coordinator_address=localhost:{free_port()}",
+    ]  # fmt: skip
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(HERE.parent)}
+    running = []
+    for i in range(2):
+        images = np.full((64, 8, 8, 1), i, np.uint8)
+        (tmp_path / str(i)).mkdir()
+        path = tmp_path / str(i) / "data.npz"
+        np.savez(path, x_train=images, y_train=labels, x_test=images, y_test=labels)
+        process = subprocess.Popen(
+            [*command, f"--process_id={i}"],
+            cwd=path.parent, env=env, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        running.append(process)
+    for process in running:
+        _, errors = process.communicate(timeout=600)
+        assert process.returncode == 2, errors
+        assert "The processes of this run differ in their data: give all" in errors
+    assert not (tmp_path / "run").exists()

@@ -17,7 +17,7 @@ from scipy import stats
 
 from lpa_jax.tables import catalogue, comparison, report, runs, tuning
 from lpa_jax.tables.catalogue import Row
-from lpa_jax.training import evaluate, loop
+from lpa_jax.training import evaluate, loop, provenance, records
 from lpa_jax.training.config import ConfigError, flat
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -286,27 +286,57 @@ def test_a_table_trains_what_is_missing_and_nothing_twice(tmp_path, monkeypatch)
     report.leave(tmp_path, "digits_lt", lines, about, QUIET)
     told = json.loads((tmp_path / "table.json").read_text())
     assert [line["name"] for line in told["lines"]] == list(table.rows)
+    for line in told["lines"]:
+        seeds = second[line["name"]].summary["seeds"]
+        errors = {str(r["seed"]): pytest.approx(100 * (1 - r["test_accuracy"])) for r in seeds}
+        assert line["errors"] == errors
+    assert told["commits"] == [provenance.commit()]
     assert told["lines"][1]["error"] == pytest.approx(lines[1].error)
     markdown = (tmp_path / "table.md").read_text()
     assert f"| erm | {lines[0].error:.2f} ± {lines[0].std:.2f} | 2 |" in markdown
+    assert f"; commit {provenance.commit()}." in markdown
     assert r"post\_hoc\_logit\_adjustment" in (tmp_path / "table.tex").read_text()
     assert (tmp_path / "table.png").read_bytes().startswith(b"\x89PNG")
 
-    # With all there, no step is taken, and what is told of the machine stays.
-    for path in tmp_path.glob("*/summary.json"):
-        path.write_text(path.read_text().replace('"device": "', '"device": "another '))
+    # With all there, no step is taken, and each seed keeps what is told of its machine.
+    path = tmp_path / "erm" / "seed1" / "result.json"
+    path.write_text(path.read_text().replace('"device": "', '"device": "another '))
     monkeypatch.setattr(loop.checkpoints.Checkpoints, "save", None)
     third = runs.run(table, small(seeds=2), tmp_path, QUIET)
     assert comparison.compare(third) == lines
-    assert runs.about(third)["devices"][0].startswith("another ")
+    (device,) = runs.about(second)["devices"]
+    for outcomes in (third, {name: third[name] for name in list(table.rows)[1:]}):
+        assert runs.about(outcomes)["devices"] == [device, f"another {device}"]
+
+    # The rows that share these networks do not share other code's.
+    monkeypatch.setattr(provenance, "of_code", lambda: "0" * 32)
+    for ask in (runs.run, runs.plan):
+        with pytest.raises(ConfigError, match="erm/seed0 came of other code"):
+            ask(table._replace(rows={"post": table.rows["post_hoc_logit_adjustment"]}),
+                small(seeds=2), tmp_path, QUIET)  # fmt: skip
+
+
+def test_a_row_of_other_code_is_named_before_any_is_trained(tmp_path, monkeypatch):
+    table = catalogue.chosen("digits", ["erm", "lpa"])
+    _, last = table.rows
+    made = dict.fromkeys(provenance.FINGERPRINTS, "0" * 32)
+    (tmp_path / last / "seed0").mkdir(parents=True)
+    records.write_json(
+        tmp_path / last / "seed0" / "result.json",
+        {"seed": 0, "test_accuracy": 0.9, "perturbation": {}, "sessions": [made | {"epochs": 2}]},
+    )
+    monkeypatch.setattr(loop, "train_and_evaluate", None)
+    with pytest.raises(ConfigError, match=r"lpa/seed0 came of other data .* and other code"):
+        runs.run(table, small(seeds=1), tmp_path, QUIET)
 
 
 def test_a_row_that_diverges_is_said_to(tmp_path, monkeypatch):
     def train(config, *_):
         if config.schedule.learning_rate > 1:
             raise loop.NonFiniteLossError("Step 3 was not finite.")
-        about = {"config": config.to_dict(), "device": "", "versions": {}}
-        return about | outcome(0.9).summary
+        (result,) = outcome(0.9).summary["seeds"]
+        session = {"device": "", "versions": {}, "commit": None}
+        return {"config": config.to_dict(), "seeds": [result | {"sessions": [session]}]}
 
     monkeypatch.setattr(loop, "train_and_evaluate", train)
     table = catalogue.chosen("digits", ["erm"])
@@ -320,6 +350,7 @@ def test_a_row_that_diverges_is_said_to(tmp_path, monkeypatch):
     assert "| hot | diverged | 0 |" in markdown
     assert "hot: Step 3 was not finite." in markdown
     assert "| erm | 10.00 | 1 |" in markdown
+    assert "; commit unknown." in markdown
 
 
 def test_a_search_chooses_by_the_validation_set_alone(tmp_path, monkeypatch):

@@ -583,7 +583,11 @@ def test_a_run_on_the_labels_that_another_left_has_the_same_labels(finished, tmp
     config = smoke(**{k: v for k, v in TASK.items() if k != "noise.rate"} | changes)
     again, _ = run(config, tmp_path / "again")
     assert again["labels_sha256"] == summary["labels_sha256"]
-    assert again["seeds"][0] == summary["seeds"][0]
+    ours, theirs = (dict(told["seeds"][0]) for told in (again, summary))
+    (here,), (there,) = ours.pop("sessions"), theirs.pop("sessions")
+    assert ours == theirs
+    assert here["data"] == there["data"]
+    assert here["configuration"] != there["configuration"]
 
 
 def test_a_run_does_not_go_on_with_other_labels(finished, tmp_path):

@@ -1,0 +1,332 @@
+"""What a result came of is recorded with it, and results of different things are not pooled."""
+
+import importlib.metadata
+import io
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from configs import digits
+from lpa_jax import data
+from lpa_jax.training import checkpoints, evaluate, loop, provenance, records
+from lpa_jax.training.config import ConfigError
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:tensorboardX")
+
+SMALL = {"limit": 128, "batch_size": 32, "epochs": 1, "schedule.name": "constant"}
+QUIET = Console(quiet=True)
+
+
+def run(workdir, *, allow=False, **changes):
+    config = digits.get_config("method=erm,smoke")
+    config.update_from_flattened_dict(SMALL | changes)
+    console = Console(file=io.StringIO(), width=120)
+    summary = loop.train_and_evaluate(config, workdir, console, allow_config_change=allow)
+    return summary, console.file.getvalue()
+
+
+def contents(workdir):
+    return {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
+
+
+def unfinish(workdir, seed=0):
+    """Take back the result of a seed, whose checkpoints stay."""
+    (workdir / f"seed{seed}" / "result.json").unlink()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("trained")
+    run(workdir)
+    return workdir
+
+
+@pytest.fixture
+def finished(trained, tmp_path):
+    return shutil.copytree(trained, tmp_path / "run")
+
+
+def write_npz(path, brightness):
+    labels = np.arange(64, dtype=np.uint8) % 2
+    images = np.zeros((64, 8, 8, 1), np.uint8) + brightness * labels[:, None, None, None]
+    np.savez(path, x_train=images, y_train=labels, x_test=images, y_test=labels)
+
+
+# ---------------------------------------------------------------- data
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["finished", "half-finished"])
+def test_other_data_under_the_same_name_are_refused(half, tmp_path):
+    path, workdir = tmp_path / "data.npz", tmp_path / "run"
+    write_npz(path, 100)
+    dataset = {"dataset": f"npz:{path}", "limit": None}
+    before, _ = run(workdir, **dataset)
+    if half:
+        unfinish(workdir)
+    write_npz(path, 101)
+    kept = contents(workdir)
+    for allow in (False, True):
+        with pytest.raises(ConfigError, match=r"seed0 came of other data \(fin.*restore the data"):
+            run(workdir, num_seeds=2, allow=allow, **dataset)
+        assert contents(workdir) == kept
+    with pytest.raises(ConfigError, match=r"seed0 came of other data \(fingerprint"):
+        evaluate.evaluate_run(workdir, console=QUIET)
+    assert contents(workdir) == kept
+
+    write_npz(path, 100)
+    again, _ = run(workdir, num_seeds=2, **dataset)
+    assert again["seeds"][0] == before["seeds"][0]
+
+
+@pytest.mark.parametrize("part", ["train", "validation", "test"])
+@pytest.mark.parametrize("field", ["images", "labels"])
+def test_every_image_and_label_counts(part, field):
+    dataset = data.load("digits")
+    examples = getattr(dataset, part)
+    array = getattr(examples, field).copy()
+    array.flat[-1] += 1
+    changed = dataset._replace(**{part: examples._replace(**{field: array})})
+    assert provenance.of_data(changed) != provenance.of_data(dataset)
+    names = dataset.class_names
+    renamed = dataset._replace(class_names=(*names[:-1], "another"))
+    assert provenance.of_data(renamed) != provenance.of_data(dataset)
+
+
+# ---------------------------------------------------------------- code
+
+
+def test_the_code_is_that_which_training_imports(tmp_path):
+    package = shutil.copytree(provenance.PACKAGE, tmp_path / "lpa_jax")
+    before = provenance.of_code.__wrapped__(package)
+    assert before == provenance.of_code()
+    for name in ("main.py", "table.py", "tables/runs.py", "training/evaluate.py", "perturb/new.py"):
+        with (package / name).open("a") as file:
+            file.write("\nEDITED = True\n")
+        assert provenance.of_code.__wrapped__(package) == before, name
+    codes = {before}
+    for name in ("__init__.py", "perturb/logits.py", "training/loop.py", "data/npz.py"):
+        with (package / name).open("a") as file:
+            file.write("\nEDITED = True\n")
+        codes.add(provenance.of_code.__wrapped__(package))
+    with (package / "losses.py").open("a") as file:
+        file.write("\nfrom .perturb import new\n")
+    codes.add(provenance.of_code.__wrapped__(package))
+    with (package / "perturb" / "new.py").open("a") as file:
+        file.write("\nEDITED = 2\n")
+    codes.add(provenance.of_code.__wrapped__(package))
+    assert len(codes) == 7
+
+
+def test_all_that_training_imports_is_found():
+    program = (
+        "import sys, lpa_jax.training.loop\n"
+        "print(*(name for name in sys.modules if name.split('.')[0] == 'lpa_jax'))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=provenance.PACKAGE.parent,
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert sorted(provenance._imported(provenance.PACKAGE)) == sorted(done.stdout.split())
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["finished", "half-finished"])
+def test_other_code_is_refused(half, finished, monkeypatch):
+    if half:
+        unfinish(finished)
+    kept = contents(finished)
+    monkeypatch.setattr(provenance, "of_code", lambda: "0" * 32)
+    monkeypatch.setattr(provenance, "commit", lambda: "abc-dirty")
+    with pytest.raises(
+        ConfigError,
+        match=r"seed0 came of other code \(fingerprint \w{8} at commit \w+(-dirty)? instead of "
+        r"0{8} at commit abc-dirty\).*give --workdir another.*or remove .*seed0.*a git worktree",
+    ):
+        run(finished, num_seeds=2)
+    assert contents(finished) == kept
+    # What has taken no step of its own begins anew.
+    shutil.rmtree(finished / "seed0" / "checkpoints")
+    if half:
+        summary, _ = run(finished)
+        assert [made["code"] for made in summary["seeds"][0]["sessions"]] == ["0" * 32]
+
+
+def test_seeds_of_different_code_are_not_judged_together(finished):
+    shutil.copytree(finished / "seed0", finished / "seed1")
+    path = finished / "seed1" / "sessions.json"
+    (made,) = records.read_json(path)["sessions"]
+    records.write_json(path, {"sessions": [{**made, "code": "0" * 32}]})
+    with pytest.raises(ConfigError, match="seed1 came of other code"):
+        evaluate.evaluate_run(finished, console=QUIET)
+    evaluate.evaluate_run(finished, seeds=[1], console=QUIET)
+
+
+def test_the_commit_is_that_of_the_package(tmp_path, monkeypatch):
+    package = tmp_path / "lpa_jax"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    monkeypatch.setattr(provenance, "PACKAGE", package)
+
+    def git(*arguments):
+        command = ["git", "-c", "user.name=x", "-c", "user.email=x", "-C", str(tmp_path)]
+        done = subprocess.run([*command, *arguments], check=True, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    assert provenance.commit.__wrapped__() is None
+    git("init")
+    git("commit", "--allow-empty", "-m", "Of something else")
+    assert provenance.commit.__wrapped__() is None
+    git("add", ".")
+    git("commit", "-m", "Of the package")
+    head = git("rev-parse", "HEAD")
+    assert provenance.commit.__wrapped__() == head
+    (package / "__init__.py").write_text("EDITED = True\n")
+    assert provenance.commit.__wrapped__() == f"{head}-dirty"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert provenance.commit.__wrapped__() is None
+
+
+# ---------------------------------------------------------------- sessions
+
+
+def test_each_seed_tells_of_the_session_that_made_it(finished, monkeypatch):
+    first = records.read_json(finished / "seed0" / "result.json")["sessions"]
+    version = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: version(name) + ".later")
+    summary, _ = run(finished, num_seeds=2)
+    assert summary == json.loads((finished / "summary.json").read_text())
+    assert not {"device", "versions"} & set(summary)
+    sessions = [seed["sessions"] for seed in summary["seeds"]]
+    assert sessions[0] == first
+    (old,), (new,) = sessions
+    assert new["versions"]["jax"] == f"{old['versions']['jax']}.later"
+    for made in (old, new):
+        assert made["device"].startswith("8 x ")
+        assert made["from_step"] == 0
+        assert made["commit"] == provenance.commit()
+
+
+def test_a_seed_tells_of_all_sessions_it_came_of(finished, monkeypatch):
+    unfinish(finished)
+    (old,) = records.read_json(finished / "seed0" / "sessions.json")["sessions"]
+    # The same again is no other session.
+    summary, _ = run(finished)
+    assert summary["seeds"][0]["sessions"] == [old]
+    unfinish(finished)
+    version = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: version(name) + ".later")
+    summary, _ = run(finished)
+    last_step = max(int(path.name) for path in (finished / "seed0" / "checkpoints").iterdir())
+    assert [made["from_step"] for made in summary["seeds"][0]["sessions"]] == [0, last_step]
+    assert summary["seeds"][0]["sessions"][0] == old
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["finished", "half-finished"])
+def test_what_does_not_record_where_it_came_from_is_refused(half, finished):
+    path = finished / "seed0" / "result.json"
+    result = records.read_json(path)
+    del result["sessions"]
+    records.write_json(path, result)
+    if half:
+        path.unlink()
+        (finished / "seed0" / "sessions.json").unlink()
+    kept = contents(finished)
+    with pytest.raises(ConfigError, match=r"seed0 does not record the data and the code.*remove"):
+        run(finished, num_seeds=2)
+    assert contents(finished) == kept
+
+
+# ---------------------------------------------------------------- configuration
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"schedule.learning_rate": 0.05}, r"schedule.learning_rate from 0.1 to 0.05"),
+        ({"epochs": 2, "schedule.learning_rate": 0.05}, r"epochs from 1 to 2, schedule.learning"),
+    ],
+)
+def test_a_finished_run_keeps_its_configuration(changes, told, finished):
+    kept = contents(finished)
+    with pytest.raises(ConfigError, match=f"{told}.*Of a finished seed only config.epochs"):
+        run(finished, allow=True, **changes)
+    assert contents(finished) == kept
+    # The command it was made by shows it.
+    _, text = run(finished)
+    assert "1 epochs" in text
+
+
+def test_a_finished_run_trains_on_to_more_epochs(finished, tmp_path, monkeypatch):
+    before = records.read_json(finished / "seed0" / "result.json")
+    begin = provenance.begin
+
+    def stopped(*arguments):
+        begin(*arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(provenance, "begin", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        run(finished, allow=True, epochs=3)
+    monkeypatch.undo()
+    # The result is replaced at the end.
+    assert records.read_json(finished / "seed0" / "result.json") == before
+    # The change was allowed already.
+    summary, text = run(finished, epochs=3)
+    assert "3 epochs" in text
+    assert summary["config_changes"] == [{"epochs": [1, 3]}]
+    (result,) = summary["seeds"]
+    assert records.read_json(finished / "seed0" / "result.json") == result
+    assert [(made["from_step"], made["epochs"]) for made in result["sessions"]] == [(0, 1), (4, 3)]
+    # With a constant learning rate it is as if all had been asked for at once.
+    whole, _ = run(tmp_path / "whole", epochs=3)
+    (expected,) = whole["seeds"]
+    for made in (result, expected):
+        del made["sessions"]
+    assert result == expected
+    rows = [
+        records.read_rows(d / "seed0" / "metrics.jsonl") for d in (finished, tmp_path / "whole")
+    ]
+    assert rows[0] == rows[1]
+    # Fewer would be another run.
+    kept = contents(finished)
+    with pytest.raises(ConfigError, match=r"epochs from 3 to 2.*only config.epochs"):
+        run(finished, allow=True, epochs=2)
+    assert contents(finished) == kept
+
+
+def test_a_finished_run_without_its_checkpoints_is_kept(finished):
+    shutil.rmtree(finished / "seed0" / "checkpoints")
+    kept = contents(finished)
+    with pytest.raises(ConfigError, match="to more, with --allow_config_change and its checkp"):
+        run(finished, allow=True, epochs=2)
+    assert contents(finished) == kept
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"model.options.width": 8}, checkpoints.CheckpointError),
+        # The labels that were trained on are others.
+        ({"noise.rate": 0.5}, ConfigError),
+    ],
+)
+def test_what_cannot_be_taken_on_leaves_the_configuration(changes, error, tmp_path):
+    noise = {"noise.kind": "symmetric_exclusive", "noise.rate": 0.2}
+    run(tmp_path, **noise)
+    unfinish(tmp_path)
+    kept = contents(tmp_path)
+    with pytest.raises(error):
+        run(tmp_path, allow=True, **noise | changes)
+    assert contents(tmp_path) == kept
+
+
+def test_another_configuration_is_noticed_without_its_file(finished):
+    (finished / "config.json").unlink()
+    with pytest.raises(ConfigError, match=r"seed0 came of another configuration \(fingerprint"):
+        run(finished, epochs=2)
+    assert not (finished / "config.json").exists()
