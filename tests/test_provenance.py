@@ -296,6 +296,10 @@ def test_a_finished_run_trains_on_to_more_epochs(finished, tmp_path, monkeypatch
     with pytest.raises(ConfigError, match=r"epochs from 3 to 2.*only config.epochs"):
         run(finished, allow=True, epochs=2)
     assert contents(finished) == kept
+    # The network of the first result is gone.
+    records.write_json(finished / "seed0" / "result.json", before)
+    with pytest.raises(ConfigError, match="has taken 12 steps, but this configuration has 4"):
+        run(finished, allow=True, epochs=1)
 
 
 def test_a_finished_run_without_its_checkpoints_is_kept(finished):

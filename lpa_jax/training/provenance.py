@@ -197,7 +197,7 @@ def standing(
         change = records.config_change(workdir, config.to_dict(), allow_change=allow_change)
         allowed = allow_change or (workdir / "config.json").exists()
         for seed in range(config.seed, config.seed + config.num_seeds):
-            directory = workdir / f"seed{seed}"
+            directory, ended = workdir / f"seed{seed}", False
             found = (directory / "checkpoints").glob("*")
             last_step = max((int(path.name) for path in found if path.name.isdigit()), default=0)
             result_path = directory / "result.json"
@@ -207,18 +207,17 @@ def standing(
                 longer = config.epochs > last["epochs"]
                 longer = longer and of_config(before) == last["configuration"]
                 _refuse(directory, last, ours, change, allowed and longer and last_step > 0)
-                if last["configuration"] == ours["configuration"]:
-                    finished.append(seed)
-                    continue
+                ended = last["configuration"] == ours["configuration"]
             elif not last_step:
                 continue
-            _refuse(directory, recorded(directory / "sessions.json"), ours, change, allowed)
+            if not ended:
+                _refuse(directory, recorded(directory / "sessions.json"), ours, change, allowed)
             if last_step > num_steps:
                 raise ConfigError(
                     f"{directory} has taken {last_step} steps, but this configuration has "
                     f"{num_steps}: give config.epochs more."
                 )
-            resumed.append(seed)
+            (finished if ended else resumed).append(seed)
     return finished, resumed
 
 
