@@ -371,6 +371,29 @@ def test_accumulated_gradients_are_those_of_the_larger_batch():
     np.testing.assert_allclose(other["w"], one["w"], rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("sgd", optax.sgd(0.1, momentum=0.9, nesterov=True)),
+        ("rmsprop", optax.rmsprop(0.1)),
+        ("adamw", optax.adamw(0.1)),
+        ("prodigy", optax.contrib.prodigy(0.1)),
+    ],
+)
+def test_the_default_momentum_is_of_sgd_alone(name, expected):
+    options = dict(configuration.default().optimizer.options)
+    tx = schedules.optimizer(name, optax.constant_schedule(0.1), 0.0, options)
+    params, grads = {"w": jnp.array([1.0, 2.0])}, {"w": jnp.array([0.5, -0.1])}
+    for _ in range(2):
+        ours, theirs = (of.update(grads, of.init(params), params)[0] for of in (tx, expected))
+        np.testing.assert_allclose(ours["w"], theirs["w"], rtol=1e-6)
+        params = optax.apply_updates(params, ours)
+    # Nothing is added to what is asked for alone.
+    plain = schedules.optimizer("sgd", optax.constant_schedule(0.1), 0.0, {})
+    updates, _ = plain.update(grads, plain.init(params), params)
+    np.testing.assert_allclose(updates["w"], -0.1 * grads["w"], rtol=1e-6)
+
+
 @pytest.mark.parametrize("name", configuration.TRANSFORMS)
 def test_every_transform_can_be_configured(name):
     config = digits.get_config(f"method={name}")

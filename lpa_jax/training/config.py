@@ -1,6 +1,6 @@
 """What a run is made of: the keys of a configuration, their defaults, and methods by name."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 import difflib
 import inspect
 import math
@@ -145,11 +145,16 @@ def default() -> Config:
             # What was asked for by name, and what that means.
             "method": "erm",
             "perturbation": {},
-            # Any optax optimizer; weight decay is added to the gradient, as in the papers.
+            # An optimizer of optax or optax.contrib; weight decay is added to the gradient, as in
+            # the papers. Options of it are set by name; where these two are None, sgd has momentum
+            # 0.9 and Nesterov's, and other optimizers have their own defaults.
             "optimizer": {
                 "name": "sgd",
                 "weight_decay": 5e-4,
-                "options": {"momentum": 0.9, "nesterov": True},
+                "options": {
+                    "momentum": config_dict.placeholder(float),
+                    "nesterov": config_dict.placeholder(bool),
+                },
                 # Steps whose gradients are averaged before the parameters move; what is left over
                 # at the end of the run moves nothing.
                 "accumulate": 1,
@@ -320,8 +325,18 @@ def perturbation(
 def _transform(name: str, config: Config, task: Mapping[str, Any]) -> lpa_jax.Perturbation:
     factory = getattr(lpa_jax, name)
     arguments = dict(config)
+    taken = inspect.signature(factory).parameters
+    _refuse_unknown(f"perturbation.{name}.", arguments, taken)
+    for key, parameter in taken.items():
+        if parameter.default is inspect.Parameter.empty and key not in {*arguments, *TASK}:
+            raise ConfigError(
+                f"config.perturbation.{name} lacks {key}: leave the others as they are, and set "
+                f"one by --config.perturbation.{name}.KEY=VALUE."
+            )
     if "split" in arguments:
-        arguments["split"] = _split(arguments["split"], task["class_counts"])
+        arguments["split"] = _split(
+            arguments["split"], task["class_counts"], f"perturbation.{name}."
+        )
     if "start" in arguments:
         if not 0 <= arguments["start"] <= 1:
             raise ConfigError(
@@ -329,19 +344,25 @@ def _transform(name: str, config: Config, task: Mapping[str, Any]) -> lpa_jax.Pe
                 f"not {arguments['start']!r}."
             )
         arguments["start"] = round(arguments["start"] * task["num_steps"])
-    taken = inspect.signature(factory).parameters
     return factory(**arguments, **{key: task[key] for key in TASK if key in taken})
 
 
-def _split(config: Config, class_counts: list[int]) -> splits.Split:
+def _refuse_unknown(prefix: str, given: Iterable[str], known: Iterable[str]) -> None:
+    known = [key for key in known if key not in TASK]
+    for name in sorted(set(given) - set(known)):
+        raise ConfigError(no_key(prefix, name, known))
+
+
+def _split(config: Config, class_counts: list[int], prefix: str) -> splits.Split:
     names = ("mean_threshold", "threshold", "tail", "all_positive", "all_negative")
     name = config.name
     if name not in names:
         raise ConfigError(f"There is no split {name!r}; the splits are {', '.join(names)}.")
     factory = getattr(splits, name)
-    known = {**config, "class_counts": class_counts}
+    _refuse_unknown(f"{prefix}split.", config, SPLIT)
+    known = {**SPLIT, **config, "class_counts": class_counts}
     split = factory(**{key: known[key] for key in inspect.signature(factory).parameters})
-    return splits.inverted(split) if config.inverted else split
+    return splits.inverted(split) if known["inverted"] else split
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -378,9 +399,50 @@ def _check_keys(config: Config, like: Config, prefix: str = "") -> None:
             raise ConfigError(f"{name} must be of type {kind.__name__}, not {value!r}.")
     unknown = sorted(set(config) - set(like))
     if unknown:
-        close = difflib.get_close_matches(unknown[0], list(like), n=1)
-        hint = f"; did you mean config.{prefix}{close[0]}?" if close else "."
-        raise ConfigError(f"There is no config.{prefix}{unknown[0]}{hint}")
+        raise ConfigError(no_key(prefix, unknown[0], like))
+
+
+def no_key(prefix: str, name: str, known: Iterable[str]) -> str:
+    """Return the sentence for a key that is not among those known under a prefix.
+
+    Example:
+      >>> no_key("model.", "nam", ["name", "dtype"])
+      'There is no config.model.nam: did you mean config.model.name?'
+      >>> no_key("", "learning_rate", ["epochs", "schedule"])
+      'There is no config.learning_rate: did you mean config.schedule.learning_rate?'
+      >>> no_key("model.", "x", ["name", "dtype"])
+      'There is no config.model.x: the keys there are dtype and name.'
+    """
+    close = [f"{prefix}{key}" for key in difflib.get_close_matches(name, list(known), n=1)]
+    if not prefix:
+        close += [key for key in flat(default().to_dict()) if key.endswith(f".{name}")]
+    if prefix == "perturbation.":
+        hint = f"choose the method after the colon of --config, as in FILE.py:method={name}."
+    elif close:
+        hint = f"did you mean config.{close[0]}?"
+    else:
+        *others, last = sorted(known)
+        hint = f"the keys there are {' and '.join(filter(None, (', '.join(others), last)))}."
+    return f"There is no config.{prefix}{name}: {hint}"
+
+
+def absent(config: Config, key: str) -> str | None:
+    """Say which part of a dotted key a configuration does not have, if any but the last.
+
+    Example:
+      >>> absent(default(), "modle.name")
+      'There is no config.modle: did you mean config.model?'
+      >>> absent(default(), "model.nam")
+    """
+    names = key.split(".")
+    for i, name in enumerate(names[:-1]):
+        prefix = "".join(f"{above}." for above in names[:i])
+        if name not in config:
+            return no_key(prefix, name, config)
+        config = config[name]
+        if not isinstance(config, config_dict.ConfigDict):
+            return f"config.{prefix}{name} has no keys of its own: set config.{prefix}{name}."
+    return None
 
 
 def check(config: Config) -> None:

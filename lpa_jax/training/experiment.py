@@ -4,6 +4,7 @@ from collections.abc import Iterator
 import contextlib
 import functools
 import inspect
+import re
 from typing import NamedTuple
 
 from absl import logging
@@ -105,7 +106,7 @@ def build(config: Config) -> Experiment:
             "2**31."
         )
     class_counts = np.bincount(dataset.train.labels, minlength=dataset.num_classes).tolist()
-    with as_config_error():
+    with as_config_error(), _options_named(config.model.name):
         model = models.create(
             config.model.name,
             num_classes=dataset.num_classes,
@@ -116,6 +117,7 @@ def build(config: Config) -> Experiment:
             **({} if config.remat is None else {"remat": config.remat}),
             **config.model.options,
         )
+    with as_config_error():
         perturbed = lpa_jax.value_and_grad(
             model.apply,
             configuration.perturbation(config, class_counts, dataset.mean, num_steps),
@@ -170,6 +172,21 @@ def as_config_error() -> Iterator[None]:
         yield
     except (ValueError, TypeError) as error:
         raise ConfigError(str(error)) from error
+
+
+@contextlib.contextmanager
+def _options_named(model: str) -> Iterator[None]:
+    """Say which option a network does not take."""
+    try:
+        yield
+    except TypeError as error:
+        unknown = re.search(r"unexpected keyword argument ('\w+')", str(error))
+        if unknown is None:
+            raise
+        raise ConfigError(
+            f"config.model.options has {unknown[1]}, which {model} does not take: leave it out, or "
+            "clear what the configuration's file gives by --config.model.options={}."
+        ) from error
 
 
 def _loss_named(name: str, **known: float) -> LossFn:

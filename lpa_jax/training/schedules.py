@@ -1,13 +1,19 @@
 """Learning rates and optimizers by name."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+import difflib
+import inspect
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 
 from lpa_jax.training.config import ConfigError
+
+OPTIONS = {"sgd": {"momentum": 0.9, "nesterov": True}}
+"""Of optimizers, where they are not those of optax."""
 
 
 def learning_rate(
@@ -73,11 +79,12 @@ def optimizer(
     """Return an optax optimizer by name, with weight decay added to the gradient.
 
     Args:
-      name: Such as `"sgd"` or `"adamw"`.
+      name: Of optax or `optax.contrib`, such as `"sgd"`, `"adamw"`, `"prodigy"`.
       rate: Schedule of the learning rate.
       weight_decay: Factor of the parameters in the gradient; for decoupled decay, put 0 here and
         `weight_decay` among the options of `"adamw"`.
-      options: Further arguments of the optimizer.
+      options: Further arguments of the optimizer. One that is None has its default: of `"sgd"` that
+        in `OPTIONS`, else optax's.
       accumulate: Number of gradients that are averaged before the parameters move; the schedule
         is of the number of moves.
 
@@ -87,23 +94,52 @@ def optimizer(
     Example:
       >>> tx = optimizer("sgd", optax.constant_schedule(0.1), 5e-4, {"momentum": 0.9})
     """
-    factory = getattr(optax, name, None)
-    if not callable(factory):
-        raise ConfigError(f"optax has no optimizer {name!r}; sgd and adamw are two of its names.")
-    try:
-        inner: Any = factory(rate, **options)
-    except TypeError as error:
-        raise ConfigError(f"config.optimizer does not fit optax.{name}: {error}.") from error
-    trial = {"weight": jnp.zeros(2)}
-    try:
-        jax.eval_shape(lambda: inner.update(trial, inner.init(trial), trial))
-    except Exception as error:  # Of any kind: whatever else optax has under that name.
+    given = {key: OPTIONS.get(name, {}).get(key) if v is None else v for key, v in options.items()}
+    given = {key: value for key, value in given.items() if value is not None}
+    known = _optimizers()
+    if name not in known:
+        close = difflib.get_close_matches(name, known, n=3)
+        hint = f"did you mean {' or '.join(close)}? " if close else ""
         raise ConfigError(
-            f"optax.{name} is no optimizer that needs nothing but a learning rate and gradients; "
-            "sgd and adamw are two."
+            f"optax has no optimizer {name!r}; {hint}sgd, adamw and prodigy are three of its names."
+        )
+    if name.startswith("schedule_free"):
+        raise ConfigError(
+            f"config.optimizer.name cannot be {name!r}: its networks are to be judged by other "
+            "parameters than are trained, which this trainer does not do; adamw is one that can be."
+        )
+    factory = known[name]
+    taken = list(inspect.signature(factory).parameters)
+    for key in sorted(set(given) - set(taken[1:])):
+        raise ConfigError(
+            f"config.optimizer.options does not fit optax.{name}: it takes no {key!r}, but "
+            f"{', '.join(taken[1:])}."
+        )
+    trial = {"weight": jnp.zeros((2, 2))}
+    try:
+        inner: Any = factory(rate, **given)
+        jax.eval_shape(lambda: inner.update(trial, inner.init(trial), trial))
+    except Exception as error:  # Of any kind: whatever optax does with what it is given.
+        reason = str(error).strip().partition("\n")[0]
+        told = f"with the options {given} " if given else ""
+        raise ConfigError(
+            f"optax.{name} {told}cannot be used ({reason}): give config.optimizer.options what it "
+            "takes, or choose one that needs gradients and a learning rate alone, such as adamw."
         ) from error
     if weight_decay:
         inner = optax.chain(optax.add_decayed_weights(weight_decay), inner)
     if accumulate == 1:
         return inner
     return optax.MultiSteps(inner, accumulate).gradient_transformation()
+
+
+def _optimizers() -> dict[str, Callable[..., Any]]:
+    """Return by name what optax and its contributions make of a learning rate."""
+    found = {**vars(optax.contrib), **vars(optax)}
+    return {
+        name: function
+        for name, function in found.items()
+        if inspect.isfunction(function)
+        and next(iter(inspect.signature(function).parameters), "") == "learning_rate"
+        and not name.startswith(("_", "scale_by_"))
+    }
