@@ -2,11 +2,14 @@
 
 from collections.abc import Callable, Iterator
 import contextlib
+import difflib
+import io
 import os
+import re
 import sys
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from absl import flags, logging
+from absl import app, flags, logging
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; a run cut off goes on there.")
 
@@ -22,23 +25,119 @@ class UsageError(ValueError):
     """A command line that does not say what to do."""
 
 
-def parse(argv: list[str], check: Callable[[], None]) -> list[str]:
+def run(main: Callable[[list[str]], None], parse: Callable[[list[str]], list[str]]) -> None:
+    """Run a command to its end, whether or not anything can still read what it prints.
+
+    Args:
+      main: What the command does, given the words that are left.
+      parse: Parses the words of the command line.
+    """
+    keep_printing()
+    app.run(main, flags_parser=parse)
+
+
+class _Output(io.FileIO):
+    """A standard stream that drops what it cannot write: to a closed pipe, or to a full disk."""
+
+    told = False
+
+    def write(self, data: Any, /) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            # Whoever closed a pipe, as `head` does, knows that; one sentence tells of a full disk.
+            if not (self.told or isinstance(error, BrokenPipeError) or self.fileno() == 2):
+                self.told = True
+                print(
+                    f"lpa_jax: What is printed is lost ({error.strerror}); the command goes on.",
+                    file=sys.stderr,
+                    flush=True,
+                )
+            return memoryview(data).nbytes
+
+
+def keep_printing() -> None:
+    """Let no standard stream raise: neither for what it cannot write nor for what it cannot encode.
+
+    A stream that was closed before the command began stays without a reader.
+    """
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        stream = getattr(sys, name)
+        if stream is None:
+            try:
+                os.fstat(number)
+            except OSError:
+                # Or the next file that is opened would take its number, and what C++ prints.
+                while os.open(os.devnull, os.O_RDWR) < number:
+                    pass
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+            continue
+        stream.flush()
+        made = io.TextIOWrapper(
+            io.BufferedWriter(_Output(stream.fileno(), "w", closefd=False)),
+            encoding=stream.encoding,
+            errors="backslashreplace" if name == "stderr" else "replace",
+            line_buffering=name == "stderr" or stream.line_buffering,
+        )
+        setattr(sys, name, made)
+
+
+def parse(
+    argv: list[str],
+    check: Callable[[], None],
+    explain: Callable[[list[str], Exception], str | None] = lambda *_: None,
+) -> list[str]:
     """Parse the flags; whatever is wrong with them ends in a sentence and exit code 2.
 
     Args:
       argv: The words of the command line.
       check: Raises an error if the flags do not say what to do.
+      explain: Says what an error means, where it can: `explain(argv, error)`.
     """
     # What a file's reader warns of, the sentences below say.
     logging.set_verbosity(logging.ERROR)
+    if {"--help", "-help", "--helpshort", "-?", "-h"} & set(argv):
+        app.usage(shorthelp=True, writeto_stdout=True)
+        sys.exit(0)
     try:
         rest = flags.FLAGS(argv)
         if len(rest) > 1:
             raise UsageError(f"What is {rest[1]!r}? Options are written --name=value.")
         check()
+    except flags.IllegalFlagValueError as error:
+        fail(UsageError(explain(argv, error) or _about_value(error)))
+    except flags.UnrecognizedFlagError as error:
+        fail(UsageError(explain(argv, error) or _about_flag(error)))
     except Exception as error:
-        fail(error)
+        told = explain(argv, error)
+        if told is None and (lacking := re.fullmatch(r"Missing value for flag (\S+)", str(error))):
+            told = f"{lacking[1]} needs a value: {lacking[1]}=VALUE."
+        fail(error if told is None else UsageError(told))
     return rest
+
+
+def _about_flag(error: flags.UnrecognizedFlagError) -> str:
+    known = [name for name in flags.FLAGS if len(name) > 1]
+    close = difflib.get_close_matches(error.flagname.replace("-", "_"), known, n=1)
+    hint = f"did you mean --{close[0]}? " if close else ""
+    return f"There is no --{error.flagname}: {hint}--help lists what there is."
+
+
+def _about_value(error: flags.IllegalFlagValueError) -> str:
+    """Say which values a flag takes, where its parser does not."""
+    flag, equals, told = str(error).removeprefix("flag ").partition("=")
+    name = flag.removeprefix("--")
+    reason = f": {error.__context__}"
+    if not equals or name not in flags.FLAGS or not told.endswith(reason):
+        return str(error)
+    parser, value = flags.FLAGS[name].parser, told.removesuffix(reason)
+    kinds = {"bool": "true or false", "tuple": 'a tuple such as "(100.0, 150.0)"'}
+    wanted = getattr(parser, "syntactic_help", "") or kinds.get(parser.flag_type())
+    if "as a ConfigDict" in reason:
+        wanted = f"a dictionary such as \"{{'key': 1}}\", or set its keys alone, {flag}.KEY=VALUE"
+    if wanted is None or isinstance(parser, flags.EnumParser):
+        return f"{flag} cannot be {value!r}{reason}."
+    return f"{flag} cannot be {value!r}: give {wanted}."
 
 
 @contextlib.contextmanager
@@ -78,8 +177,8 @@ def fail(error: Exception, code: int = 2, *, at_once: bool = False) -> NoReturn:
     sentence = " ".join(str(error.args[0] if isinstance(error, KeyError) else error).split())
     # What a configuration file raises arrives with its traceback in the text.
     if "Traceback" in sentence:
-        sentence = sentence.rpartition("Error: ")[2]
-    print(f"lpa_jax: {sentence}", file=sys.stderr, flush=True)
+        sentence = sentence.rpartition("Error: ")[2].removesuffix(" .")
+    print(f"lpa_jax: {sentence.removeprefix('ERROR:: ')}", file=sys.stderr, flush=True)
     if at_once:
         os._exit(code)
     sys.exit(code)

@@ -1,9 +1,11 @@
 """The command line that judges a run: `python -m lpa_jax.evaluate --workdir=runs/digits`."""
 
-from absl import app, flags
+from absl import flags
 
-from lpa_jax.commands import parse, sentences, UsageError, WORKDIR
+from lpa_jax import commands
+from lpa_jax.commands import sentences, UsageError, WORKDIR
 
+flags.adopt_module_key_flags(commands)
 _SEED = flags.DEFINE_multi_integer("seed", None, "Seed to judge, or several; default all.")
 _PART = flags.DEFINE_enum("part", "test", ["test", "validation"], "Images to judge by.")
 _ATTACKS = flags.DEFINE_bool("attacks", False, "Attack the networks too, by FGSM and PGD-20.")
@@ -14,7 +16,7 @@ _LOGIT_ADJUSTMENT = flags.DEFINE_float(
 
 
 def _check() -> None:
-    if WORKDIR.value is None:
+    if not WORKDIR.value:
         raise UsageError("Say which run to judge, for example --workdir=runs/digits.")
 
 
@@ -34,4 +36,4 @@ def _main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(_main, flags_parser=lambda argv: parse(argv, _check))
+    commands.run(_main, lambda argv: commands.parse(argv, _check))

@@ -1,18 +1,26 @@
 """The command line: `python -m lpa_jax.main --config=configs/digits.py --workdir=runs/digits`."""
 
+import os
 import re
+from typing import Any
 
-from absl import app, flags
+from absl import flags
 import jax
 from ml_collections import config_flags
 
-from lpa_jax.commands import fail, parse, sentences, TEMPORARY, UsageError, WORKDIR
+from lpa_jax import commands
+from lpa_jax.commands import fail, sentences, TEMPORARY, UsageError, WORKDIR
 
+flags.adopt_module_key_flags(commands)
 _CONFIG = config_flags.DEFINE_config_file(
     "config",
     None,
-    "File of the configuration, FILE.py or FILE.py:method=NAME,smoke.",
-    lock_config=True,
+    "File of the configuration, FILE.py or FILE.py:method=NAME,smoke. --config.KEY=VALUE after it "
+    "sets one of its keys, such as --config.epochs=3, --config.perturbation.lpa.epsilon=0.1 or "
+    "--config.model.options.width=8; lpa_jax/training/config.py describes all keys.",
+    # What is set that is no key, the check below finds, and says it better.
+    lock_config=False,
+    accept_new_attributes=True,
 )
 _ALLOW_CHANGE = flags.DEFINE_bool(
     "allow_config_change",
@@ -43,8 +51,57 @@ def _check() -> None:
         raise UsageError("Say what to run, for example --config=configs/digits.py:method=lpa.")
     # A file that cannot be read shows only when the configuration is first used.
     _CONFIG.value.to_dict()
+    # Imported late: a wrong flag need not wait for it.
+    from lpa_jax.training import config as configuration
+
+    configuration.check(_CONFIG.value)
     if not WORKDIR.value:
         raise UsageError("Say where to put the run, for example --workdir=runs/digits.")
+
+
+def _parse(argv: list[str]) -> list[str]:
+    return commands.parse(argv, _check, _explain)
+
+
+def _explain(argv: list[str], error: Exception) -> str | None:
+    """Return what is wrong with a key of the configuration, if that is what an error came of."""
+    from lpa_jax.training import config as configuration
+
+    try:
+        words = flags.FLAGS.read_flags_from_files(argv[1:], force_gnu=False)
+    except flags.Error:
+        return None
+    files = [i for i, word in enumerate(words) if re.match(r"--?config(=|$)", word)]
+    matches = [(i, re.match(r"--?(?:no)?config\.([^=]*)", word)) for i, word in enumerate(words)]
+    keys = [(i, found[1]) for i, found in matches if found]
+    for i, key in keys:
+        if not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*", key):
+            like = key.replace("-", "_") if re.fullmatch(r"[a-z][\w.-]*", key) else "model.name"
+            return f"--config.{key} is no key: keys are names and dots, such as --config.{like}."
+        if not files or i < files[0]:
+            return f"--config.{key} changes a configuration: give --config=FILE.py before it."
+    if isinstance(error, flags.UnrecognizedFlagError):
+        name = error.flagname.replace("-", "_")
+        known = configuration.flat(configuration.default().to_dict())
+        like = [key for key in known if name in (key, key.rpartition(".")[2])]
+        return f"There is no --{error.flagname}: did you mean --config.{like[0]}?" if like else None
+    if isinstance(error, configuration.ConfigError) or not files:
+        return None
+    _, equals, value = words[files[-1]].partition("=")
+    value = value if equals else "".join(words[files[-1] + 1 :][:1])
+    path = value.partition(":")[0]
+    if path and not os.path.exists(path):
+        like = f"{path.partition(',')[0].removesuffix('.py')}.py"
+        found = [name for name in (like, f"configs/{like}") if os.path.exists(name)]
+        hint = f"did you mean {found[0]}?" if found else "give one such as configs/digits.py."
+        return f"There is no configuration {path}: {hint}"
+    try:
+        config: Any = flags.FLAGS["config"].parser.parse(value)
+        config.to_dict()
+    except Exception:
+        # What is wrong is in the file: the error tells of it.
+        return None
+    return next((told for _, key in keys if (told := configuration.absent(config, key))), None)
 
 
 def _join() -> None:
@@ -104,4 +161,4 @@ def _main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(_main, flags_parser=lambda argv: parse(argv, _check))
+    commands.run(_main, _parse)

@@ -5,10 +5,12 @@ import pathlib
 import shlex
 import sys
 
-from absl import app, flags
+from absl import flags
 
-from lpa_jax.commands import parse, sentences, UsageError, WORKDIR
+from lpa_jax import commands
+from lpa_jax.commands import sentences, UsageError, WORKDIR
 
+flags.adopt_module_key_flags(commands)
 _TABLE = flags.DEFINE_string("table", None, "Name of the table, such as digits_lt.")
 _METHODS = flags.DEFINE_list(
     "methods", None, "Rows to run, the first of them to compare with; default all."
@@ -40,6 +42,8 @@ RESERVED = {
 def _check() -> None:
     if _TABLE.value is None:
         raise UsageError("Say which table to run, for example --table=digits_lt.")
+    if _METHODS.value == []:
+        raise UsageError("--methods names no row: give one or several, or leave it out for all.")
     _changes()
 
 
@@ -82,4 +86,4 @@ def _main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(_main, flags_parser=lambda argv: parse(argv, _check))
+    commands.run(_main, lambda argv: commands.parse(argv, _check))

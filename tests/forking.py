@@ -12,7 +12,6 @@ import sys
 import tempfile
 import warnings
 
-from absl import app
 import jax
 import orbax.checkpoint
 import sklearn.datasets
@@ -41,9 +40,9 @@ def call(arguments):
             sys.argv = ["lpa_jax.main", *arguments]
             code = 0
             try:
-                app.run(main._main, flags_parser=lambda argv: commands.parse(argv, main._check))
+                commands.run(main._main, main._parse)
             except SystemExit as stop:
-                code = stop.code
+                code = stop.code or 0
             # To take all that was imported to pieces again would cost more than the call.
             sys.stderr.flush()
             os._exit(code)

@@ -158,10 +158,21 @@ CASES = {
     "a directory in a file": (only(RUN[0], "--workdir=README.md/run"), "cannot serve as work dir"),
     "a null in the directory": (only(RUN[0], "--workdir=DIR/\0"), "cannot serve as work dir"),
     "too long a directory": (only(RUN[0], f"--workdir=DIR/{'x' * 300}"), "File name too long"),
-    "a flag that is not": (flags("--verbos"), "verbos"),
+    "a flag that is not": (flags("--verbos"), "There is no --verbos: did you mean --verbosity?"),
+    "a flag of hyphens": (flags("--work-dir=x"), "There is no --work-dir: did you mean --workdir?"),
+    "a key without its config": (flags("--epochs=3"), "no --epochs: did you mean --config.epochs?"),
+    "a branch without its config": (flags("--learning-rate=1"), "mean --config.schedule.learning_"),
+    "a flag without value": (flags("--process_id"), "--process_id needs a value: --process_id=VAL"),
+    "no such file of flags": (flags("--flagfile=DIR/none"), "Unable to open flagfile"),
+    "no configuration to change": (
+        only("--config.epochs=3", RUN[1]), "changes a configuration: give --config=FILE.py before"
+    ),
+    "a change before its configuration": (
+        only("--config.epochs=3", *RUN), "changes a configuration: give --config=FILE.py before it"
+    ),
     "a word": (flags("again"), "What is 'again'? Options are written --name=value."),
     "one process of how many": (flags("--process_id=0"), "--num_processes and --process_id go tog"),
-    "two in letters": (flags("--num_processes=two"), "--num_processes=two"),
+    "two in letters": (flags("--num_processes=two"), "cannot be 'two': give an integer."),
     "process 5 of 2": (
         flags("--num_processes=2", "--process_id=5", "--coordinator_address=localhost:1"),
         "The processes cannot join",
@@ -180,7 +191,16 @@ CASES = {
     ),
     "no cluster": (flags("--distributed"), "The processes cannot join"),
     # ------------------------------------------------------------ the file of the configuration
-    "no file": (only("--config=configs/nowhere.py", RUN[1]), "configs/nowhere.py"),
+    "no file": (only("--config=configs/nowhere.py", RUN[1]), "no configuration configs/nowhere.py"),
+    "a file without ending": (
+        only("--config=configs/digits:smoke", RUN[1]), "did you mean configs/digits.py?"
+    ),
+    "a file without folder": (
+        only("--config=digits.py", RUN[1]), "did you mean configs/digits.py?"
+    ),
+    "a comma for a colon": (
+        only("--config=configs/digits.py,smoke", RUN[1]), "did you mean configs/digits.py?"
+    ),
     "a directory for a file": (only("--config=configs", RUN[1]), "Is a directory: 'configs'"),
     "an empty name": (only("--config=", RUN[1]), "Path to config file is an empty string"),
     "no configuration in the file": (config_file(b""), "no attribute 'get_config'"),
@@ -203,7 +223,7 @@ CASES = {
             b"from lpa_jax.training.config import *\n"
             b"def get_config(_=''):\n    c = default()\n    c.epoch = 3\n    return c"
         ),
-        "There is no config.epoch; did you mean config.epochs?",
+        "There is no config.epoch: did you mean config.epochs?",
     ),
     "a key of another type": (
         config_file(
@@ -223,10 +243,34 @@ CASES = {
     "an unknown word": (argument("lpa"), "takes 'method=NAME' and 'smoke' after its colon"),
     "another method by key": (key("method=lpl"), "config.method is 'lpl', but config.perturbation"),
     # ------------------------------------------------------------ keys
-    "an unknown key": (key("epoch=3"), "epochs"),
+    "an unknown key": (key("epoch=3"), "There is no config.epoch: did you mean config.epochs?"),
+    "an unknown branch": (key("modle.name=x"), "There is no config.modle: did you mean config.mo"),
+    "a key of another branch": (key("learning_rate=1"), "did you mean config.schedule.learning_ra"),
+    "a key of hyphens": (key("data-dir=x"), "is no key: keys are names and dots, such as"),
+    "a branch of hyphens": (key("model-name=x"), "such as --config.model_name."),
+    "no key": (key("=x"), "is no key: keys are names and dots, such as --config.model.name."),
+    "a part of a tuple": (key("schedule.boundaries[0]=1.0"), "is no key: keys are names and dots"),
+    "a key of a number": (key("epochs.x=3"), "config.epochs has no keys of its own"),
+    "a key of a name": (key("model.name.x=3"), "config.model.name has no keys of its own"),
+    "an unknown argument": (
+        key("perturbation.lpa.epsilno=1.0"), "did you mean config.perturbation.lpa.epsilon?"
+    ),
+    "an argument of the task's": (
+        key("perturbation.lpa.class_counts=(1,2)"), "There is no config.perturbation.lpa.class_co"
+    ),
+    "an argument of another method": (
+        key("perturbation.lpl.epsilon=1.0"), "choose the method after the colon"
+    ),
+    "an unknown argument of a split": (
+        key("perturbation.lpa.split.tua=0.2"), "did you mean config.perturbation.lpa.split.tau?"
+    ),
+    "a method without its site": (
+        key("perturbation.lpa={'epsilon': 0.1}"), "config.perturbation.lpa lacks site"
+    ),
+    "a number for a method": (key("perturbation.lpa=1"), "--config.perturbation.lpa.KEY=VALUE"),
     "no epochs": (key("epochs=0"), "config.epochs must be at least 1"),
-    "many epochs": (key("epochs=many"), "many"),
-    "half an epoch": (key("epochs=1.5"), "1.5"),
+    "many epochs": (key("epochs=many"), "--config.epochs cannot be 'many': give an integer."),
+    "half an epoch": (key("epochs=1.5"), "--config.epochs cannot be '1.5': give an integer."),
     "epochs without end": (key("epochs=99999999999999999999"), "give fewer than 2**31"),
     "no batch": (key("batch_size=0"), "config.batch_size must be at least 1"),
     "too large a batch": (key("batch_size=5000"), "set a smaller one"),
@@ -241,14 +285,26 @@ CASES = {
     "a boundary in letters": (key("schedule.boundaries=('a',)"), "epochs from 0"),
     "boundaries backwards": (key("schedule.boundaries=(2.0,1.0)"), "epochs from 0 in order"),
     "a negative warm-up": (key("schedule.warmup_epochs=-1"), "warmup_epochs must be at least 0"),
-    "a value for a branch": (key("schedule=1"), "schedule"),
+    "a value for a branch": (key("schedule=1"), "set its keys alone, --config.schedule.KEY=VALUE."),
     "no checkpoints": (key("checkpoint_every=0"), "checkpoint_every must be above 0"),
     "an unknown optimizer": (key("optimizer.name=sgdd"), "optax has no optimizer 'sgdd'"),
-    "options of another": (key("optimizer.name=adam"), "does not fit optax.adam"),
-    "no optimizer": (key("optimizer.name=chain"), "does not fit optax.chain"),
-    "an optimizer with a line search": (key("optimizer.name=lbfgs"), "does not fit optax.lbfgs"),
+    "options of another": (
+        key("optimizer.name=adam", "optimizer.options.momentum=0.9"), "takes no 'momentum', but b1"
+    ),
+    "an option in letters": (
+        key("optimizer.name=adam", "optimizer.options.b1=x"), "with the options {'b1': 'x'} cannot"
+    ),
+    "no optimizer": (key("optimizer.name=chain"), "optax has no optimizer 'chain'"),
+    "a part of an optimizer": (key("optimizer.name=scale_by_adam"), "no optimizer 'scale_by_adam'"),
+    "an optimizer with a line search": (key("optimizer.name=lbfgs"), "optax.lbfgs cannot be used"),
+    "an optimizer judged elsewhere": (
+        key("optimizer.name=schedule_free_adamw"), "to be judged by other parameters"
+    ),
+    "an optimizer by its module": (key("optimizer.name=contrib.prodigy"), "did you mean prodigy"),
     "a momentum that is none": (key("optimizer.options.momentum=nan"), "momentum must be finite"),
-    "an unknown option": (key("optimizer.options.momentun=0.9"), "momentum"),
+    "an unknown option": (
+        key("optimizer.options.momentun=0.9"), "it takes no 'momentun', but momentum, nesterov"
+    ),
     "a negative decay": (key("optimizer.weight_decay=-1"), "weight_decay must be at least 0"),
     "nothing accumulated": (key("optimizer.accumulate=0"), "accumulate must be at least 1"),
     "too much accumulated": (key("optimizer.accumulate=1000"), "more than the run's 40 steps"),
@@ -262,7 +318,12 @@ CASES = {
         "gamma must be at least 0",
     ),
     "an unknown model": (cifar("model.name=wrn_11_1"), "11"),
-    "options of another model": (key("model.name=wrn_10_1"), "'width'"),
+    "options of another model": (
+        key("model.name=wrn_10_1"), "'width', which wrn_10_1 does not take: leave it out, or clear"
+    ),
+    "an unknown option of a model": (
+        key("model.options.depht=3"), "'depht', which small_cnn does not take"
+    ),
     "an unknown type": (key("model.dtype=float16"), "float32 or bfloat16"),
     "no width": (key("model.options.width=0"), "width must be at least 1"),
     "an unknown head": (key("model.head=cosine"), "head must be one of linear, normalized"),
@@ -285,7 +346,7 @@ CASES = {
     "too high a seed": (key("seed=2147483648"), "seed must be below"),
     "no seeds": (key("num_seeds=0"), "num_seeds must be at least 1"),
     "too much padding": (key("augment.padding=8"), "padding must be below the images' side of 8"),
-    "perhaps flipped": (key("augment.flip=perhaps"), "perhaps"),
+    "perhaps flipped": (key("augment.flip=perhaps"), "give true or false"),
     # ------------------------------------------------------------ files of arrays
     "no npz": (key("dataset=npz:none.npz"), "no file none.npz: write it with np.savez(path, x_tr"),
     "no name after npz": (key("dataset=npz:"), "There is no file : write it"),
@@ -409,7 +470,11 @@ CASES = {
     "a path for a set": (key("dataset=../../etc"), f"'../../etc' {NO_NAME}"),
     "a path behind a name": (key("dataset=mnist/../../x"), NO_NAME),
     "no name of a set": (key("dataset="), f"'' {NO_NAME}"),
-    "code of others": (key("dataset=huggingface:mnist"), NO_NAME),
+    "code of others": (key("dataset=huggingface:mnist"), "no kind of dataset 'huggingface:': give"),
+    "an unknown kind of set": (
+        key("dataset=imagefolder:/x"), "'imagefolder:': give 'digits', 'npz:PATH', or the name of"
+    ),
+    "a version that is none": (key("dataset=cifar10:3.x"), NO_NAME),
     "a name of no letters": (key("dataset=\udcff"), NO_NAME),
     "a set that is not there": (key("dataset=cifar10", "data_dir=DIR"), "is not prepared in"),
     "a set without features": (

@@ -426,7 +426,9 @@ def call(*arguments):
             ["--table=digits", "--set=seed=3"],
             "--set does not take seed: the seeds of a table count",
         ),
-        (["--table=digits", "--seeds=0"], "--seeds"),
+        (["--table=digits", "--seeds=0"], "--seeds cannot be '0': give a positive integer."),
+        (["--table=digits", "--methods="], "--methods names no row"),
+        (["--table=digits", "--set=modle.name=x"], "did you mean config.model?"),
     ],
 )
 def test_a_wrong_call_ends_in_a_sentence(arguments, sentence, tmp_path):
@@ -443,11 +445,13 @@ def test_a_wrong_call_ends_in_a_sentence(arguments, sentence, tmp_path):
     [
         (["lpq"], {}, CONFIGS, "The table 'digits' has no row 'lpq'; its rows are erm, "),
         (["erm", "erm"], {}, CONFIGS, "--methods names a row twice: erm, erm."),
-        (["erm"], {"epoch": 3}, CONFIGS, "config.epoch of method erm cannot be 3"),
-        (["erm"], {"model.options.width": 4}, CONFIGS, "config.model.options.width of method"),
+        (["erm"], {"epoch": 3}, CONFIGS, "no config.epoch: did you mean config.epochs?"),
+        (["erm"], {"model.options.depht": 4}, CONFIGS, "has 'depht', which small_cnn does not"),
+        (["erm"], {"modle.name": "x"}, CONFIGS, "did you mean config.model?"),
+        (["erm"], {"perturbation.lpa.epsilon": 3}, CONFIGS, "choose rows that have it by --method"),
         (["lpa"], {"perturbation.lpa.site": "group9", "epochs": 1}, CONFIGS, "group9"),
-        (["erm"], {"epochs": "x"}, CONFIGS, "config.epochs of method erm cannot be 'x'"),
-        (["erm"], {"epochs.x": 1}, CONFIGS, "config.epochs.x of method erm cannot be 1"),
+        (["erm"], {"epochs": "x"}, CONFIGS, "cannot be 'x': give it the type int."),
+        (["erm"], {"epochs.x": 1}, CONFIGS, "config.epochs has no keys of its own"),
         (["erm"], {}, ROOT / "nowhere", "say where the configurations are, --configs=DIR."),
     ],
 )

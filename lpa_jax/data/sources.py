@@ -83,6 +83,13 @@ def load(
             raise DataError(f"image_size has no effect on {name!r}: leave it out.")
         source = digits.read() if name == "digits" else npz.read(name.removeprefix("npz:"))
     else:
+        # A colon may as well stand before the version of a set of tensorflow-datasets.
+        kind, colon, rest = name.partition(":")
+        if colon and not rest[:1].isdigit() and not rest.startswith("*"):
+            raise DataError(
+                f"There is no kind of dataset {kind + colon!r}: give 'digits', 'npz:PATH', or the "
+                "name of a set of tensorflow-datasets, 'NAME', 'NAME/CONFIG' or 'NAME:VERSION'."
+            )
         source = tfds.read(name, data_dir, image_size)
     labels = source.train.labels
     held = held_out(labels, validation_fraction, seed, source.class_names)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from ml_collections.config_flags import config_path
 import numpy as np
 from rich.console import Console
 import rich.table
@@ -74,14 +75,20 @@ def configure(table: Table, row: Row, protocol: Protocol) -> tuple[Config, str]:
         boundaries = tuple(scale * epoch for epoch in config.schedule.boundaries)
         changes |= {"epochs": protocol.epochs, "schedule.boundaries": boundaries}
     changes |= protocol.changes
-    config.lock()
+    # What is set that is no key, the check below finds.
+    config.unlock()
     for key, value in changes.items():
+        if told := configuration.absent(config, key):
+            if key.startswith("perturbation."):
+                told = "choose rows that have it by --methods."
+            raise ConfigError(f"{key} cannot be set in the row of method {row.method}: {told}")
         try:
             config.update_from_flattened_dict({key: value})
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            told = str(error.args[0] if isinstance(error, KeyError) else error)
+            kind: Any = config_path.get_type(key, config, default_type=object)
             raise ConfigError(
-                f"config.{key} of method {row.method} cannot be {value!r}: {told}"
+                f"config.{key} of method {row.method} cannot be {value!r}: give it the type "
+                f"{kind.__name__}."
             ) from error
     configuration.check(config)
     words = ["python", "-m", "lpa_jax.main", f"--config={path}:method={row.method}"]

@@ -1,0 +1,129 @@
+"""What the command lines print, where it can be read and where it cannot."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+SMALL = [
+    "--config=configs/digits.py",
+    "--config.epochs=2",
+    "--config.limit=128",
+    "--config.model.options.width=4",
+    "--config.num_seeds=2",
+]
+
+
+def call(module, *arguments, shell="", **options):
+    """Run a command line, its output into a pipe that nobody reads unless `shell` redirects it."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", f"lpa_jax.{module}", *map(str, arguments)]
+    if shell:
+        command = ["sh", "-c", f'exec "$@" {shell}', "sh", *command]
+    try:
+        return subprocess.run(
+            command,
+            cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True, check=False,
+            env={**os.environ, "JAX_PLATFORMS": "cpu", **options},
+        )  # fmt: skip
+    finally:
+        os.close(writer)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Return the directory of a run that nobody read the output of, and what became of it."""
+    workdir = tmp_path_factory.mktemp("run")
+    return workdir, call("main", *SMALL, f"--workdir={workdir}")
+
+
+def complete(workdir):
+    summary = json.loads((workdir / "summary.json").read_text())
+    assert [result["seed"] for result in summary["seeds"]] == [0, 1]
+    assert (workdir / "curves.png").stat().st_size
+    return True
+
+
+def test_a_closed_pipe_stops_no_training(run):
+    workdir, done = run
+    assert (done.returncode, done.stderr) == (0, "")
+    assert complete(workdir)
+    # What has no default yet can be set all the same.
+    assert json.loads((workdir / "config.json").read_text())["model"]["options"] == {"width": 4}
+
+
+def test_a_closed_pipe_stops_no_evaluation(run):
+    workdir, _ = run
+    done = call("evaluate", f"--workdir={workdir}")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads((workdir / "evaluation.json").read_text())["metrics"]["clean"]
+
+
+def test_a_closed_pipe_stops_no_table(tmp_path):
+    done = call(
+        "table", "--table=digits", "--methods=erm", "--seeds=1", "--budget=1", "--set=limit=128",
+        f"--workdir={tmp_path}",
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads((tmp_path / "table.json").read_text())["lines"]
+
+
+@pytest.mark.parametrize(
+    ("shell", "said"),
+    [
+        (">&- 2>&-", ""),
+        ("2>&1", ""),
+        (
+            "> /dev/full",
+            "lpa_jax: What is printed is lost (No space left on device); the command goes on.\n",
+        ),
+    ],
+)
+def test_no_output_that_cannot_be_written_stops_training(shell, said, tmp_path):
+    if "/dev/full" in shell and not pathlib.Path("/dev/full").exists():
+        pytest.skip("there is no /dev/full here")
+    done = call("main", *SMALL, f"--workdir={tmp_path}", shell=shell)
+    assert (done.returncode, done.stderr) == (0, said)
+    assert complete(tmp_path)
+    # Nothing that was meant for the terminal is in the files.
+    assert json.loads((tmp_path / "config.json").read_text())["epochs"] == 2
+
+
+@pytest.mark.parametrize("names", [{"PYTHONIOENCODING": "ascii"}, {"LANG": "C", "LC_ALL": "C"}])
+def test_signs_that_a_terminal_lacks_stop_nothing(names, run, tmp_path):
+    workdir, _ = run
+    done = call("main", *SMALL, f"--workdir={workdir}", shell=f"> {tmp_path}/out", **names)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "test accuracy %" in (tmp_path / "out").read_text(encoding="utf-8")
+
+
+def test_a_wrong_flag_is_told_by_its_exit_code_where_no_one_listens():
+    assert call("main", "--epochs=3", shell="2>&-").returncode == 2
+
+
+@pytest.mark.parametrize(
+    ("module", "flags"),
+    [
+        ("main", ["--workdir", "--config:", "--config.KEY=VALUE", "--allow_config_change"]),
+        ("evaluate", ["--workdir", "--seed", "--attacks"]),
+        ("table", ["--workdir", "--table", "--trials"]),
+    ],
+)
+def test_help_names_every_flag(module, flags, tmp_path):
+    done = call(module, "--help", shell=f"> {tmp_path}/out")
+    assert (done.returncode, done.stderr) == (0, "")
+    shown = (tmp_path / "out").read_text()
+    for flag in flags:
+        assert f"  {flag}" in shown or f"--[no]{flag[2:]}" in shown or flag in shown, flag
+    # Those of absl and its like are not.
+    assert "--logtostderr" not in shown
+
+
+def test_help_into_a_closed_pipe_is_no_error():
+    done = call("main", "--help")
+    assert (done.returncode, done.stderr) == (0, "")
