@@ -168,8 +168,10 @@ def sentences(stopped: str) -> Iterator[None]:
     except wrong as error:
         fail(error)
     except KeyboardInterrupt:
-        print(f"lpa_jax: {stopped}", file=sys.stderr)
-        sys.exit(130)
+        print(f"lpa_jax: {stopped}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        # An exit in order would wait for all that the devices were given to do, maybe minutes.
+        os._exit(130)
 
 
 def fail(error: Exception, code: int = 2, *, at_once: bool = False) -> NoReturn:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 import functools
+import time
 import types
 from typing import Any, NamedTuple
 
@@ -14,6 +15,8 @@ import numpy as np
 from lpa_jax import data
 from lpa_jax.evaluation import calibration
 
+AHEAD = 2
+"""Batches that the devices are given before the first of them is finished."""
 Predict = Callable[[PyTree, Any, Any, Any], "Outcomes"]
 Change = Callable[[Callable[[jax.Array], jax.Array], Any, Any, Any], jax.Array]
 """`(images -> logits, images, labels, numbers of the examples) -> images`, float in [0, 1]."""
@@ -67,8 +70,20 @@ def outcomes(logits: Float[Array, "batch classes"], labels: Int[Array, "batch"])
     return Outcomes(jnp.argmax(logits, axis=1), nll, jnp.exp(jnp.max(log_p, axis=1)))
 
 
+def wait(array: Any) -> None:
+    """Wait for an array so that Ctrl-C is obeyed at once, which the wait of JAX itself delays."""
+    pause = 1e-4
+    while not array.is_ready():
+        time.sleep(pause)
+        pause = min(2 * pause, 0.05)
+
+
 def collect(
-    predict: Predict, variables: PyTree, examples: data.Examples, batch_size: int
+    predict: Predict,
+    variables: PyTree,
+    examples: data.Examples,
+    batch_size: int,
+    finished: Callable[[], None] = lambda: None,
 ) -> Outcomes:
     """Return the outcomes of all examples, in their order, as NumPy arrays.
 
@@ -77,10 +92,17 @@ def collect(
       variables: The network's variables.
       examples: At least one example.
       batch_size: Examples a forward pass; the last batch is padded.
+      finished: Called for each batch that is finished.
     """
     batches = list(data.eval_batches(len(examples.labels), batch_size))
-    # The devices go on while the host reads; it waits for the last batch alone.
-    found = [predict(variables, examples.images[i], examples.labels[i], i) for i, _ in batches]
+    found, number = [], 0
+    for i, _ in batches:
+        found.append(predict(variables, examples.images[i], examples.labels[i], i))
+        # The devices go on while the host reads ahead, but not far.
+        while number < len(found) - (AHEAD if len(found) < len(batches) else 0):
+            wait(found[number].nll)
+            finished()
+            number += 1
     real = np.concatenate([weights > 0 for _, weights in batches])
     return Outcomes(
         *(

@@ -17,7 +17,7 @@ import rich.table
 
 from lpa_jax.tables.catalogue import Row, Table
 from lpa_jax.training import config as configuration
-from lpa_jax.training import evaluate, experiment, loop, mesh, provenance
+from lpa_jax.training import evaluate, experiment, loop, mesh, progress, provenance
 from lpa_jax.training import feed as feeds
 from lpa_jax.training.config import Config, ConfigError
 from lpa_jax.training.step import make_steps
@@ -140,14 +140,18 @@ def run(
       WriteError: If the work directory takes no more.
     """
     configured = configure_all(table, protocol, workdir)
-    outcomes = {}
+    outcomes, left, names = {}, progress.Left(), list(table.rows)
     for number, (name, row) in enumerate(table.rows.items(), 1):
         config, command = configured[name]
         place = workdir / directory(name, row)
+        # Rows that share their networks train them once.
+        ahead = {workdir / directory(other, table.rows[other]) for other in names[number - 1 :]}
+        missing = {path: max(0, protocol.seeds - finished(path)) for path in ahead}
         command += f" {shlex.quote(f'--workdir=runs/again/{place.name}')}"
-        console.rule(f"{name} ({number} of {len(table.rows)})")
+        console.rule(f"{name} ({number} of {len(names)}){left(sum(missing.values()))}")
         try:
-            summary = loop.train_and_evaluate(config, place, console)
+            with left.timed(missing[place]):
+                summary = loop.train_and_evaluate(config, place, console)
         except loop.NonFiniteLossError as error:
             outcomes[name] = Outcome(row, command, None, str(error))
             continue
@@ -213,21 +217,25 @@ def plan(
         shown.add_column(column, justify="right")
     # What a search would choose is not known here.
     configured = configure_all(table, protocol, None if trials else workdir)
+    rows = {name: directory(name, row) for name, row in table.rows.items()}
+    shared = {name for name, place in rows.items() if place != name and place in rows}
     total = 0.0
-    for name, row in table.rows.items():
-        (config, _), place = configured[name], directory(name, row)
-        if place != name and place in table.rows:
-            shown.add_row(name, "", f"those of {place}")
-            continue
-        done = _finished(home(workdir, trials) / place)
-        tried = sum(_finished(path) for path in (workdir / "tuning" / place).glob("trial*"))
-        with console.status(f"timing {name}"), experiment.as_config_error():
-            seconds, num_steps = _seconds_a_step(config)
-        left = max(0, trials - tried) + max(0, protocol.seeds - done)
-        left *= num_steps * seconds
-        total += left
-        cells = (f"{tried} of {trials}", f"{done} of {protocol.seeds}", str(num_steps))
-        shown.add_row(name, *cells, f"{seconds:.3f}", f"{left / 3600:.2f}")
+    with progress.bar(console, "timing", len(rows) - len(shared), unit="row") as bar:
+        for name, place in rows.items():
+            if name in shared:
+                shown.add_row(name, "", f"those of {place}")
+                continue
+            done = finished(home(workdir, trials) / place)
+            tried = sum(finished(path) for path in (workdir / "tuning" / place).glob("trial*"))
+            bar.begin(f"timing {name}")
+            with experiment.as_config_error():
+                seconds, num_steps = _seconds_a_step(configured[name][0], bar)
+            bar.finished()
+            left = max(0, trials - tried) + max(0, protocol.seeds - done)
+            left *= num_steps * seconds
+            total += left
+            cells = (f"{tried} of {trials}", f"{done} of {protocol.seeds}", str(num_steps))
+            shown.add_row(name, *cells, f"{seconds:.3f}", f"{left / 3600:.2f}")
     console.print(shown)
     console.print(
         f"About {total / 3600:.2f} hours in all; compilation and evaluation are not counted.",
@@ -241,11 +249,12 @@ def home(workdir: pathlib.Path, trials: int) -> pathlib.Path:
     return workdir / f"trials{trials}" if trials else workdir
 
 
-def _finished(workdir: pathlib.Path) -> int:
+def finished(workdir: pathlib.Path) -> int:
+    """Return the number of seeds of which the results are in a directory."""
     return len(list(workdir.glob("seed*/result.json")))
 
 
-def _seconds_a_step(config: Config) -> tuple[float, int]:
+def _seconds_a_step(config: Config, bar: progress.Bar) -> tuple[float, int]:
     """Return the seconds of a step, median of up to 5 after the first, and the steps of a run."""
     parts = experiment.build(config)
     train = parts.dataset.train
@@ -257,12 +266,12 @@ def _seconds_a_step(config: Config) -> tuple[float, int]:
     steps = make_steps(
         parts.model.init, parts.perturbed, parts.tx, devices, shape, feed.take, **config.augment
     )
-    state = steps.init(jnp.int32(0))
+    state = bar.call(steps.init, jnp.int32(0))
     seed, one = mesh.put((np.int32(0), np.int32(1)), mesh.replicated(devices))
     given, times = next(feed.open(0, 0)), []
     while len(times) < 6 and sum(times[1:]) < 10.0:
         began = time.perf_counter()
-        state = jax.block_until_ready(steps.train(state, seed, one, *given))
+        state = jax.block_until_ready(bar.call(steps.train, state, seed, one, *given))
         times.append(time.perf_counter() - began)
     # The first compiled.
     return statistics.median(times[1:]), parts.num_steps

@@ -7,7 +7,7 @@ from rich.console import Console
 
 from lpa_jax.tables import runs
 from lpa_jax.tables.catalogue import Range, Row, Table
-from lpa_jax.training import loop, records
+from lpa_jax.training import loop, progress, records
 from lpa_jax.training.config import Config, ConfigError, flat
 
 VALIDATION_FRACTION = 0.1
@@ -104,11 +104,15 @@ def tuned(
     # What cannot be run is told before anything is.
     runs.configure_all(table, _on_trial(protocol))
     best: dict[str, dict[str, Any]] = {}
+    # Rows that share their networks share the search.
+    searches: dict[str, Row] = {}
     for name, row in table.rows.items():
-        # Rows that share their networks share the search.
-        shared = runs.directory(name, row)
-        if shared not in best:
-            best[shared] = _search(table, shared, row, protocol, trials, workdir, console)
+        searches.setdefault(runs.directory(name, row), row)
+    left, ahead = progress.Left(), len(searches) * trials
+    for shared, row in searches.items():
+        ahead -= trials
+        found = _search(table, shared, row, protocol, trials, workdir, console, left, ahead)
+        best[shared] = found
     rows = {
         name: row._replace(changes={**row.changes, **best[runs.directory(name, row)]})
         for name, row in table.rows.items()
@@ -129,6 +133,8 @@ def _search(
     trials: int,
     workdir: pathlib.Path,
     console: Console,
+    left: progress.Left,
+    after: int,
 ) -> dict[str, Any]:
     try:
         import optuna
@@ -158,9 +164,11 @@ def _search(
             for key, interval in intervals.items()
         }
         config, _ = runs.configure(table, row._replace(changes={**row.changes, **drawn}), held_out)
-        console.rule(f"{name}, trial {number + 1} of {trials}")
+        console.rule(f"{name}, trial {number + 1} of {trials}{left(after + trials - number)}")
+        place = workdir / name / f"trial{number}"
         try:
-            summary = loop.train_and_evaluate(config, workdir / name / f"trial{number}", console)
+            with left.timed(1 - runs.finished(place)):
+                summary = loop.train_and_evaluate(config, place, console)
         except loop.NonFiniteLossError:
             study.tell(trial, 0.0)
             continue

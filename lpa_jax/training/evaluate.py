@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 import functools
+import math
 import pathlib
 import statistics
 from typing import Any, Literal
@@ -15,7 +16,7 @@ from rich.console import Console
 import lpa_jax
 from lpa_jax import data
 from lpa_jax.evaluation import attacks, calibration, corruptions, metrics
-from lpa_jax.training import checkpoints, experiment, mesh, provenance, records, report
+from lpa_jax.training import checkpoints, experiment, mesh, progress, provenance, records, report
 from lpa_jax.training import config as configuration
 from lpa_jax.training.config import Config, ConfigError
 from lpa_jax.training.experiment import Experiment
@@ -24,6 +25,8 @@ from lpa_jax.training.step import make_steps, Steps
 
 Part = Literal["test", "validation"]
 ATTACKS = {"fgsm": attacks.fgsm(), "pgd": attacks.pgd()}
+COST = {"fgsm": 4, "pgd": 61}
+"""Forward passes that a batch costs, where it is not one; a gradient counts as three."""
 
 
 def evaluate_run(
@@ -96,11 +99,21 @@ def evaluate_run(
 
     batch_size = mesh.multiple(devices, parts.eval_batch_size)
     conditions = _conditions(parts, devices, examples, attack, corrupt, logit_adjustment)
-    with console.status("") as status:
-        for name, predict, shown in conditions:
-            status.update(name)
+    names = _names(attack, corrupt, logit_adjustment)
+    batches = len(networks) * math.ceil(len(examples.labels) / batch_size)
+    work = batches * sum(COST.get(name, 1) for name in names)
+    total = batches * len(names)
+    with progress.bar(console, "", total, unit="batch", work=work) as bar:
+        for number, (name, predict, shown) in enumerate(conditions, 1):
+            bar.begin(f"{name} ({number} of {len(names)})")
             for result, (_, variables) in zip(results, networks.values(), strict=True):
-                found = metrics.collect(predict, variables, shown, batch_size)
+                found = metrics.collect(
+                    functools.partial(bar.run, predict),
+                    variables,
+                    shown,
+                    batch_size,
+                    functools.partial(bar.finished, work=COST.get(name, 1)),
+                )
                 judged = metrics.summarise(found, shown.labels, dataset.num_classes, parts.groups)
                 result[name] = {"error": 1.0 - judged["accuracy"], **judged}
                 if name == "clean":
@@ -109,6 +122,8 @@ def evaluate_run(
                     bins = calibration.reliability(predicted == labels, found.confidence)
                     result["confusion"] = matrix.tolist()
                     result["reliability"] = {k: v.tolist() for k, v in bins._asdict().items()}
+            error = statistics.fmean(result[name]["error"] for result in results)
+            bar.say(f"error {100 * error:.2f} %")
     if corrupt:
         for result in results:
             result["corruptions"] = _mean(result)
@@ -208,6 +223,21 @@ def _newest(directory: pathlib.Path, steps: Steps) -> TrainState | None:
                 raise
         finally:
             saved.close()
+
+
+def _names(attack: bool, corrupt: bool, tau: float | None) -> list[str]:
+    """Return what `_conditions` yields."""
+    return [
+        *("clean", *(["logit_adjusted"] if tau is not None else [])),
+        *(ATTACKS if attack else ()),
+        *(_corrupted() if corrupt else ()),
+    ]
+
+
+def _corrupted() -> list[str]:
+    return [
+        f"{n}_{severity}" for n in corruptions.CORRUPTIONS for severity in corruptions.SEVERITIES
+    ]
 
 
 def _conditions(

@@ -17,11 +17,10 @@ from jax.experimental import multihost_utils
 import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lpa_jax import data
 from lpa_jax.evaluation import metrics
-from lpa_jax.training import checkpoints, experiment, mesh, provenance, records, report
+from lpa_jax.training import checkpoints, experiment, mesh, progress, provenance, records, report
 from lpa_jax.training import feed as feeds
 from lpa_jax.training.config import Config, ConfigError
 from lpa_jax.training.state import epoch_means
@@ -135,9 +134,14 @@ def train_and_evaluate(
     def on_devices(number):
         return mesh.put(np.int32(number), mesh.replicated(devices))
 
-    def judge(variables, examples):
+    def judge(variables, examples, show):
         judged = metrics.evaluate(
-            predict, variables, examples, dataset.num_classes, eval_batch_size, parts.groups
+            functools.partial(show.call, predict),
+            variables,
+            examples,
+            dataset.num_classes,
+            eval_batch_size,
+            parts.groups,
         )
         if not math.isfinite(judged["nll"]):
             raise NonFiniteLossError(f"The loss of the trained network is not finite: {REMEDY}.")
@@ -160,7 +164,7 @@ def train_and_evaluate(
         )
 
     # --- Train each seed; the step is compiled once for all of them. -----------------------------
-    results, rows_by_seed, first_step_time = [], {}, None
+    results, rows_by_seed, first_step_time, compiled = [], {}, None, set()
     with _preemption() as preempted:
         for seed in range(config.seed, config.seed + config.num_seeds):
             directory = workdir / f"seed{seed}"
@@ -173,7 +177,12 @@ def train_and_evaluate(
                 raise PreemptedError(f"SIGTERM came before seed {seed} began.")
             saved = checkpoints.Checkpoints(directory / "checkpoints")
             state = saved.restore(steps.like, steps.shardings)
-            state = steps.init(jnp.int32(seed)) if state is None else state
+            name = f"seed {seed}"
+            if config.num_seeds > 1:
+                name += f" ({seed - config.seed + 1} of {config.num_seeds})"
+            if state is None:
+                with progress.bar(console, name, num_steps, compiled=compiled) as show:
+                    state = show.call(steps.init, jnp.int32(seed))
             first = step = int(state.step)
             begin = functools.partial(provenance.begin, directory, session, first)
             sessions = provenance.by_first(begin)
@@ -181,7 +190,8 @@ def train_and_evaluate(
             with contextlib.ExitStack() as stack:
                 stack.callback(saved.close)
                 stack.callback(log.close)
-                show = stack.enter_context(_progress(console, f"seed {seed}", first, num_steps))
+                show = progress.bar(console, name, num_steps, done=first, compiled=compiled)
+                show = stack.enter_context(show)
                 batches = stack.enter_context(contextlib.closing(feed.open(seed, first)))
                 stops = (steps_per_epoch, checkpoint_every)
                 for taken in _dispatches(first, num_steps, config.steps_per_dispatch, *stops):
@@ -189,8 +199,9 @@ def train_and_evaluate(
                     given = (on_devices(seed), on_devices(taken), *given)
                     # Whatever is moved between host and device has been moved by now.
                     with jax.transfer_guard("disallow"):
-                        state = steps.train(state, *given)
+                        state = show.run(steps.train, state, *given)
                     step += taken
+                    show.given(step, state.step)
                     # The step is compiled, and the devices are at work on it.
                     first_step_time = first_step_time or time.time()
                     epoch, rest = divmod(step, steps_per_epoch)
@@ -199,7 +210,8 @@ def train_and_evaluate(
                     if saving or rest == 0:
                         stop_if_nonfinite(state, seed, end_of_epoch=rest == 0)
                     if rest == 0:
-                        state = steps.end_epoch(state)
+                        show.finished_to(step)
+                        state = show.call(steps.end_epoch, state)
                         row, _ = epoch_means(state.epoch)
                         learning_rate = parts.rate((step - 1) // accumulate)
                         row |= {"learning_rate": float(np.asarray(learning_rate))}
@@ -207,27 +219,26 @@ def train_and_evaluate(
                             row |= {"nonfinite_steps": int(state.nonfinite_steps)}
                         due = epoch % config.evaluate_every == 0 or step == num_steps
                         if len(dataset.validation.labels) and due:
-                            judged = judge(state.variables, dataset.validation)
+                            judged = judge(state.variables, dataset.validation, show)
                             row |= _named("validation", judged)
                             if judged["accuracy"] > max(_best_validation(log.rows), default=-1.0):
-                                tested = judge(state.variables, dataset.test)
+                                tested = judge(state.variables, dataset.test, show)
                                 row |= {"test_accuracy": tested["accuracy"]}
                         log.write({"step": step, "epoch": epoch, **_scalars(row)})
-                        show(step, f"epoch {epoch}", row)
+                        show.say(_news(epoch, row))
                     if saving:
                         saved.save(step, state)
                     if stopping:
                         raise PreemptedError(f"SIGTERM came; step {step} is saved in {directory}.")
-                    show(step)
 
                 # --- Judge the last epoch, whatever came before it. -------------------------------
                 means, by_class = epoch_means(state.epoch)
                 result = {"seed": seed, "train_accuracy": means["train_accuracy"]}
                 if len(dataset.validation.labels):
-                    result |= _named("validation", judge(state.variables, dataset.validation))
+                    result |= _named("validation", judge(state.variables, dataset.validation, show))
                     if best := _best_validation(log.rows):
                         result |= {report.BEST: best[max(best)]}
-                result |= _named("test", judge(state.variables, dataset.test))
+                result |= _named("test", judge(state.variables, dataset.test, show))
                 result |= {"perturbation": by_class, "sessions": sessions}
             if first_process:
                 with records.writing(str(result_path)):
@@ -318,31 +329,8 @@ def _scalars(row: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in row.items() if not isinstance(value, list)}
 
 
-@contextlib.contextmanager
-def _progress(console: Console, name: str, first: int, total: int) -> Iterator[Callable[..., None]]:
-    """Show a progress bar with rate and time left; without a terminal, a line an epoch."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[news]}"),
-    )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task(name, total=total, completed=first, rate="", news="")
-        began = time.monotonic()
-
-        def show(step, epoch=None, row=None):
-            rate = (step - first) / max(time.monotonic() - began, 1e-9)
-            bar.update(task, completed=step, rate=f"{rate:.1f} steps/s")
-            if row is None:
-                return
-            parts = [epoch, f"loss {row['train_loss']:.4f}"]
-            if "validation_accuracy" in row:
-                parts.append(f"validation {100 * row['validation_accuracy']:.2f} %")
-            bar.update(task, news=", ".join(parts))
-            if not console.is_terminal:
-                console.print(f"{name}: {', '.join(parts)}, {rate:.1f} steps/s", highlight=False)
-
-        yield show
+def _news(epoch: int, row: Mapping[str, Any]) -> str:
+    news = f"epoch {epoch}, loss {row['train_loss']:.4f}"
+    if "validation_accuracy" in row:
+        news += f", validation {100 * row['validation_accuracy']:.2f} %"
+    return news
