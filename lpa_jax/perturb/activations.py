@@ -1,6 +1,6 @@
 """Perturbations of hidden activations: LPA, dropout, DropBlock, shake."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 import math
 from typing import Any, Literal, NamedTuple
 

@@ -1,8 +1,8 @@
 """One training step with perturbations: capture, perturb, replace, back-propagate."""
 
 import collections
-import contextlib
 from collections.abc import Callable, Mapping
+import contextlib
 import dataclasses
 import functools
 from typing import Any, NamedTuple
@@ -428,7 +428,7 @@ class _Walk:
         for i, state in objective.states.items():
             if i > after:
                 walk.states = (*walk.states[:i], state, *walk.states[i + 1 :])
-                with contextlib.suppress(_GradientNeeded):
+                with contextlib.suppress(_GradientNeededError):
                     logits, _ = walk._update(i, sites.LOGITS, logits, _needed)
         return logits
 
@@ -543,12 +543,12 @@ def _early(site: str, mixing: str) -> str:
     )
 
 
-class _GradientNeeded(Exception):
+class _GradientNeededError(Exception):
     """A transform at the logits asks for the gradient there."""
 
 
 def _needed(_: Array) -> tuple[Array, Array]:
-    raise _GradientNeeded
+    raise _GradientNeededError
 
 
 class _Objective(NamedTuple):
