@@ -236,7 +236,7 @@ def cutmix(alpha: Number, probability: Number = 1.0) -> Perturbation:
         applied = jax.random.bernoulli(apply_key, at_step(probability, step))
         lam = jax.random.beta(lam_key, safe, safe)
         lam = jnp.where(applied & (concentration > 0), lam, 1.0)
-        centre = jnp.floor(jax.random.uniform(centre_key, (1, 2)) * size)
+        centre = jnp.floor(jax.random.uniform(centre_key, (1, 2)) * size[None])
         box = _box(value, centre, jnp.floor(size * jnp.sqrt(1.0 - lam)))
         mixed = jnp.where(paired[:, None, None, None] & box, other, value)
         return mixed, 1.0 - jnp.mean(box.astype(jnp.float32))
@@ -269,9 +269,10 @@ def cutout(size: Number, mean: float | Sequence[float] = 0.0) -> Perturbation:
 
     def update(value, *, key, step=0, **_):
         shape = jnp.asarray(_image_size("cutout", value), jnp.float32)
-        centre = jnp.floor(jax.random.uniform(key, (value.shape[0], 2)) * shape)
+        centre = jnp.floor(jax.random.uniform(key, (value.shape[0], 2)) * shape[None])
         square = _box(value, centre, jnp.full(2, at_step(size, step)))
-        return jnp.where(square, color.astype(value.dtype), value)
+        cover = jnp.broadcast_to(color.astype(value.dtype), value.shape)
+        return jnp.where(square, cover, value)
 
     return stateless(INPUTS, update)
 
@@ -288,7 +289,8 @@ def _box(
     """Return which pixels lie in a box: from half its size before its centre to half beyond."""
 
     def within(axis):
-        offset = jnp.arange(value.shape[1 + axis]) - centre[:, axis, None]
+        places = jnp.arange(value.shape[1 + axis], dtype=jnp.float32)
+        offset = places[None] - centre[:, axis, None]
         return (offset >= -size[axis] / 2) & (offset < size[axis] / 2)
 
     return (within(0)[:, :, None] & within(1)[:, None])[..., None]

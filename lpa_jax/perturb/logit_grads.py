@@ -224,7 +224,7 @@ def elr(num_examples: int, strength: sites.Number, beta: sites.Number = 0.7) -> 
         real = weights > 0
         p = jnp.where(real[:, None], jax.nn.softmax(logits), 0.0)
         # One mean for all of an example's places in the batch: writes to one row have no order.
-        same = ((examples[:, None] == examples) & real).astype(jnp.float32)
+        same = ((examples[:, None] == examples[None]) & real[None]).astype(jnp.float32)
         total = jnp.matmul(same, p, precision=jax.lax.Precision.HIGHEST)
         own = total / jnp.maximum(jnp.sum(same, axis=1, keepdims=True), 1.0)
         decay = sites.at_step(beta, step)

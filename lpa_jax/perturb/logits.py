@@ -142,7 +142,7 @@ def logit_adjustment(class_counts: Sequence[float], tau: sites.Number = 1.0) -> 
     def update(value, *, step=0, **_):
         membership.check_classes(counts, value)
         shift = sites.at_step(tau, step) * jnp.log(counts / jnp.sum(counts))
-        return value + shift.astype(value.dtype)
+        return value + shift[None].astype(value.dtype)
 
     return sites.stateless(sites.LOGITS, update)
 
@@ -233,7 +233,7 @@ def _with_margins(value: Array, labels: membership.Labels, margins: Array) -> Ar
     """Return `u - margin_y e_y`."""
     if labels.ndim == 1:
         labels = jax.nn.one_hot(labels, value.shape[1])
-    return value - (labels * margins).astype(value.dtype)
+    return value - (labels * margins[None]).astype(value.dtype)
 
 
 class ISDAState(NamedTuple):
@@ -328,7 +328,7 @@ def isda(
         spread = jnp.einsum(form, apart, covariances, apart, precision=jax.lax.Precision.HIGHEST)
         size = sites.at_step(strength, step)
         if num_steps is not None:
-            size *= jnp.minimum(step / num_steps, 1.0)
+            size *= jnp.minimum(jnp.asarray(step, jnp.float32) / num_steps, 1.0)
         return value + members.spread(0.5 * size * spread).astype(value.dtype), state
 
     return sites.Perturbation((site, sites.LOGITS), init, update)
@@ -342,7 +342,7 @@ def _observe(
     features = jnp.where(real, features.astype(jnp.float32), 0.0)
     means = members.mean(features)
     # Around the mean of the row, not of all: a difference of large squares would have no digits.
-    centred = features[:, None] - means
+    centred = features[:, None] - means[None]
     count = jnp.where(members.counts > 0, members.counts, 1.0)
     full = state.covariances.ndim == 3
     form = "br,brd,bre->rde" if full else "br,brd,brd->rd"

@@ -131,7 +131,8 @@ def gradient_noise(eta: sites.Number, gamma: float = 0.55) -> sites.Perturbation
     sites.check_number("gamma", gamma)
 
     def update(grads, *, key, step=0, **_):
-        stddev = jnp.sqrt(sites.at_step(eta, step) / (1.0 + step) ** gamma)
+        count = 1.0 + jnp.asarray(step, jnp.float32)
+        stddev = jnp.sqrt(sites.at_step(eta, step) / count**gamma)
         noise = optax.tree.random_like(key, grads, jax.random.normal)
         return jax.tree.map(lambda grad, z: grad + stddev.astype(grad.dtype) * z, grads, noise)
 

@@ -147,7 +147,8 @@ def tail(
 
     def signs(stats, classes):
         counts = frequency(stats)
-        return _of(jnp.where(is_head(counts), -1.0, 1.0) * (counts > 0), classes)
+        sign = jnp.where(is_head(counts), -1.0, 1.0)
+        return _of(jnp.where(counts > 0, sign, 0.0), classes)
 
     def spread(stats, classes):
         counts = frequency(stats)

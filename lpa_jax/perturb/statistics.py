@@ -30,7 +30,8 @@ class Means(NamedTuple):
 
     def over_classes(self, statistic: str) -> Float[Array, ""]:
         """Return the mean over the classes seen of `"confidence"` or `"accuracy"`."""
-        return jnp.sum(getattr(self, statistic)) / jnp.maximum(self.num_seen, 1)
+        seen = jnp.maximum(self.num_seen, 1).astype(jnp.float32)
+        return jnp.sum(getattr(self, statistic)) / seen
 
 
 class ClassStats(NamedTuple):
