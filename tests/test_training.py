@@ -220,6 +220,15 @@ def test_an_epoch_without_a_finite_step_stops_a_run_that_skips(tmp_path, monkeyp
         run(smoke("erm", nonfinite="skip"), tmp_path)
 
 
+def test_the_training_accuracy_of_mixed_images_is_weighted_by_the_mixing(tmp_path):
+    plain, _ = run(smoke("erm"), tmp_path / "plain")
+    mixed, _ = run(smoke("mixup"), tmp_path / "mixed")
+    # Of two examples mixed by Beta(1, 1) the larger part is three quarters; unmixed labels would
+    # agree with the prediction for little more than half of the images.
+    accuracies = [summary["seeds"][0]["train_accuracy"] for summary in (plain, mixed)]
+    assert 0.5 * accuracies[0] < accuracies[1] < 0.8
+
+
 @pytest.mark.parametrize(("nonfinite", "after"), [("stop", 0), ("skip", 2)])
 def test_a_step_that_is_not_finite_changes_its_count_alone(nonfinite, after):
     examples = data.load("digits").train
@@ -245,7 +254,13 @@ def test_a_step_that_is_not_finite_changes_its_count_alone(nonfinite, after):
     assert int(state.step) == after
     # A run that stops counts the step it stands at.
     assert int(state.nonfinite_steps) == max(after, 1)
-    state = state._replace(step=before.step, nonfinite_steps=before.nonfinite_steps)
+    # The schedules of a run that goes on do so too, or they would repeat the failure.
+    assert int(state.perturbation.step) == after
+    state = state._replace(
+        step=before.step,
+        nonfinite_steps=before.nonfinite_steps,
+        perturbation=state.perturbation._replace(step=before.perturbation.step),
+    )
     jax.tree.map(np.testing.assert_array_equal, state, before)
 
 

@@ -2,7 +2,6 @@
 
 import collections
 from collections.abc import Callable, Mapping
-import contextlib
 import dataclasses
 import functools
 from typing import Any, NamedTuple
@@ -176,8 +175,17 @@ class Step:
             loss, cotangent = self._loss(walk, logits)
             return loss, pullback(cotangent)[0], walk, raw, updates
 
+        def at_moved(moved):
+            if jax.tree.structure(moved) != jax.tree.structure(params):
+                raise sites.SiteError(
+                    "The gradient at moved parameters needs all of them: a perturbation that asks "
+                    "for it cannot stand behind optax.masked or optax.partition. Give sam and asam "
+                    "the mask instead, as in lpa_jax.sam(rho, mask=...)."
+                )
+            return loss_and_grads(moved)[:2]
+
         loss, grads, walk, raw, updates = loss_and_grads(params)
-        grads = walk.perturb((sites.PARAM_GRADS,), grads, lambda moved: loss_and_grads(moved)[:2])
+        grads = walk.perturb((sites.PARAM_GRADS,), grads, at_moved)
         state = StepState(
             step=jnp.asarray(optax.safe_increment(state.step)),
             class_stats=walk.stats_after(),
@@ -220,7 +228,9 @@ class Step:
 
             # What stands at the logits is part of the loss at every site before them.
             first, measured_at = None, walk.objective()
-            if walk.reads_statistics(names):
+            if walk.reads_statistics(names) and names == (sites.LOGITS,):
+                walk.measure(value)
+            elif walk.reads_statistics(names):
                 first, logits = evaluate(value, after=-1)
                 walk.measure(logits)
 
@@ -409,27 +419,28 @@ class _Walk:
     def objective(self) -> "_Objective":
         """Return what the loss depends on besides the logits, as it is now."""
         states = {i: self.states[i] for i, _ in self.standing((sites.LOGITS,))}
-        return _Objective(self.labels, self.targets, states)
+        return _Objective(self.labels, self.targets, self.params if states else None, states)
 
     def at_loss(self, logits: Array, objective: "_Objective", after: int) -> Array:
         """Return the logits as the loss will see them, with nothing that needs their gradient.
 
         Args:
           logits: The network's logits, or what the first of the chain have made of them.
-          objective: Labels, targets and states.
+          objective: Labels, targets, parameters and states.
           after: Place in the chain beyond which transforms at the logits are applied.
         """
         walk = dataclasses.replace(
             self,
             labels=objective.labels,
             targets=objective.targets,
-            params=jax.lax.stop_gradient(self.params),
+            params=objective.params,
         )
         for i, state in objective.states.items():
             if i > after:
                 walk.states = (*walk.states[:i], state, *walk.states[i + 1 :])
-                with contextlib.suppress(_GradientNeededError):
-                    logits, _ = walk._update(i, sites.LOGITS, logits, _needed)
+                gradient_fn = _Asked()
+                changed, _ = walk._update(i, sites.LOGITS, logits, gradient_fn)
+                logits = logits if gradient_fn.asked else changed
         return logits
 
     def reads_statistics(self, names: tuple[str, ...]) -> bool:
@@ -440,7 +451,7 @@ class _Walk:
         self,
         names: tuple[str, ...],
         value: PyTree,
-        gradient_fn: Callable[[PyTree], tuple[Array, PyTree]] | None = None,
+        gradient_fn: Callable[..., tuple[Array, PyTree]] | None = None,
         *,
         logits: Array | None = None,
         time: int = 0,
@@ -543,12 +554,14 @@ def _early(site: str, mixing: str) -> str:
     )
 
 
-class _GradientNeededError(Exception):
-    """A transform at the logits asks for the gradient there."""
+class _Asked:
+    """A `gradient_fn` that tells whether a transform asks for the gradient."""
 
+    asked = False
 
-def _needed(_: Array) -> tuple[Array, Array]:
-    raise _GradientNeededError
+    def __call__(self, value: Array) -> tuple[Array, Array]:
+        self.asked = True
+        return jnp.zeros(value.shape[:1], jnp.float32), jnp.zeros_like(value)
 
 
 class _Objective(NamedTuple):
@@ -557,11 +570,13 @@ class _Objective(NamedTuple):
     Attributes:
       labels: The class membership.
       targets: The targets.
+      params: The network's parameters, if anything stands at the logits.
       states: State of each perturbation at the logits, by its place in the chain.
     """
 
     labels: membership.Labels
     targets: Array
+    params: PyTree
     states: dict[int, PyTree]
 
     def same_as(self, other: "_Objective") -> bool:

@@ -376,6 +376,8 @@ def _kernel(params: PyTree, head: str, shape: tuple[int, int]) -> Float[Array, "
                 "Name the module, as in head='head'."
             )
         scope = scope[name]
+    # What nn.with_partitioning puts around it.
+    scope = scope.unbox() if hasattr(scope, "unbox") else scope
     if scope.shape != shape:
         raise sites.SiteError(
             f"isda needs a kernel [features, classes] = {list(shape)}, but that of {head!r} is "

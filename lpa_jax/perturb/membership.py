@@ -102,6 +102,21 @@ def by_class(labels: Labels, weights: Float[Array, "batch"], num_classes: int) -
     return Membership(rows, classes, weights, counts)
 
 
+def share_of(labels: Labels, classes: Int[Array, "batch"]) -> Float[Array, "batch"]:
+    """Return the share of each example in the class that is named for it, in [0, 1].
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> share_of(jnp.array([2, 0]), jnp.array([2, 1])).tolist()
+      [1.0, 0.0]
+      >>> share_of(jnp.array([[0.25, 0.75]]), jnp.array([1])).tolist()
+      [0.75]
+    """
+    if labels.ndim == 1:
+        return (labels == classes).astype(jnp.float32)
+    return jnp.take_along_axis(labels, classes[:, None], axis=1)[:, 0]
+
+
 def by_example(labels: Labels, weights: Float[Array, "batch"]) -> Membership:
     """Return the membership in which every example is its own row, of its dominant class."""
     classes = labels if labels.ndim == 1 else jnp.argmax(labels, axis=1)

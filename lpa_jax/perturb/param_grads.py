@@ -5,21 +5,29 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import PyTree
 import optax
 
 from lpa_jax.perturb import pgd, sites
 
 
-def sam(rho: sites.Number) -> sites.Perturbation:
+Mask = PyTree | Callable[[PyTree], PyTree] | None
+
+
+def sam(rho: sites.Number, mask: Mask = None) -> sites.Perturbation:
     r"""SAM: take the gradient at `w + rho * g / ||g||` in place of that at `w`.
 
     At the moved parameters the whole chain is run again, with the same random draws.
 
     Args:
       rho: Radius, at least 0, or a schedule.
+      mask: Which parameters move, as `optax.masked` takes it: booleans in a tree like the
+        parameters or a prefix of it, or a function from parameters to such a tree; None for all.
+        The norm is that of their gradient alone.
 
     Raises:
-      ValueError: If `rho` is negative or not a number.
+      ValueError: If `rho` is negative or not a number. The step raises `SiteError` where it stands
+        behind `optax.masked` or `optax.partition`, which hide parameters from it.
 
     Example:
       >>> import jax.numpy as jnp, lpa_jax
@@ -32,15 +40,16 @@ def sam(rho: sites.Number) -> sites.Perturbation:
     References:
       Foret et al., Sharpness-Aware Minimization, ICLR 2021, arXiv:2010.01412.
     """
-    return _sharpness_aware("sam", rho, lambda weight: 1.0)
+    return _sharpness_aware("sam", rho, mask, lambda weight: 1.0)
 
 
-def asam(rho: sites.Number, eta: float = 0.01) -> sites.Perturbation:
+def asam(rho: sites.Number, eta: float = 0.01, mask: Mask = None) -> sites.Perturbation:
     r"""ASAM: SAM in units of the parameters, `w + rho * T^2 g / ||T g||`, `T = |w| + eta`.
 
     Args:
       rho: Radius, at least 0, or a schedule. The paper's: 0.5 to 2, ten times SAM's.
       eta: Added to `|w|` for stability, at least 0.
+      mask: Which parameters move, as in `sam`.
 
     Raises:
       ValueError: If `rho` or `eta` is negative or not a number.
@@ -55,19 +64,26 @@ def asam(rho: sites.Number, eta: float = 0.01) -> sites.Perturbation:
       paper's text; its code leaves biases unscaled.
     """
     sites.check_number("eta", eta)
-    return _sharpness_aware("asam", rho, lambda weight: jnp.abs(weight) + eta)
+    return _sharpness_aware("asam", rho, mask, lambda weight: jnp.abs(weight) + eta)
 
 
 def _sharpness_aware(
-    name: str, rho: sites.Number, unit: Callable[[Any], Any]
+    name: str, rho: sites.Number, mask: Mask, unit: Callable[[Any], Any]
 ) -> sites.Perturbation:
     sites.check_number("rho", rho)
 
     def update(grads, *, params, gradient_fn=None, site=sites.PARAM_GRADS, step=0, **_):
         if gradient_fn is None or jax.tree.structure(params) != jax.tree.structure(grads):
             raise sites.SiteError(
-                f"{name} needs the gradient at moved parameters, all of them: it stands at "
-                f"'param_grads', not {site!r}, and not behind optax.masked."
+                f"{name} needs the gradient at moved parameters: it stands at 'param_grads', not "
+                f"{site!r}."
+            )
+        if mask is not None:
+            chosen = mask(params) if callable(mask) else mask
+            grads = jax.tree.map(
+                lambda moves, part: part if moves else jax.tree.map(jnp.zeros_like, part),
+                chosen,
+                grads,
             )
         scaled = jax.tree.map(lambda weight, grad: unit(weight) * grad, params, grads)
         norm = pgd.tree_norm(scaled)

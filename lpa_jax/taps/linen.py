@@ -43,7 +43,9 @@ def value_and_grad(
 
     - `variables`: what `model.init` returned; the gradient is with respect to its `"params"`.
     - `state`: from `step.init(variables, inputs, labels, **kwargs)`.
-    - `inputs`: `[B, ...]`. `labels`: int `[B]` in `[0, C)`, or float `[B, C]`.
+    - `inputs`: `[B, ...]`. `labels`: int `[B]` in `[0, C)`, or float `[B, C]`. The label -1 says
+      that an example does not count, as a weight of 0 does. Any other label outside of the classes
+      is an error; where labels are traced, as in `jax.jit`, the loss is NaN.
     - `key`: a PRNG key. The step count is folded in, so the same key may be given at every step.
     - `weights`: float `[B]`, 1 for real examples (default) and 0 for padding, whose inputs and
       labels are taken as 0. Batch normalization sees padding all the same.
@@ -51,7 +53,7 @@ def value_and_grad(
       that remember each of them (`elr`); others do without.
     - `kwargs`: passed on to `apply_fn`, such as `train=True, mutable=["batch_stats"]`.
     - `loss`: the weighted mean, float32. `aux["logits"]`: the network's output `[B, C]` before
-      perturbations of the logits. `aux["updates"]`: the mutated collections. `aux["metrics"]`: for
+      perturbations of the logits. `aux["labels"]`: the labels, mixed where the examples were. `aux["updates"]`: the mutated collections. `aux["metrics"]`: for
       each site perturbed, how far each class was moved (`"norm"`, `"relative"` to the value,
       `"count"` of examples; `[C]`), and the `"sign"` and `"radius"` that LPA, LPL and LPG chose.
 

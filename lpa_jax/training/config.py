@@ -254,7 +254,8 @@ def arguments_of(name: str, known: Mapping[str, Any]) -> dict[str, Any]:
         )
     arguments = {}
     for parameter in inspect.signature(getattr(lpa_jax, name)).parameters.values():
-        if parameter.name in TASK:
+        # Which parameters SAM moves depends on the network.
+        if parameter.name in (*TASK, "mask"):
             continue
         if parameter.name == "split":
             value: Any = dict(SPLIT) | dict(known.get("split", {}))

@@ -155,7 +155,12 @@ def train_and_evaluate(
             return
         number = int(state.step) - skip
         with contextlib.closing(feed.open(seed, number)) as batches:
-            state = state._replace(step=on_devices(number))
+            perturbation = state.perturbation
+            # Where the step that failed began.
+            began_at = on_devices(int(perturbation.step) - skip)
+            state = state._replace(
+                step=on_devices(number), perturbation=perturbation._replace(step=began_at)
+            )
             finite = steps.diagnose(state, on_devices(seed), *next(batches))
         first = next(name for name, value in finite.items() if not value)
         raise NonFiniteLossError(

@@ -17,7 +17,8 @@ class Totals(NamedTuple):
       steps: Number of steps.
       examples: Number of examples.
       loss: Sum of training losses, of the perturbed objective.
-      correct: Number of examples whose logits, before their own perturbation, were right.
+      correct: Number of examples whose logits, before their own perturbation, were right; of mixed
+        examples the share that is of the class predicted.
       perturbation: For each site, what is reported of it: `[C]`, summed by example, or summed by
         step where it is a scalar.
     """
@@ -65,7 +66,7 @@ def empty_totals(metrics: Any) -> Totals:
 def add_to_totals(
     totals: Totals,
     loss: Float[Array, ""],
-    correct: Bool[Array, "batch"],
+    correct: Float[Array, "batch"],
     metrics: dict[str, dict[str, Array]],
 ) -> Totals:
     """Add a step to the sums."""

@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, PyTree
 import optax
 
 from lpa_jax import data
+from lpa_jax.perturb import membership
 from lpa_jax.perturb.engine import all_finite, Step
 from lpa_jax.training import mesh as meshes
 from lpa_jax.training.feed import Batch
@@ -59,7 +60,8 @@ def make_steps(
 ) -> Steps:
     """Return the functions of a training loop.
 
-    A step whose loss or update is not finite changes nothing but its own count.
+    A step whose loss or update is not finite changes nothing but its own count and, where the run
+    goes on, that of the perturbation's schedules.
 
     Args:
       init_fn: The model's `init`.
@@ -132,7 +134,7 @@ def make_steps(
             **aux["updates"],
             "params": optax.apply_updates(params, updates),
         }
-        correct = jnp.argmax(aux["logits"], axis=1) == labels
+        correct = membership.share_of(aux["labels"], jnp.argmax(aux["logits"], axis=1))
         new = state._replace(
             variables=variables,
             opt_state=opt_state,
@@ -141,7 +143,15 @@ def make_steps(
         )
         finite = jnp.isfinite(loss) & all_finite(updates)
         going = (nonfinite == "skip") | (state.nonfinite_steps == 0)
-        state = jax.tree.map(lambda new, old: jnp.where(finite & going, new, old), new, state)
+        kept = state.perturbation
+        if nonfinite == "skip":
+            # Its schedules go on, or the next step would fail in the same way.
+            kept = kept._replace(step=perturbation.step)
+        state = jax.tree.map(
+            lambda new, old: jnp.where(finite & going, new, old),
+            new,
+            state._replace(perturbation=kept),
+        )
         nonfinite_steps = state.nonfinite_steps + (going & ~finite)
         going = going & (finite | (nonfinite == "skip"))
         return state._replace(step=state.step + going, nonfinite_steps=nonfinite_steps)
