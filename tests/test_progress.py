@@ -67,7 +67,8 @@ def test_compilation_and_what_is_apart_are_in_no_rate():
                 bar.finished()
             bar.finished_to(bar.done)
             time.sleep(0.5)
-        assert 50 < bar.rate < 100
+        # The first call is counted and not timed: at most 20 in 0.19 seconds.
+        assert 50 < bar.rate < 106
     told = shown(console)
     assert "compiling" in told
     assert "20/40" in told
@@ -100,17 +101,19 @@ def test_a_run_tells_of_compilation_and_of_its_seeds(tmp_path):
     loop.train_and_evaluate(small(num_seeds=2), tmp_path, console)
     lines = [line for line in console.file.getvalue().splitlines() if line.startswith("seed ")]
     assert lines[0] == "seed 0 (1 of 2): compiling"
-    epochs = [f"seed {seed} ({seed + 1} of 2): epoch {e}" for seed in (0, 1) for e in (1, 2)]
+    epochs = [f"seed {seed} ({seed + 1} of 2): epoch {e} of 2" for seed in (0, 1) for e in (1, 2)]
     assert [line.partition(",")[0] for line in lines[1:]] == epochs
-    assert all(re.search(r"[\d.]+ (steps/s|s/step)$", line) for line in lines[1:])
+    ending = r"[\d.]+ (steps/s|s/step), 0:00:\d\d left$"
+    assert all(re.search(ending, line) for line in lines[1:])
 
 
-def test_a_run_on_a_terminal_shows_how_much_is_done(tmp_path):
-    console = terminal()
-    loop.train_and_evaluate(small(), tmp_path, console)
+def test_a_run_on_a_narrow_terminal_shows_how_much_is_done(tmp_path):
+    console = terminal(width=80)
+    loop.train_and_evaluate(small(validation_fraction=0.1), tmp_path, console)
     told = shown(console)
-    for words in ("compiling", "0/4", "4/4", "0:00:00 left", "epoch 2, loss"):
+    for words in ("compiling", "0/4", "4/4", "0:00:00 left", "seed 0: epoch 2 of 2, loss"):
         assert words in told, words
+    assert "…" not in told
 
 
 @pytest.fixture(scope="module")
@@ -130,14 +133,6 @@ def test_an_evaluation_counts_its_conditions_and_batches(run):
     lines = console.file.getvalue().splitlines()
     assert lines[0] == "clean (1 of 3): compiling"
     assert re.match(r"pgd \(3 of 3\): error [\d.]+ %, ", lines[5])
-
-
-def test_the_names_of_the_conditions_are_those_judged_by(run):
-    found = evaluate.evaluate_run(
-        run, attack=True, corrupt=True, logit_adjustment=1.0, console=Console(quiet=True)
-    )
-    names = evaluate._names(True, True, 1.0)
-    assert [*names, "corruptions"] == list(found["metrics"])
 
 
 def test_a_table_counts_its_rows_and_tells_the_time_left(tmp_path):

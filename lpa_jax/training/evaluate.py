@@ -1,6 +1,6 @@
 """A run's networks judged again: on clean, attacked and corrupted images, from its checkpoints."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import functools
 import math
 import pathlib
@@ -99,13 +99,13 @@ def evaluate_run(
 
     batch_size = mesh.multiple(devices, parts.eval_batch_size)
     conditions = _conditions(parts, devices, examples, attack, corrupt, logit_adjustment)
-    names = _names(attack, corrupt, logit_adjustment)
     batches = len(networks) * math.ceil(len(examples.labels) / batch_size)
-    work = batches * sum(COST.get(name, 1) for name in names)
-    total = batches * len(names)
+    work = batches * sum(COST.get(name, 1) for name, _, _ in conditions)
+    total = batches * len(conditions)
     with progress.bar(console, "", total, unit="batch", work=work) as bar:
-        for number, (name, predict, shown) in enumerate(conditions, 1):
-            bar.begin(f"{name} ({number} of {len(names)})")
+        for number, (name, predict, given) in enumerate(conditions, 1):
+            bar.begin(f"{name} ({number} of {len(conditions)})")
+            shown = given()
             for result, (_, variables) in zip(results, networks.values(), strict=True):
                 found = metrics.collect(
                     functools.partial(bar.run, predict),
@@ -225,21 +225,6 @@ def _newest(directory: pathlib.Path, steps: Steps) -> TrainState | None:
             saved.close()
 
 
-def _names(attack: bool, corrupt: bool, tau: float | None) -> list[str]:
-    """Return what `_conditions` yields."""
-    return [
-        *("clean", *(["logit_adjusted"] if tau is not None else [])),
-        *(ATTACKS if attack else ()),
-        *(_corrupted() if corrupt else ()),
-    ]
-
-
-def _corrupted() -> list[str]:
-    return [
-        f"{n}_{severity}" for n in corruptions.CORRUPTIONS for severity in corruptions.SEVERITIES
-    ]
-
-
 def _conditions(
     parts: Experiment,
     devices: Mesh,
@@ -247,22 +232,30 @@ def _conditions(
     attack: bool,
     corrupt: bool,
     tau: float | None,
-) -> Iterator[tuple[str, metrics.Predict, data.Examples]]:
-    """Yield the name of each condition, how the networks are run in it, and on what."""
+) -> list[tuple[str, metrics.Predict, Callable[[], data.Examples]]]:
+    """Return the name of each condition, how the networks are run in it, and what gives the images.
+
+    Corrupted images are made one condition at a time: all at once would fill the memory.
+    """
     place = functools.partial(mesh.put, sharding=mesh.batched(devices))
     make = functools.partial(metrics.make_predict, place=place, sharding=mesh.replicated(devices))
     apply_fn = parts.model.apply
     predict = make(apply_fn)
     adjusted = None if tau is None else make(_adjusted(apply_fn, parts.class_counts, tau))
-    yield "clean", predict, examples
+
+    def corrupted(name, severity):
+        return examples._replace(images=corruptions.corrupt(examples.images, name, severity))
+
+    conditions = [("clean", predict, lambda: examples)]
     if adjusted is not None:
-        yield "logit_adjusted", adjusted, examples
+        conditions.append(("logit_adjusted", adjusted, lambda: examples))
     for name, change in ATTACKS.items() if attack else ():
-        yield name, make(apply_fn, change=change), examples
+        conditions.append((name, make(apply_fn, change=change), lambda: examples))
     for name in corruptions.CORRUPTIONS if corrupt else ():
         for severity in corruptions.SEVERITIES:
-            images = corruptions.corrupt(examples.images, name, severity)
-            yield f"{name}_{severity}", predict, examples._replace(images=images)
+            made = functools.partial(corrupted, name, severity)
+            conditions.append((f"{name}_{severity}", predict, made))
+    return conditions
 
 
 def _adjusted(apply_fn: Any, class_counts: Sequence[int], tau: float) -> Any:

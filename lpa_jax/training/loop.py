@@ -150,6 +150,7 @@ def train_and_evaluate(
     def stop_if_nonfinite(state, seed, end_of_epoch):
         """Raise `NonFiniteLossError`, where that is the policy or no step of an epoch was left."""
         skip = config.nonfinite == "skip"
+        metrics.wait(state.nonfinite_steps)
         left = float(state.running.steps) if end_of_epoch else math.inf
         if not int(state.nonfinite_steps) or (skip and left):
             return
@@ -185,10 +186,7 @@ def train_and_evaluate(
             name = f"seed {seed}"
             if config.num_seeds > 1:
                 name += f" ({seed - config.seed + 1} of {config.num_seeds})"
-            if state is None:
-                with progress.bar(console, name, num_steps, compiled=compiled) as show:
-                    state = show.call(steps.init, jnp.int32(seed))
-            first = step = int(state.step)
+            first = step = 0 if state is None else int(state.step)
             begin = functools.partial(provenance.begin, directory, session, first)
             sessions = provenance.by_first(begin)
             log = records.Records(directory, first, write=first_process)
@@ -197,6 +195,8 @@ def train_and_evaluate(
                 stack.callback(log.close)
                 show = progress.bar(console, name, num_steps, done=first, compiled=compiled)
                 show = stack.enter_context(show)
+                if state is None:
+                    state = show.call(steps.init, jnp.int32(seed))
                 batches = stack.enter_context(contextlib.closing(feed.open(seed, first)))
                 stops = (steps_per_epoch, checkpoint_every)
                 for taken in _dispatches(first, num_steps, config.steps_per_dispatch, *stops):
@@ -230,7 +230,7 @@ def train_and_evaluate(
                                 tested = judge(state.variables, dataset.test, show)
                                 row |= {"test_accuracy": tested["accuracy"]}
                         log.write({"step": step, "epoch": epoch, **_scalars(row)})
-                        show.say(_news(epoch, row))
+                        show.say(_news(epoch, config.epochs, row))
                     if saving:
                         saved.save(step, state)
                     if stopping:
@@ -318,7 +318,8 @@ def _dispatches(first: int, last: int, most: int, *stops: int) -> Iterator[int]:
 
 
 def _title(config: Config, dataset: str) -> str:
-    return f"{config.method} on {dataset}, {config.model.name}, {config.epochs} epochs"
+    epochs = f"{config.epochs} epoch{'s' if config.epochs > 1 else ''}"
+    return f"{config.method} on {dataset}, {config.model.name}, {epochs}"
 
 
 def _best_validation(rows: Sequence[Mapping[str, Any]]) -> dict[float, float]:
@@ -334,8 +335,8 @@ def _scalars(row: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in row.items() if not isinstance(value, list)}
 
 
-def _news(epoch: int, row: Mapping[str, Any]) -> str:
-    news = f"epoch {epoch}, loss {row['train_loss']:.4f}"
+def _news(epoch: int, epochs: int, row: Mapping[str, Any]) -> str:
+    news = f"epoch {epoch} of {epochs}, loss {row['train_loss']:.4f}"
     if "validation_accuracy" in row:
         news += f", validation {100 * row['validation_accuracy']:.2f} %"
     return news

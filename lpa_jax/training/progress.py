@@ -18,6 +18,7 @@ from rich.progress import (
     TextColumn,
     TimeElapsedColumn,
 )
+from rich.table import Column
 
 from lpa_jax.evaluation.metrics import wait
 
@@ -26,7 +27,7 @@ IN_FLIGHT = 2
 
 
 class Bar:
-    """The progress of one piece of work; without a terminal, a line where there is news.
+    """The progress of one piece of work: a line where there is news and, on a terminal, a bar.
 
     Counts and rates are of what the devices have finished, not of what they were given to do, and
     the time of compilation is in no rate. See `bar`.
@@ -63,8 +64,7 @@ class Bar:
         if self._untold and not self._console.is_terminal:
             self._line("compiling")
         self._untold = False
-        news = self._shown.tasks[self._task].fields["news"]
-        self._shown.update(self._task, news="compiling")
+        self._shown.update(self._task, rate="compiling")
         began = time.monotonic()
         try:
             return function(*arguments)
@@ -72,7 +72,7 @@ class Bar:
             compiling = time.monotonic() - began
             self._began += compiling
             self._since += compiling
-            self._shown.update(self._task, news=news)
+            self._shown.update(self._task, rate=self._rate())
 
     def run(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Return `call` of what is counted: the time until `finished_to` is that of the rate."""
@@ -117,20 +117,13 @@ class Bar:
 
     def begin(self, name: str) -> None:
         """Name the part that follows, which has a rate of its own."""
-        self._shown.update(self._task, description=name, rate="", news="")
+        self._shown.update(self._task, description=name, rate="")
         self._untold = True
-        self._first, self._seconds, self._since = self.done, 0.0, time.monotonic()
-
-    @property
-    def begun(self) -> bool:
-        """Whether any of it is finished."""
-        return bool(self._work_done)
+        self._first, self._running, self._seconds = self.done, False, 0.0
 
     def say(self, news: str) -> None:
-        """Show news beside the bar, or in a line with the rate."""
-        self._shown.update(self._task, news=news)
-        if not self._console.is_terminal:
-            self._line(f"{news}{self._rate(', ')}")
+        """Print a line of news, with the rate and the time left."""
+        self._line(", ".join(filter(None, (news, self._rate(), self._left()))))
 
     @property
     def rate(self) -> float | None:
@@ -138,25 +131,29 @@ class Bar:
         seconds = self._seconds + (time.monotonic() - self._since if self._running else 0.0)
         return (self.done - self._first) / seconds if self.done > self._first and seconds else None
 
-    def _rate(self, before: str = "") -> str:
-        if self.rate is None:
+    def _rate(self) -> str:
+        rate = self.rate
+        if rate is None:
             return ""
         # Slow work in seconds rather than in fractions.
-        if self.rate < 1:
-            return f"{before}{1 / self.rate:.1f} s/{self._unit}"
-        return f"{before}{self.rate:.1f} {self._unit}{'es' if self._unit == 'batch' else 's'}/s"
+        if rate < 1:
+            return f"{1 / rate:.1f} s/{self._unit}"
+        return f"{rate:.1f} {self._unit}{'es' if self._unit == 'batch' else 's'}/s"
+
+    def _left(self) -> str:
+        if not self._work_done:
+            return ""
+        # What is in no rate, judging for instance, takes its time again.
+        seconds = time.monotonic() - self._began
+        return f"{_clock((self._work / self._work_done - 1) * seconds)} left"
 
     def _show(self) -> None:
-        left = ""
-        if self._work_done:
-            # What is in no rate, judging for instance, takes its time again.
-            seconds = time.monotonic() - self._began
-            left = f"{_clock((self._work / self._work_done - 1) * seconds)} left"
-        self._shown.update(self._task, completed=self.done, rate=self._rate(), left=left)
+        self._shown.update(self._task, completed=self.done, rate=self._rate(), left=self._left())
 
     def _line(self, text: str) -> None:
         name = self._shown.tasks[self._task].description
-        self._console.print(f"{name}: {text}", highlight=False)
+        # One line, however wide, where a program reads it.
+        self._console.print(f"{name}: {text}", highlight=False, soft_wrap=True)
 
 
 @contextlib.contextmanager
@@ -183,20 +180,17 @@ def bar(
     """
     columns = (
         TextColumn("{task.description}"),
+        # Where the terminal is narrow, it is the bar that gives way.
         BarColumn(bar_width=20),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
+        MofNCompleteColumn(table_column=Column(no_wrap=True)),
+        TimeElapsedColumn(table_column=Column(no_wrap=True)),
         TextColumn("{task.fields[rate]}"),
         TextColumn("{task.fields[left]}"),
-        TextColumn("{task.fields[news]}"),
     )
     with Progress(*columns, console=console, disable=not console.is_terminal) as shown:
-        task = shown.add_task(name, total=total, completed=done, rate="", left="", news="")
+        task = shown.add_task(name, total=total, completed=done, rate="", left="")
         work = total - done if work is None else work
-        made = Bar(console, shown, task, unit, done, work, set() if compiled is None else compiled)
-        yield made
-        # Nothing is left on the screen of what was only prepared.
-        shown.update(task, visible=made.begun)
+        yield Bar(console, shown, task, unit, done, work, set() if compiled is None else compiled)
 
 
 class Left:
