@@ -149,17 +149,22 @@ def _latex(header: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
 
 def _plot(path: pathlib.Path, name: str, lines: Sequence[Line]) -> None:
     canvas, (axes,) = report.figure(1, name, columns=1)
-    canvas.set_size_inches(7.0, 1.2 + 0.3 * len(lines))
-    lines = lines[::-1]
+    canvas.set_size_inches(7.0, 1.5 + 0.3 * len(lines))
+    lines, key = lines[::-1], {}
     for height, line in enumerate(lines):
         if line.error is not None:
-            axes.errorbar(line.error, height, xerr=line.std, fmt="o", color="C0", capsize=3)
+            key["mean ± standard deviation of the seeds"] = axes.errorbar(
+                line.error, height, xerr=line.std, fmt="o", color="C0", capsize=3
+            )
         for value in line.published.values():
-            axes.plot(value, height, "x", color="tab:gray")
+            (key["published"],) = axes.plot(value, height, "x", color="tab:gray")
     first = lines[-1]
     if first.error is not None:
-        axes.axvline(first.error, color="tab:gray", linestyle=":", linewidth=1)
-    axes.set_yticks(range(len(lines)), [line.name for line in lines])
-    published = " (grey crosses: published)" if any(line.published for line in lines) else ""
-    axes.set(xlabel=f"test error %, mean and standard deviation of the seeds{published}")
+        key[f"mean of {first.name}"] = axes.axvline(
+            first.error, color="tab:gray", linestyle=":", linewidth=1
+        )
+    names = [line.name + ("" if line.error is not None else " (diverged)") for line in lines]
+    axes.set_yticks(range(len(lines)), names)
+    axes.set(xlabel="test error %")
+    report.explain(canvas, key)
     canvas.savefig(path, dpi=report.DPI)

@@ -20,6 +20,13 @@ CALIBRATION = "test_ece"
 BEST = "best_validation_test_accuracy"
 BY_GROUP = "test_accuracy_"
 DPI = 120
+PUSHED = {
+    "pushed out (sign above 0.5)": "tab:red",
+    "pulled in (sign below -0.5)": "tab:blue",
+    "sign varies from step to step": "tab:gray",
+    "without a sign": "tab:green",
+}
+"""Colors of the classes, by the mean of their signs in an epoch."""
 
 
 def summarise(results: Results) -> dict[str, dict[str, Any]]:
@@ -134,56 +141,81 @@ def plot_evaluation(path: pathlib.Path, title: str, results: Results) -> None:
         np.average(np.array([bins[name] for bins in found])[:, filled], axis=0, weights=weights)
         for name in ("accuracy", "confidence")
     )
-    centres = (np.arange(counts.shape[1])[filled] + 0.5) / counts.shape[1]
-    left.bar(centres, accuracy, width=1 / counts.shape[1], edgecolor="white", label="accuracy")
+    centers = (np.arange(counts.shape[1])[filled] + 0.5) / counts.shape[1]
+    left.bar(centers, accuracy, width=1 / counts.shape[1], edgecolor="white", label="accuracy")
     left.plot(confidence, accuracy, "o", color="black", markersize=3, label="at mean confidence")
-    left.plot([0, 1], [0, 1], "--", color="tab:gray")
+    left.plot([0, 1], [0, 1], "--", color="tab:gray", label="perfect calibration")
     ece = 100 * statistics.fmean(result["clean"]["ece"] for result in results)
-    left.set(xlabel="confidence", ylabel="accuracy", title=f"ECE {ece:.2f} %", xlim=(0, 1))
+    several = len(results) > 1
+    pooled = f", mean of {len(results)} seeds; their bins pooled" if several else ""
+    left.set(xlabel="confidence", ylabel="accuracy", title=f"ECE {ece:.2f} %{pooled}", xlim=(0, 1))
     left.legend(fontsize="small")
     # A class without examples is None, in every seed alike.
     by_class = np.array([result["clean"]["class_accuracy"] for result in results], float)
-    spread = by_class.std(axis=0, ddof=1) if len(results) > 1 else None
+    spread = by_class.std(axis=0, ddof=1) if several else None
     right.bar(range(by_class.shape[1]), by_class.mean(axis=0), yerr=spread, capsize=2)
-    right.set(xlabel="class", ylabel="accuracy", ylim=(0, 1), title="accuracy of each class")
+    told = f", mean ± sd of {len(results)} seeds" if several else ""
+    right.set(xlabel="class", ylabel="accuracy", title=f"accuracy of each class{told}")
+    # What a deviation reaches beyond 1 is shown as well.
+    right.set_ylim(0, max(1.02, right.get_ylim()[1]))
+    _whole_numbers(right)
     canvas.savefig(path, dpi=DPI)
 
 
 def plot_curves(path: pathlib.Path, title: str, rows_by_seed: Mapping[int, Results]) -> None:
-    """Draw loss and accuracy over the epochs, a line a seed."""
+    """Draw loss and accuracy over the epochs: a color a seed, a style a part of the data."""
     canvas, (left, right) = figure(2, title)
-    for seed, rows in rows_by_seed.items():
+    key = {}
+    for number, (seed, rows) in enumerate(rows_by_seed.items()):
+        color = f"C{number}"
         for axes, quantity in ((left, "loss"), (right, "accuracy")):
-            for part, style in (("train", "-"), ("validation", "--")):
+            for part, style in (("train", "o-"), ("validation", "x--")):
                 name = "nll" if part == "validation" and quantity == "loss" else quantity
                 points = [(r["epoch"], r[f"{part}_{name}"]) for r in rows if f"{part}_{name}" in r]
                 if points:
-                    axes.plot(*zip(*points, strict=True), style, label=f"{part}, seed {seed}")
-    left.set(xlabel="epoch", ylabel="loss (training: of the perturbed objective)")
-    right.set(xlabel="epoch", ylabel="accuracy")
-    right.legend(fontsize="small")
+                    axes.plot(*zip(*points, strict=True), style, color=color, markersize=4)
+                    (key[part],) = axes.plot([], [], style, color="black", markersize=4)
+        (key[f"seed {seed}"],) = right.plot([], [], color=color)
+    left.set(xlabel="epoch", ylabel="loss", title="loss (of training: the perturbed objective)")
+    right.set(xlabel="epoch", ylabel="accuracy", title="accuracy")
+    _whole_numbers(left, right)
+    explain(canvas, key)
     canvas.savefig(path, dpi=DPI)
 
 
 def plot_perturbation(
     path: pathlib.Path, title: str, sites: Mapping[str, Mapping[str, Sequence[float]]]
 ) -> None:
-    """Draw for each site how far each class was moved in the last epoch, coloured by its sign."""
+    """Draw for each site how far each class was moved in the last epoch, colored by its sign."""
     sites = {site: report for site, report in sites.items() if "relative" in report}
     if not sites:
         return
-    colours = {1: "tab:red", 0: "tab:gray", -1: "tab:blue"}
+    out, in_, varying, unsigned = PUSHED
     canvas, axes = figure(2 * len(sites), title, columns=2)
-    for (site, report), (norms, changes) in zip(
+    key = {}
+    for (site, report), pair in zip(
         sites.items(), zip(axes[::2], axes[1::2], strict=True), strict=True
     ):
-        classes = range(len(report["norm"]))
-        signs = [round(sign) for sign in report.get("sign", [0] * len(classes))]
-        bars = {"color": [colours[sign] for sign in signs]}
-        norms.bar(classes, report["norm"], **bars)
-        norms.set(xlabel="class", ylabel="perturbation norm", title=f"{site} (sign + red, - blue)")
-        changes.bar(classes, report["relative"], **bars)
-        changes.set(xlabel="class", ylabel="norm / norm of the value", title=site)
+        signs = np.array(report.get("sign", [np.nan] * len(report["norm"])))
+        groups = {
+            out: signs > 0.5, in_: signs < -0.5, varying: abs(signs) <= 0.5,
+            unsigned: np.isnan(signs),
+        }  # fmt: skip
+        for quantity, label, one in zip(
+            ("norm", "relative"),
+            ("perturbation norm", "norm / norm of the value"),
+            pair,
+            strict=True,
+        ):
+            heights = np.array(report[quantity])
+            # A class that is left alone has no bar to explain.
+            for name, group in groups.items():
+                classes = np.flatnonzero(group & (heights > 0))
+                if len(classes):
+                    key[name] = one.bar(classes, heights[classes], color=PUSHED[name])
+            one.set(xlabel="class", ylabel=label, title=site, xlim=(-0.6, len(signs) - 0.4))
+            _whole_numbers(one)
+    explain(canvas, {name: key[name] for name in PUSHED if name in key})
     canvas.savefig(path, dpi=DPI)
 
 
@@ -196,3 +228,17 @@ def figure(count: int, title: str, columns: int = 2) -> tuple[Any, Any]:
     made = Figure(figsize=(5.0 * columns, 3.4 * rows), layout="constrained")
     made.suptitle(title)
     return made, made.subplots(rows, columns, squeeze=False).flatten()
+
+
+def explain(canvas: Any, key: Mapping[str, Any]) -> None:
+    """Put a legend beneath the axes of a figure: what is drawn, by name."""
+    columns = min(len(key), 6 if canvas.get_figwidth() > 8 else 3)
+    canvas.legend(
+        key.values(), key.keys(), loc="outside lower center", ncols=columns, fontsize="small"
+    )
+
+
+def _whole_numbers(*axes: Any) -> None:
+    """Mark the axis of epochs or classes at whole numbers alone."""
+    for one in axes:
+        one.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
