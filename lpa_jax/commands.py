@@ -135,7 +135,9 @@ def _about_value(error: flags.IllegalFlagValueError) -> str:
     wanted = getattr(parser, "syntactic_help", "") or kinds.get(parser.flag_type())
     if "as a ConfigDict" in reason:
         wanted = f"a dictionary such as \"{{'key': 1}}\", or set its keys alone, {flag}.KEY=VALUE"
-    if wanted is None or isinstance(parser, flags.EnumParser):
+    if isinstance(parser, flags.EnumParser):
+        wanted = " or ".join(parser.enum_values)
+    if wanted is None:
         return f"{flag} cannot be {value!r}{reason}."
     return f"{flag} cannot be {value!r}: give {wanted}."
 

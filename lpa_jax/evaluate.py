@@ -11,7 +11,10 @@ _PART = flags.DEFINE_enum("part", "test", ["test", "validation"], "Images to jud
 _ATTACKS = flags.DEFINE_bool("attacks", False, "Attack the networks too, by FGSM and PGD-20.")
 _CORRUPTIONS = flags.DEFINE_bool("corruptions", False, "Judge by corrupted images too.")
 _LOGIT_ADJUSTMENT = flags.DEFINE_float(
-    "logit_adjustment", None, "Judge too with this times log(prior) subtracted from the logits."
+    "logit_adjustment",
+    None,
+    "Judge too with this times log(prior) subtracted from the logits.",
+    lower_bound=0.0,
 )
 
 

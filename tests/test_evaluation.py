@@ -516,9 +516,13 @@ def call(*arguments):
     [
         ([], "--workdir=runs/digits"),
         (["--workdir=W", "again"], "'again'"),
-        (["--workdir=W", "--part=train"], "<test|validation>"),
+        (["--workdir=W", "--part=train"], "--part cannot be 'train': give test or validation."),
         (["--workdir=W", "--attack"], "attacks"),
         (["--workdir=W", "--logit_adjustment=much"], "much"),
+        (
+            ["--workdir=W", "--logit_adjustment=-1"],
+            "--logit_adjustment cannot be '-1': give a non-negative",
+        ),
         (["--workdir=W", "--attacks"], "holds no run"),
     ],
 )

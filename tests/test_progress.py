@@ -97,8 +97,11 @@ def small(**changes):
 
 
 def test_a_run_tells_of_compilation_and_of_its_seeds(tmp_path):
-    console = Console(file=io.StringIO(), width=200)
-    loop.train_and_evaluate(small(num_seeds=2), tmp_path, console)
+    console = Console(file=io.StringIO(), width=40)
+    # Neither taken for a style nor broken into lines.
+    workdir = tmp_path / "a[bold]b"
+    loop.train_and_evaluate(small(num_seeds=2), workdir, console)
+    assert f"Plots, metrics and checkpoints are in {workdir}.\n" in console.file.getvalue()
     lines = [line for line in console.file.getvalue().splitlines() if line.startswith("seed ")]
     assert lines[0] == "seed 0 (1 of 2): compiling"
     epochs = [f"seed {seed} ({seed + 1} of 2): epoch {e} of 2" for seed in (0, 1) for e in (1, 2)]

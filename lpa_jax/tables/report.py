@@ -63,7 +63,7 @@ def leave(
         told = {"table": name, **about, "lines": [line._asdict() for line in lines]}
         records.write_json(workdir / "table.json", told)
         _plot(workdir / "table.png", name, lines)
-    console.print(f"The table is in {workdir}, as table.md, .tex, .json and .png.")
+    report.say(console, f"The table is in {workdir}, as table.md, .tex, .json and .png.")
 
 
 def _cells(lines: Sequence[Line]) -> tuple[list[str], list[list[str]]]:

@@ -92,9 +92,9 @@ def evaluate_run(
     ]
     for result in results:
         if result["step"] < parts.num_steps:
-            console.print(
+            report.say(
+                console,
                 f"Seed {result['seed']} stands at step {result['step']} of {parts.num_steps}.",
-                highlight=False,
             )
 
     batch_size = mesh.multiple(devices, parts.eval_batch_size)
@@ -141,7 +141,7 @@ def evaluate_run(
         records.write_json(workdir / f"{stem}.json", evaluation)
         report.plot_evaluation(workdir / f"{stem}.png", title, results)
     report.show_evaluation(title, evaluation["metrics"], console)
-    console.print(f"Figures and a plot are in {workdir / stem}.json and .png.", highlight=False)
+    report.say(console, f"Figures and a plot are in {workdir / stem}.json and .png.")
     return evaluation
 
 

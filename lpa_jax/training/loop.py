@@ -280,7 +280,7 @@ def train_and_evaluate(
         report.plot_curves(workdir / "curves.png", title, rows_by_seed)
         report.plot_perturbation(workdir / "perturbation.png", seed_title, first["perturbation"])
     report.show_table(title, results, console)
-    console.print(f"Plots, metrics and checkpoints are in {workdir}.")
+    report.say(console, f"Plots, metrics and checkpoints are in {workdir}.")
     return summary
 
 

@@ -21,6 +21,7 @@ from rich.progress import (
 from rich.table import Column
 
 from lpa_jax.evaluation.metrics import wait
+from lpa_jax.training import report
 
 IN_FLIGHT = 2
 """Marks that are not reached yet, each half a second of work or one step, before the host waits."""
@@ -152,8 +153,7 @@ class Bar:
 
     def _line(self, text: str) -> None:
         name = self._shown.tasks[self._task].description
-        # One line, however wide, where a program reads it.
-        self._console.print(f"{name}: {text}", highlight=False, soft_wrap=True)
+        report.say(self._console, f"{name}: {text}")
 
 
 @contextlib.contextmanager

@@ -53,6 +53,11 @@ def _spread(values: Sequence[float]) -> dict[str, Any]:
     }
 
 
+def say(console: Console, text: str) -> None:
+    """Print a line as it is, however wide: a path may have any signs, and is copied whole."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
 def show_table(title: str, results: Results, console: Console) -> None:
     """Print a row a seed, and mean and standard deviation beneath."""
     summary = summarise(results)
