@@ -99,7 +99,7 @@ def test_signs_that_a_terminal_lacks_stop_nothing(names, run, tmp_path):
     workdir, _ = run
     done = call("main", *SMALL, f"--workdir={workdir}", shell=f"> {tmp_path}/out", **names)
     assert (done.returncode, done.stderr) == (0, "")
-    assert "test accuracy %" in (tmp_path / "out").read_text(encoding="utf-8")
+    assert "validation set: test accuracy" in (tmp_path / "out").read_text(encoding="utf-8")
 
 
 def test_a_wrong_flag_is_told_by_its_exit_code_where_no_one_listens():

@@ -257,7 +257,7 @@ def test_a_finished_run_keeps_its_configuration(changes, told, finished):
     assert contents(finished) == kept
     # The command it was made by shows it.
     _, text = run(finished)
-    assert "1 epochs" in text
+    assert ", 1 epoch " in text
 
 
 def test_a_finished_run_trains_on_to_more_epochs(finished, tmp_path, monkeypatch):
