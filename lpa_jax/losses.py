@@ -30,7 +30,8 @@ def softmax_binary_cross_entropy(
       Array([0.6931], dtype=float32)
 
     References:
-      Verma et al., Manifold Mixup, ICML 2019, arXiv:1806.05236.
+      Verma et al., Manifold Mixup: Better Representations by Interpolating Hidden States, ICML
+      2019, arXiv:1806.05236.
     """
     log_p, log_not_p = _log_probabilities(logits)
     return -jnp.mean(targets * log_p + (1.0 - targets) * log_not_p, axis=1)

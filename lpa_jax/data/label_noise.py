@@ -83,8 +83,8 @@ def asymmetric(
       array([1, 2, 0], dtype=int32)
 
     References:
-      Patrini et al., Making Deep Neural Networks Robust to Label Noise, CVPR 2017,
-      arXiv:1609.03683.
+      Patrini et al., Making Deep Neural Networks Robust to Label Noise: a Loss Correction Approach,
+      CVPR 2017, arXiv:1609.03683.
     """
     names = list(class_names)
     target = (np.arange(len(names), dtype=np.int32) + 1) % len(names)

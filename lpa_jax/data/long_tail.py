@@ -44,7 +44,8 @@ def long_tail_counts(
 
     References:
       Cui et al., Class-Balanced Loss Based on Effective Number of Samples, CVPR 2019,
-      arXiv:1901.05555. Cao et al., LDAM, NeurIPS 2019, arXiv:1906.07413, section 4.1.
+      arXiv:1901.05555. Cao et al., Learning Imbalanced Datasets with Label-Distribution-Aware
+      Margin Loss, NeurIPS 2019, arXiv:1906.07413, section 4.1.
     """
     if kind not in PROFILES:
         raise DataError(f"There is no imbalance {kind!r}: give {' or '.join(PROFILES)}.")
@@ -123,8 +124,8 @@ def class_groups(class_counts: Sequence[int]) -> dict[str, list[int]]:
       [0, 1]
 
     References:
-      Liu et al., Large-Scale Long-Tailed Recognition in an Open World, CVPR 2019,
-      arXiv:1904.05160 (the groups by number of examples).
+      Liu et al., Large-Scale Long-Tailed Recognition in an Open World, CVPR 2019, arXiv:1904.05160
+      (the groups by number of examples).
     """
     counts = np.asarray(class_counts)
     by_frequency = np.argsort(-counts, kind="stable")[: np.count_nonzero(counts)]

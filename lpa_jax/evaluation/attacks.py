@@ -31,7 +31,8 @@ def fgsm(epsilon: float = EPSILON) -> Change:
       Array([0.4, 0.1], dtype=float32)
 
     References:
-      Goodfellow, Shlens and Szegedy, arXiv:1412.6572.
+      Goodfellow, Shlens and Szegedy, Explaining and Harnessing Adversarial Examples, ICLR 2015,
+      arXiv:1412.6572.
     """
 
     def change(logits_fn, images, labels, index):
@@ -65,7 +66,8 @@ def pgd(
       Array([0.4, 0.1], dtype=float32)
 
     References:
-      Madry et al., arXiv:1706.06083.
+      Madry et al., Towards Deep Learning Models Resistant to Adversarial Attacks, ICLR 2018,
+      arXiv:1706.06083.
     """
 
     def change(logits_fn, images, labels, index):

@@ -25,7 +25,7 @@ def lpa(
     objective: Literal["loss", "norm"] = "loss",
     granularity: Literal["class", "sample"] = "class",
 ) -> sites.Perturbation:
-    r"""LPA: learning perturbations of hidden activations, one perturbation a class.
+    r"""LPA, Learning to Perturb Activations: one perturbation a class.
 
     For every class present, `T` projected gradient steps from 0 raise (sign +1) or lower (sign -1)
     the mean loss of its examples when `d_c` is added to their activation `a_i`:
@@ -74,7 +74,8 @@ def lpa(
       Perturbation(sites=('group3',))
 
     References:
-      Learning Perturbations of Activations, arXiv:2605.29525.
+      Hua Li, Learning to Perturb Hidden Representations for Generalizable Deep Learning, 2026,
+      arXiv:2605.29525.
     """
     names = (site,) if isinstance(site, str) else tuple(site)
     sites.check_climbable("lpa", names)
@@ -279,7 +280,8 @@ def dropout(site: str, rate: sites.Number) -> sites.Perturbation:
       True
 
     References:
-      Srivastava et al., Dropout, JMLR 2014.
+      Srivastava et al., Dropout: A Simple Way to Prevent Neural Networks from Overfitting, JMLR
+      2014.
     """
     sites.check_activations("dropout", [site])
     _check_rate(rate)
@@ -311,8 +313,9 @@ def dropblock(site: str, rate: sites.Number, block_size: int) -> sites.Perturbat
       Perturbation(sites=('group2',))
 
     References:
-      Ghiasi, Lin and Le, DropBlock, NeurIPS 2018, arXiv:1810.12890. *Ours*: rescaled by example
-      rather than by batch, so that examples stay independent.
+      Ghiasi, Lin and Le, DropBlock: A regularization method for convolutional networks, NeurIPS
+      2018, arXiv:1810.12890. *Ours*: rescaled by example rather than by batch, so that examples
+      stay independent.
     """
     sites.check_activations("dropblock", [site])
     _check_rate(rate)
@@ -363,7 +366,7 @@ def shake(site: str, strength: sites.Number) -> sites.Perturbation:
       Perturbation(sites=('group3',))
 
     References:
-      Gastaldi, Shake-Shake regularization, arXiv:1705.07485.
+      Gastaldi, Shake-Shake regularization, 2017, arXiv:1705.07485.
     """
     sites.check_activations("shake", [site])
     sites.check_number("strength", strength, 0.0, 1.0)

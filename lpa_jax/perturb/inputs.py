@@ -86,7 +86,9 @@ def adversarial(
       Perturbation(sites=('inputs',))
 
     References:
-      Goodfellow, Shlens and Szegedy, arXiv:1412.6572; Madry et al., arXiv:1706.06083.
+      Goodfellow, Shlens and Szegedy, Explaining and Harnessing Adversarial Examples, ICLR 2015,
+      arXiv:1412.6572; Madry et al., Towards Deep Learning Models Resistant to Adversarial Attacks,
+      ICLR 2018, arXiv:1706.06083.
     """
     check_number("epsilon", epsilon)
     check_count("steps", steps)
@@ -150,7 +152,8 @@ def manifold_mixup(sites: str | Sequence[str], alpha: Number) -> Perturbation:
       Perturbation(sites=('inputs', 'group1', 'labels'))
 
     References:
-      Verma et al., Manifold Mixup, ICML 2019, arXiv:1806.05236.
+      Verma et al., Manifold Mixup: Better Representations by Interpolating Hidden States, ICML
+      2019, arXiv:1806.05236.
     """
     check_number("alpha", alpha)
     layers = (sites,) if isinstance(sites, str) else tuple(sites)
@@ -188,7 +191,7 @@ def mixup(alpha: Number) -> Perturbation:
       Perturbation(sites=('inputs', 'labels'))
 
     References:
-      Zhang et al., mixup, ICLR 2018, arXiv:1710.09412.
+      Zhang et al., mixup: Beyond Empirical Risk Minimization, ICLR 2018, arXiv:1710.09412.
     """
     return manifold_mixup(INPUTS, alpha)
 
@@ -215,7 +218,8 @@ def cutmix(alpha: Number, probability: Number = 1.0) -> Perturbation:
       Perturbation(sites=('inputs', 'labels'))
 
     References:
-      Yun et al., CutMix, ICCV 2019, arXiv:1905.04899.
+      Yun et al., CutMix: Regularization Strategy to Train Strong Classifiers with Localizable
+      Features, ICCV 2019, arXiv:1905.04899.
     """
     check_number("alpha", alpha)
     check_number("probability", probability, 0.0, 1.0)
@@ -262,7 +266,8 @@ def cutout(size: Number, mean: float | Sequence[float] = 0.0) -> Perturbation:
       Perturbation(sites=('inputs',))
 
     References:
-      DeVries and Taylor, arXiv:1708.04552.
+      DeVries and Taylor, Improved Regularization of Convolutional Neural Networks with Cutout,
+      2017, arXiv:1708.04552.
     """
     check_number("size", size)
     color = jnp.asarray(mean)

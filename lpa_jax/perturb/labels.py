@@ -22,7 +22,8 @@ def label_smoothing(alpha: sites.Number) -> sites.Perturbation:
       [[0.1, 0.9]]
 
     References:
-      Szegedy et al., CVPR 2016, arXiv:1512.00567.
+      Szegedy et al., Rethinking the Inception Architecture for Computer Vision, CVPR 2016,
+      arXiv:1512.00567.
     """
     sites.check_number("alpha", alpha, 0.0, 1.0)
 
@@ -48,7 +49,7 @@ def disturb_label(rate: sites.Number) -> sites.Perturbation:
       Perturbation(sites=('labels',))
 
     References:
-      Xie et al., DisturbLabel, CVPR 2016, arXiv:1605.00055.
+      Xie et al., DisturbLabel: Regularizing CNN on the Loss Layer, CVPR 2016, arXiv:1605.00055.
     """
     sites.check_number("rate", rate, 0.0, 1.0)
 

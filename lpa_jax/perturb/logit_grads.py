@@ -17,7 +17,7 @@ def lpg(
     split: splits.Split | None = None,
     solver: Literal["closed_form", "iterative"] = "closed_form",
 ) -> sites.Perturbation:
-    r"""LPG: learning perturbations of logit gradients, one perturbation a class.
+    r"""LPG, Learning to Perturb Gradients: one perturbation a class, of its logit gradients.
 
     `g_i + d_{y_i}` is back-propagated in place of `g_i = dl_i/du_i`, where `d_c` amplifies (+1) or
     dampens (-1) the class-mean gradient. With `g_c` that mean (*ours*; only the paper's abstract is
@@ -48,7 +48,8 @@ def lpg(
       Perturbation(sites=('logit_grads',))
 
     References:
-      Learning Perturbations of Logit Gradients, arXiv:2605.29494.
+      Hua Li, Gradient Perturbation: Learning to Perturb Gradients for Adaptive Training, 2026,
+      arXiv:2605.29494.
     """
     planner = classwise.planner(epsilon, delta_epsilon, split)
     sites.check_choice("solver", solver, ("closed_form", "iterative"))
@@ -163,7 +164,8 @@ def drw(
       (Perturbation(sites=('logits',)), Perturbation(sites=('logit_grads',)))
 
     References:
-      Cao et al., LDAM, NeurIPS 2019, arXiv:1906.07413.
+      Cao et al., Learning Imbalanced Datasets with Label-Distribution-Aware Margin Loss, NeurIPS
+      2019, arXiv:1906.07413.
     """
     sites.check_count("start", start, low=0)
     sites.check_number("beta", beta, 0.0, 1.0)

@@ -19,7 +19,7 @@ def lpl(
     step_size: sites.Number = 0.01,
     steps: int | None = None,
 ) -> sites.Perturbation:
-    r"""LPL: learning perturbations of logits, one perturbation a class.
+    r"""LPL, class-level logit perturbation: one perturbation a class.
 
     .. math::
         d_c \leftarrow d_c + s_c \frac{\alpha}{N_c} \sum_{i : y_i = c}
@@ -57,7 +57,8 @@ def lpl(
       Perturbation(sites=('logits',))
 
     References:
-      Li et al., Logit Perturbation, AAAI 2022; arXiv:2209.05668.
+      Mengyang Li, Fengguang Su, Ou Wu and Ji Zhang, Class-Level Logit Perturbation, TNNLS,
+      arXiv:2209.05668; its first version: Logit Perturbation, AAAI 2022.
     """
     planner = classwise.planner(epsilon, delta_epsilon, split)
     sites.check_number("step_size", step_size)
@@ -176,7 +177,8 @@ def ldam(
              [ 0.  , -0.5 ]], dtype=float32)
 
     References:
-      Cao et al., LDAM, NeurIPS 2019, arXiv:1906.07413.
+      Cao et al., Learning Imbalanced Datasets with Label-Distribution-Aware Margin Loss, NeurIPS
+      2019, arXiv:1906.07413.
     """
     counts = membership.counts_of(class_counts)
     sites.check_number("max_margin", max_margin)
@@ -215,9 +217,10 @@ def additive_margin(margin: sites.Number, scale: sites.Number = 1.0) -> sites.Pe
       Array([[ 0. , -0.5]], dtype=float32)
 
     References:
-      Wang et al., Additive Margin Softmax, arXiv:1801.05599, and CosFace, CVPR 2018,
-      arXiv:1801.09414. The large-margin softmax of Liu et al., ICML 2016, arXiv:1612.02295,
-      multiplies the angle instead and needs a head of its own.
+      Wang et al., Additive Margin Softmax for Face Verification, 2018, arXiv:1801.05599; Wang et
+      al., CosFace: Large Margin Cosine Loss for Deep Face Recognition, CVPR 2018, arXiv:1801.09414.
+      The large-margin softmax multiplies the angle instead and needs a head of its own: Liu et al.,
+      Large-Margin Softmax Loss for Convolutional Neural Networks, ICML 2016, arXiv:1612.02295.
     """
     sites.check_number("margin", margin)
     sites.check_number("scale", scale)
@@ -294,8 +297,8 @@ def isda(
 
     References:
       Wang et al., Implicit Semantic Data Augmentation for Deep Networks, NeurIPS 2019,
-      arXiv:1909.12220; Regularizing Deep Networks with Semantic Data Augmentation, TPAMI 2021,
-      arXiv:2007.10538.
+      arXiv:1909.12220; Wang et al., Regularizing Deep Networks with Semantic Data Augmentation,
+      TPAMI 2021, arXiv:2007.10538.
     """
     sites.check_number("strength", strength)
     sites.check_count("num_classes", num_classes, low=2)

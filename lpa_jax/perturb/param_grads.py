@@ -38,7 +38,8 @@ def sam(rho: sites.Number, mask: Mask = None) -> sites.Perturbation:
       2.5
 
     References:
-      Foret et al., Sharpness-Aware Minimization, ICLR 2021, arXiv:2010.01412.
+      Foret et al., Sharpness-Aware Minimization for Efficiently Improving Generalization, ICLR
+      2021, arXiv:2010.01412.
     """
     return _sharpness_aware("sam", rho, mask, lambda weight: 1.0)
 
@@ -60,7 +61,8 @@ def asam(rho: sites.Number, eta: float = 0.01, mask: Mask = None) -> sites.Pertu
       Perturbation(sites=('param_grads',))
 
     References:
-      Kwon et al., ASAM, ICML 2021, arXiv:2102.11600. *Ours*: every parameter is scaled, as in the
+      Kwon et al., ASAM: Adaptive Sharpness-Aware Minimization for Scale-Invariant Learning of Deep
+      Neural Networks, ICML 2021, arXiv:2102.11600. *Ours*: every parameter is scaled, as in the
       paper's text; its code leaves biases unscaled.
     """
     sites.check_number("eta", eta)
@@ -113,7 +115,8 @@ def gradient_clipping(max_norm: sites.Number) -> sites.Perturbation:
       [0.6, 0.8]
 
     References:
-      Pascanu, Mikolov and Bengio, ICML 2013, arXiv:1211.5063.
+      Pascanu, Mikolov and Bengio, On the difficulty of training recurrent neural networks, ICML
+      2013, arXiv:1211.5063.
     """
     sites.check_number("max_norm", max_norm)
 
@@ -141,7 +144,8 @@ def gradient_noise(eta: sites.Number, gamma: float = 0.55) -> sites.Perturbation
       Perturbation(sites=('param_grads',))
 
     References:
-      Neelakantan et al., arXiv:1511.06807. Unlike `optax.add_noise` it draws from the step's key.
+      Neelakantan et al., Adding Gradient Noise Improves Learning for Very Deep Networks, 2015,
+      arXiv:1511.06807. Unlike `optax.add_noise` it draws from the step's key.
     """
     sites.check_number("eta", eta)
     sites.check_number("gamma", gamma)

@@ -99,7 +99,8 @@ def tuned(
         fail.
 
     References:
-      Akiba et al., Optuna, KDD 2019, arXiv:1907.10902.
+      Akiba et al., Optuna: A Next-generation Hyperparameter Optimization Framework, KDD 2019,
+      arXiv:1907.10902.
     """
     # What cannot be run is told before anything is.
     runs.configure_all(table, _on_trial(protocol))
