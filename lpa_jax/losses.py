@@ -18,7 +18,7 @@ def softmax_binary_cross_entropy(
     the loss of Manifold Mixup's published code.
 
     Args:
-      logits: Unnormalised log-probabilities, `[B, C]`.
+      logits: Unnormalized log-probabilities, `[B, C]`.
       targets: Probabilities, `[B, C]`.
 
     Returns:
@@ -51,7 +51,7 @@ def softmax_focal_loss(
     loss (Cui et al., arXiv:1901.05555, whose own is of sigmoids).
 
     Args:
-      logits: Unnormalised log-probabilities, `[B, C]`.
+      logits: Unnormalized log-probabilities, `[B, C]`.
       targets: Probabilities, `[B, C]`.
       gamma: At least 0, which is cross-entropy; the paper's is 2.
 
@@ -80,7 +80,7 @@ def generalized_cross_entropy(
     targets: Float[Array, "batch classes"],
     q: float = 0.7,
 ) -> Float[Array, "batch"]:
-    r"""Generalised cross-entropy (GCE, the L_q loss), between cross-entropy and absolute error.
+    r"""Generalized cross-entropy (GCE, the L_q loss), between cross-entropy and absolute error.
 
     .. math::
         \ell_i = \sum_c t_{ic} \frac{1 - p_{ic}^q}{q}
@@ -88,7 +88,7 @@ def generalized_cross_entropy(
     *Ours* is the sum for soft targets; the paper's truncated loss is not offered.
 
     Args:
-      logits: Unnormalised log-probabilities, `[B, C]`.
+      logits: Unnormalized log-probabilities, `[B, C]`.
       targets: Probabilities, `[B, C]`.
       q: In (0, 1]: near 0 it is cross-entropy, at 1 the error `1 - p`, which forgives wrong labels
         most and learns slowest.

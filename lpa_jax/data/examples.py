@@ -1,4 +1,4 @@
-"""Labelled images, what is required of them, and which are held out."""
+"""Labeled images, what is required of them, and which are held out."""
 
 from collections.abc import Sequence
 from typing import NamedTuple

@@ -50,7 +50,7 @@ def load(
     seed: int = 0,
     image_size: int | None = None,
 ) -> Dataset:
-    """Load a set of labelled images, and hold out a validation set by class.
+    """Load a set of labeled images, and hold out a validation set by class.
 
     Args:
       name: `"digits"`, scikit-learn's 8x8 images; `"npz:PATH"`, a file with the arrays `x_train`,
@@ -60,7 +60,7 @@ def load(
       validation_fraction: Share of the training examples to hold out, in [0, 1).
       seed: Decides which examples are held out, at least 0; the test set never depends on it.
       image_size: Side of the images of a tensorflow-datasets set, at least 1: each is scaled until
-        it covers that square, and cropped to its centre. None leaves them as they are.
+        it covers that square, and cropped to its center. None leaves them as they are.
 
     Returns:
       The set, with uint8 images `[N, H, W, C]` and int32 labels `[N]`. A class of which

@@ -34,7 +34,7 @@ def read(name: str, data_dir: str | None, image_size: int | None) -> Source:
       The splits `train` and `test`, or `validation` where there is no `test`.
 
     Raises:
-      DataError: If the set is unknown, not prepared, damaged, or no set of labelled images.
+      DataError: If the set is unknown, not prepared, damaged, or no set of labeled images.
     """
     tfds = _import(name)
     builder = _open(tfds, name, data_dir)

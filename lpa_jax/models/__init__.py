@@ -32,7 +32,7 @@ def create(
         `"preact_resnet_34"` or `"small_cnn"`.
       num_classes: Number of logits.
       mean: What to subtract from the inputs, one number or one for each channel.
-      std: What to divide the centred inputs by, likewise.
+      std: What to divide the centered inputs by, likewise.
       dtype: Data type of the computation; parameters, statistics and logits are float32.
       head: `"linear"`, or `"normalized"`: logits are `30 cos(features, w_c)`, as LDAM and additive
         margins need.

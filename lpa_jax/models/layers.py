@@ -39,7 +39,7 @@ def normalise(
             f"Images of shape {inputs.shape} look like [B, C, H, W], not [B, H, W, C]: give "
             "jnp.transpose(images, (0, 2, 3, 1))."
         )
-    # Broadcasting would otherwise turn grey images into images of len(mean) channels.
+    # Broadcasting would otherwise turn gray images into images of len(mean) channels.
     if not {len(mean), len(std)} <= {1, inputs.shape[-1]}:
         raise ValueError(
             f"mean {mean} and std {std} must have one number, or one for each of the "
@@ -67,7 +67,7 @@ def conv(
 
 
 def batch_norm(*, train: bool, dtype: DTypeLike, name: str) -> nn.BatchNorm:
-    """Return a batch normalisation whose parameters and statistics are float32."""
+    """Return a batch normalization whose parameters and statistics are float32."""
     return nn.BatchNorm(
         use_running_average=not train, momentum=0.9, epsilon=1e-5, dtype=dtype, name=name
     )

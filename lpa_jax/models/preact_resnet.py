@@ -15,7 +15,7 @@ class PreActResNet(nn.Module):
 
     The units are those of He et al. 2016 (arXiv:1603.05027). As in the published CIFAR code of
     Manifold Mixup, the stem keeps the resolution and nothing stands between the last sum and the
-    pooling: no normalisation, no relu. Its modules are `stem`, `group1`, ... (of 64, 128, 256 and
+    pooling: no normalization, no relu. Its modules are `stem`, `group1`, ... (of 64, 128, 256 and
     512 channels at 1, 1/2, 1/4 and 1/8 of the resolution; with modules `block0`, ...), `features`
     and `head`.
 
@@ -23,7 +23,7 @@ class PreActResNet(nn.Module):
       stage_sizes: Number of blocks of each group: (2, 2, 2, 2) for 18 layers, (3, 4, 6, 3) for 34.
       num_classes: Number of logits.
       mean: What to subtract from the inputs, one number or one for each channel.
-      std: What to divide the centred inputs by, likewise.
+      std: What to divide the centered inputs by, likewise.
       dtype: Data type of the computation; parameters, statistics and logits are float32.
       remat: What blocks keep for the backward pass instead of everything, to save memory:
         `"nothing_saveable"`, `"dots_saveable"` or `"dots_with_no_batch_dims_saveable"`, policies of
@@ -57,7 +57,7 @@ class PreActResNet(nn.Module):
 
         Args:
           inputs: Images with pixels in [0, 1], floating `[B, H, W, C]`.
-          train: Whether to normalise by the statistics of the batch, which updates the collection
+          train: Whether to normalize by the statistics of the batch, which updates the collection
             `batch_stats`.
 
         Raises:

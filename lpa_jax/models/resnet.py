@@ -86,7 +86,7 @@ class ResNet(nn.Module):
       squeeze_excite: Whether gates of reduction 16 scale each residual (Hu et al. 2018,
         arXiv:1709.01507).
       mean: What to subtract from the inputs, one number or one for each channel.
-      std: What to divide the centred inputs by, likewise.
+      std: What to divide the centered inputs by, likewise.
       dtype: Data type of the computation; parameters, statistics and logits are float32.
       remat: What blocks keep for the backward pass instead of everything, to save memory:
         `"nothing_saveable"`, `"dots_saveable"` or `"dots_with_no_batch_dims_saveable"`, policies of
@@ -128,7 +128,7 @@ class ResNet(nn.Module):
 
         Args:
           inputs: Images with pixels in [0, 1], floating `[B, H, W, C]`.
-          train: Whether to normalise by the statistics of the batch, which updates the collection
+          train: Whether to normalize by the statistics of the batch, which updates the collection
             `batch_stats`.
 
         Raises:

@@ -9,7 +9,7 @@ from lpa_jax.models.layers import batch_norm, classify, conv, normalise
 
 
 class ConvGroup(nn.Module):
-    """Convolution, batch normalisation and relu.
+    """Convolution, batch normalization and relu.
 
     Attributes:
       width: Number of output channels.
@@ -29,9 +29,9 @@ class ConvGroup(nn.Module):
 
 
 class SmallCNN(nn.Module):
-    """Three convolutions with batch normalisation (Ioffe & Szegedy 2015, arXiv:1502.03167).
+    """Three convolutions with batch normalization (Ioffe & Szegedy 2015, arXiv:1502.03167).
 
-    Made to learn scikit-learn's digits, grey images of 8x8 pixels, in seconds on a CPU. Its modules
+    Made to learn scikit-learn's digits, gray images of 8x8 pixels, in seconds on a CPU. Its modules
     are `group1`, `group2`, `group3` (of 1, 2 and 4 times `width` channels at 1, 1/2 and 1/4 of the
     resolution), `features` and `head`.
 
@@ -39,7 +39,7 @@ class SmallCNN(nn.Module):
       num_classes: Number of logits.
       width: Number of channels of the first group.
       mean: What to subtract from the inputs, one number or one for each channel.
-      std: What to divide the centred inputs by, likewise.
+      std: What to divide the centered inputs by, likewise.
       dtype: Data type of the computation; parameters, statistics and logits are float32.
       head: `"linear"`, or `"normalized"`: logits are `30 cos(features, w_c)`, as LDAM and additive
         margins need; see `layers.NormalizedHead`.
@@ -77,7 +77,7 @@ class SmallCNN(nn.Module):
 
         Args:
           inputs: Images with pixels in [0, 1], floating `[B, H, W, C]`.
-          train: Whether to normalise by the statistics of the batch, which updates the collection
+          train: Whether to normalize by the statistics of the batch, which updates the collection
             `batch_stats`.
 
         Raises:

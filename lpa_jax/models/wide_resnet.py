@@ -31,7 +31,7 @@ class WideResNet(nn.Module):
       widen_factor: The paper's k.
       num_classes: Number of logits.
       mean: What to subtract from the inputs, one number or one for each channel.
-      std: What to divide the centred inputs by, likewise.
+      std: What to divide the centered inputs by, likewise.
       dtype: Data type of the computation; parameters, statistics and logits are float32.
       remat: What blocks keep for the backward pass instead of everything, to save memory:
         `"nothing_saveable"`, `"dots_saveable"` or `"dots_with_no_batch_dims_saveable"`, policies of
@@ -73,7 +73,7 @@ class WideResNet(nn.Module):
 
         Args:
           inputs: Images with pixels in [0, 1], floating `[B, H, W, C]`.
-          train: Whether to normalise by the statistics of the batch, which updates the collection
+          train: Whether to normalize by the statistics of the batch, which updates the collection
             `batch_stats`.
 
         Raises:

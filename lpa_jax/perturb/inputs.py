@@ -133,7 +133,7 @@ def manifold_mixup(sites: str | Sequence[str], alpha: Number) -> Perturbation:
         \lambda \sim \mathrm{Beta}(\alpha, \alpha)
 
     Each example is paired with the one before it in the batch (*ours*; batches are shuffled, and
-    on many devices a shift is one neighbour's exchange where a permutation is a gather of all). An
+    on many devices a shift is one neighbor's exchange where a permutation is a gather of all). An
     example next to padding stays as it is. Gradients flow through both partners. Class-level
     perturbations must stand after the last of the sites, where examples and targets agree.
 
@@ -200,7 +200,7 @@ def cutmix(alpha: Number, probability: Number = 1.0) -> Perturbation:
     r"""CutMix: paste a box of another example, and mix the targets by the box's area.
 
     The box, one for the batch, has `1 - lambda` of the area, `lambda ~ Beta(alpha, alpha)`, and a
-    centre drawn anywhere in the image, whose borders cut it off; the targets are mixed by what is
+    center drawn anywhere in the image, whose borders cut it off; the targets are mixed by what is
     left of it. Each example is paired with the one before it, as in `manifold_mixup` (*ours*).
 
     Args:
@@ -291,7 +291,7 @@ def _image_size(name: str, value: Array) -> tuple[int, int]:
 def _box(
     value: Float[Array, "B H W C"], centre: Float[Array, "boxes 2"], size: Float[Array, "2"]
 ) -> Bool[Array, "boxes H W 1"]:
-    """Return which pixels lie in a box: from half its size before its centre to half beyond."""
+    """Return which pixels lie in a box: from half its size before its center to half beyond."""
 
     def within(axis):
         places = jnp.arange(value.shape[1 + axis], dtype=jnp.float32)

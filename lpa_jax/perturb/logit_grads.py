@@ -27,7 +27,7 @@ def lpg(
         d_c = \epsilon_c \frac{g_c}{\|g_c\|} \;(s_c = +1), \qquad
         d_c = -\min(\epsilon_c, \|g_c\|) \frac{g_c}{\|g_c\|} \;(s_c = -1)
 
-    the exact maximiser and minimiser of `||g_c + d||` on the ball. The parameter gradient equals
+    the exact maximizer and minimizer of `||g_c + d||` on the ball. The parameter gradient equals
     that of `l_i + <d_{y_i}, u_i>` with `d` constant.
 
     Args:
@@ -177,7 +177,7 @@ def drw(
 
 
 def elr(num_examples: int, strength: sites.Number, beta: sites.Number = 0.7) -> sites.Perturbation:
-    r"""ELR: early-learning regularisation, which holds predictions to what they used to be.
+    r"""ELR: early-learning regularization, which holds predictions to what they used to be.
 
     .. math::
         \ell_i + \lambda \log(1 - \langle p_i, t_i \rangle), \qquad

@@ -36,7 +36,7 @@ def lpl(
         projected (as `||p - e_c|| <= sqrt(2)`, `||d_c|| <= sqrt(2) * epsilon_c`).
         `"rounded_steps"`, that of LPL's released code on long tails:
         `max(1, round(epsilon_c / step_size))` steps, but none where the bound or the sign is 0.
-        `"projected"`: that many `steps` of length `2 * epsilon_c / steps` along the normalised
+        `"projected"`: that many `steps` of length `2 * epsilon_c / steps` along the normalized
         gradient, projected onto the ball of radius `epsilon_c`, as in LPA.
       step_size: Alpha, above 0; not used by `"projected"`.
       steps: `"projected"`: number of steps, default 3. Else: at most that many, default no limit.

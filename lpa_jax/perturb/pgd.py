@@ -165,7 +165,7 @@ def climb_within(
 
     Args:
       gradient: Maps values `[R, ...]` to the gradients at them.
-      values: Centres of the balls, `[R, ...]`.
+      values: Centers of the balls, `[R, ...]`.
       start: First perturbations, float32 `[R, ...]`, within ball and bounds.
       radius: Radius of the balls, at least 0.
       stride: Length of a step, at least 0.
@@ -200,9 +200,9 @@ def climb_within(
 
 
 def stretch(mean: Rows, signs: PerRow, radii: PerRow) -> Rows:
-    """Return the exact maximiser (sign +1) or minimiser (-1) of `||mean + d||`, `||d|| <= radius`.
+    """Return the exact maximizer (sign +1) or minimizer (-1) of `||mean + d||`, `||d|| <= radius`.
 
-    A minimiser stops at the origin: its length is `min(radius, ||mean||)`.
+    A minimizer stops at the origin: its length is `min(radius, ||mean||)`.
     """
     length = jnp.where(signs > 0, radii, jnp.minimum(radii, norms(mean)))
     return column(signs * length, mean) * unit(mean)

@@ -13,13 +13,13 @@ from lpa_jax.training import records, report
 NOTE = (
     "Test error % of the last epoch, mean ± sample standard deviation over n seeds. The difference "
     "from the first row is paired by seed; p is that of a paired t-test, corrected for the number "
-    "of rows by Holm's method. All seeds share one choice of held-out, kept and wrongly labelled "
+    "of rows by Holm's method. All seeds share one choice of held-out, kept and wrongly labeled "
     "examples: what another choice would change is not in the deviation. LPL, LPG and LPA have a "
     "fixed bound but in rows named varied."
 )
 PUBLISHED = (
     " Published errors are of WRN-28-10, or on long tails of ResNet-32, and of 200 epochs, unless "
-    "they are labelled otherwise."
+    "they are labeled otherwise."
 )
 BEST = " “Best” is the test error at the epoch that was best on the validation set."
 

@@ -32,7 +32,7 @@ class Experiment(NamedTuple):
     """All of a run but the devices, and where it leaves what it finds.
 
     Attributes:
-      dataset: The examples, long-tailed or noisily labelled where that was asked for.
+      dataset: The examples, long-tailed or noisily labeled where that was asked for.
       class_counts: Number of training examples of each class, by the labels that are trained on.
       groups: Classes of each group on a long tail, see `data.class_groups`; else nothing.
       model: The network, in Flax.
