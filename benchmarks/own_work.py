@@ -130,7 +130,9 @@ def methods(batch, classes):
         perturbation = lpa_jax.adversarial("site", 0.1, steps=steps, norm=norm)
         return at_value(perturbation, each * steps * entries, calls=steps)
 
-    sums = 2 * T * entries
+    # Of the default radius, and of telling rounding noise from a direction (8 positions a row).
+    radius, noise = 5 * entries, entries // 4
+    sums = 2 * T * entries + radius + noise
     lpl = lpa_jax.lpl(0.4)
     projected = lpa_jax.lpl(0.4, solver="projected", steps=T)
     isda = lpa_jax.isda("site", 0.5, classes)
@@ -139,11 +141,11 @@ def methods(batch, classes):
     activation = lpa_jax.manifold_mixup(("site", "another"), 2.0)
     return {
         "lpa": lpa(sums + 11 * T * rows * K),
-        "lpa, relative": lpa(sums + 5 * entries + 11 * T * rows * K, radius="relative"),
-        "lpa, full": lpa(sums + 10 * T * rows * P * K, sharing="full"),
-        "lpa, low rank 1, but its SVD": lpa(sums + 4 * T * rows * P * K, low_rank=1),
+        "lpa, absolute": lpa(sums - radius + 11 * T * rows * K, radius="absolute"),
+        "lpa, full": lpa(sums + 7 * noise + 10 * T * rows * P * K, sharing="full"),
+        "lpa, low rank 1, but its SVD": lpa(sums + entries + 4 * T * rows * P * K, low_rank=1),
         "lpa, by example": lpa(sums + 11 * T * batch * K, granularity="sample"),
-        "lpa, norm": lpa(2 * entries + 15 * rows * K, calls=0, objective="norm"),
+        "lpa, norm": lpa(radius + 2 * entries + 15 * rows * K, calls=0, objective="norm"),
         "lpa, soft labels": lpa(sums + (4 * batch + 11) * T * classes * K, soft=True),
         "adversarial, linf": adversarial("linf", 12),
         "adversarial, linf, one step": adversarial("linf", 6, steps=1),
