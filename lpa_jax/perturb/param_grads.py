@@ -10,7 +10,6 @@ import optax
 
 from lpa_jax.perturb import pgd, sites
 
-
 Mask = PyTree | Callable[[PyTree], PyTree] | None
 
 

@@ -53,9 +53,10 @@ def value_and_grad(
       that remember each of them (`elr`); others do without.
     - `kwargs`: passed on to `apply_fn`, such as `train=True, mutable=["batch_stats"]`.
     - `loss`: the weighted mean, float32. `aux["logits"]`: the network's output `[B, C]` before
-      perturbations of the logits. `aux["labels"]`: the labels, mixed where the examples were. `aux["updates"]`: the mutated collections. `aux["metrics"]`: for
-      each site perturbed, how far each class was moved (`"norm"`, `"relative"` to the value,
-      `"count"` of examples; `[C]`), and the `"sign"` and `"radius"` that LPA, LPL and LPG chose.
+      perturbations of the logits. `aux["labels"]`: the labels, mixed where the examples were.
+      `aux["updates"]`: the mutated collections. `aux["metrics"]`: for each site perturbed, how far
+      each class was moved (`"norm"`, `"relative"` to the value, `"count"` of examples; `[C]`), and
+      the `"sign"` and `"radius"` that LPA, LPL and LPG chose.
 
     A transform's `update` receives, keyword-only: `site`, `key`, `step`, `labels` (the class
     membership: int `[B]`, or float `[B, C]` after mixing), `targets` `[B, C]`, `weights`,
