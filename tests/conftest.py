@@ -4,7 +4,9 @@ import typing
 
 from beartype import beartype, BeartypeConf
 import jax
+import jaxtyping
 from jaxtyping import install_import_hook
+import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
 
@@ -24,3 +26,11 @@ def typechecker(function):
 
 # Must come before the package is first imported.
 install_import_hook("lpa_jax", f"{__name__}.typechecker")
+
+
+@pytest.fixture
+def unchecked():
+    """Switch the tests' type checker off, which would refuse before the library does."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

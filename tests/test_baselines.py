@@ -516,6 +516,94 @@ def test_isda_needs_the_vector_that_the_head_takes_in():
         perturbation.init(jnp.zeros((2, 8, 8, 3)))
 
 
+@pytest.mark.usefixtures("unchecked")
+def test_isda_that_observes_features_before_they_are_mixed_is_refused():
+    isda, mixup = lpa_jax.isda("features", 0.5, CLASSES), lpa_jax.manifold_mixup(("features",), 1.0)
+    with pytest.raises(lpa_jax.SiteError, match="mixed before the examples are"):
+        one_step(lpa_jax.chain(isda, mixup), draw_batch(0))
+    one_step(lpa_jax.chain(mixup, isda), draw_batch(0))
+
+
+class Partitioned(nn.Module):
+    """The same network, whose parameters say how they are divided among devices."""
+
+    @nn.compact
+    def __call__(self, x):
+        def init(*names):
+            return nn.with_partitioning(nn.initializers.normal(), names)
+
+        options = {"kernel_init": init(None, "model"), "bias_init": init("model")}
+        x = nn.Dense(WIDTH, name="features", **options)(x)
+        return nn.Dense(CLASSES, name="head", **options)(nn.tanh(x))
+
+
+@pytest.mark.parametrize(
+    "perturbation",
+    [
+        lpa_jax.isda("features", 0.5, CLASSES),
+        lpa_jax.sam(0.1),
+        lpa_jax.asam(0.5),
+        lpa_jax.gradient_clipping(0.01),
+        lpa_jax.at("param_grads", optax.clip(0.01)),
+    ],
+    ids=["isda", "sam", "asam", "gradient_clipping", "clip"],
+)
+def test_parameters_within_boxes_are_perturbed_like_those_without(perturbation):
+    inputs, labels, _ = map(jnp.asarray, draw_batch(0))
+    model = Partitioned()
+    boxed = model.init(KEY, inputs)
+    plain = nn.meta.unbox(boxed)
+    results = []
+    for variables in (boxed, plain):
+        step = lpa_jax.value_and_grad(model.apply, perturbation, num_classes=CLASSES)
+        state = step.init(variables, inputs, labels)
+        (loss, _), grads, _ = quick_jit(step)(variables, state, inputs, labels, KEY)
+        results.append((loss, nn.meta.unbox(grads)))
+    chex.assert_trees_all_close(*results, rtol=1e-6)
+
+
+# ---------------------------------------------------------------- SAM with a mask
+
+MASK = {"features": {"dense": {"kernel": True, "bias": False}}, "head": False}
+
+
+@pytest.mark.parametrize("mask", [MASK, lambda params: MASK], ids=["tree", "function"])
+@pytest.mark.parametrize("kind", ["sam", "asam"])
+def test_sam_with_a_mask_moves_the_masked_parameters_alone(kind, mask):
+    """The gradient is that of all parameters, where those of the mask are moved."""
+    batch, rho, eta = draw_batch(1), 0.3, 0.01
+    make = lpa_jax.sam if kind == "sam" else functools.partial(lpa_jax.asam, eta=eta)
+    objective = mean_over(batch, plain_ce)
+    grads = differences(objective, PARAMS)
+    weight = np.float64(PARAMS["features"]["dense"]["kernel"])
+    scale = np.ones_like(weight) if kind == "sam" else np.abs(weight) + eta
+    scaled = scale * grads["features"]["dense"]["kernel"]
+    moved = jax.tree.map(np.float64, PARAMS)
+    moved["features"]["dense"]["kernel"] += rho * scale * scaled / np.linalg.norm(scaled)
+    expected = differences(objective, moved)
+    _, got, _ = one_step(make(rho, mask=mask), batch)
+    jax.tree.map(functools.partial(close, rtol=1e-4, atol=1e-5), got, expected)
+    # Moving all makes another gradient.
+    _, whole, _ = one_step(make(rho), batch)
+    assert np.abs(whole["head"]["kernel"] - expected["head"]["kernel"]).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda sam: optax.masked(sam, MASK),
+        lambda sam: optax.partition({True: sam, False: optax.identity()}, MASK),
+        lambda sam: optax.chain(optax.masked(sam, MASK)),
+    ],
+    ids=["masked", "partition", "chain"],
+)
+@pytest.mark.parametrize("make", [lpa_jax.sam, lpa_jax.asam])
+def test_sam_behind_a_wrapper_that_hides_parameters_is_refused(make, wrap):
+    wrapped = lpa_jax.at("param_grads", wrap(make(0.1)))
+    with pytest.raises(lpa_jax.SiteError, match=r"the mask instead, as in .*sam\(rho, mask="):
+        one_step(wrapped, draw_batch(0))
+
+
 # ---------------------------------------------------------------- ELR
 
 # Of twelve; the fourth place of the second batch repeats its first, and the padding of the third,

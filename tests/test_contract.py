@@ -12,7 +12,6 @@ import flax.linen as nn
 import jax
 from jax import ShapeDtypeStruct
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
@@ -609,14 +608,6 @@ def test_a_mesh_with_explicit_axes_agrees_with_one_device(line):
 
 
 # ---------------------------------------------------------------- refusals and completeness
-
-
-@pytest.fixture
-def unchecked():
-    """Switch the tests' type checker off, which would refuse before the library does."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 BAD = [-0.1, math.nan, math.inf, -math.inf, True, "0.1", None]

@@ -7,7 +7,6 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-import jaxtyping
 import networks
 from networks import scale, shift
 import numpy as np
@@ -400,6 +399,23 @@ def test_class_statistics_are_those_of_the_logits_that_come_back():
     assert not stats.epoch.weight.any()
 
 
+@pytest.mark.parametrize(
+    ("chain", "reads"),
+    [
+        (lpa_jax.chain(), False),
+        (lpa_jax.dropout("group1", 0.5), False),
+        (lpa_jax.at("group1", optax.clip(0.1)), False),
+        (lpa_jax.lpg(0.1), True),
+        (lpa_jax.at("logits", lpa_jax.lpl(0.1)), True),
+        (lpa_jax.at("logits", optax.chain(lpa_jax.lpl(0.1))), True),
+    ],
+    ids=["nothing", "dropout", "clip", "lpg", "at lpl", "chained lpl"],
+)
+def test_class_statistics_are_taken_only_where_something_may_read_them(chain, reads):
+    stats = run_step(chain, keep=lambda result: result[2].class_stats)
+    assert bool(stats.frequency.sum() > 0) == reads
+
+
 def test_a_split_by_the_present_batch_sees_the_network_before_any_class_was_moved():
     """But after the sites ahead were perturbed; what outlasts the batch is taken from there too."""
     split = lpa_jax.splits.mean_threshold(window="batch")
@@ -619,14 +635,6 @@ def test_a_step_costs_the_passes_through_the_tail_and_nothing_twice(norm, site, 
 # --- What it refuses
 
 
-@pytest.fixture
-def unchecked():
-    """Switch the tests' type checker off, which would refuse before the library does."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
-
-
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     ("labels", "message"),
@@ -647,6 +655,48 @@ def test_labels_that_do_not_fit_are_refused(labels, message):
         step.init(VARIABLES, INPUTS, labels)
     with pytest.raises(ValueError, match=message):
         step(VARIABLES, state, INPUTS, labels, KEY)
+
+
+@pytest.mark.parametrize("kind", [jnp.int8, jnp.uint8])
+def test_labels_of_any_integer_kind_are_read(kind):
+    labels = LABELS.astype(kind)
+    expected = run_step(lpa_jax.chain(), keep=lambda result: result[0][0])
+    got = run_step(lpa_jax.chain(), labels=labels, keep=lambda result: result[0][0])
+    assert got == expected
+
+
+def test_an_example_of_label_minus_one_does_not_count():
+    """As with a weight of 0, whatever the input holds."""
+    perturbation = lpa_jax.chain(absolute("group1", 0.5), lpa_jax.lpg(0.2))
+    weights = jnp.ones(BATCH).at[jnp.array([1, 4])].set(0.0)
+    step = make(perturbation)
+    state = step.init(VARIABLES, INPUTS, LABELS)
+
+    @quick_jit
+    def run(inputs, labels, weights):
+        (loss, aux), grads, state_after = step(
+            VARIABLES, state, inputs, labels, KEY, weights=weights
+        )
+        return loss, aux["metrics"], grads, state_after
+
+    expected = run(INPUTS, LABELS, weights)
+    ignored = jnp.where(weights > 0, LABELS, -1)
+    inputs = jnp.where(weights[:, None, None] > 0, INPUTS, jnp.nan)
+    chex.assert_trees_all_close(run(inputs, ignored, jnp.ones(BATCH)), expected, rtol=1e-6)
+    # The same where the labels are known, and no weights are given.
+    (loss, _), grads, _ = step(VARIABLES, state, inputs, ignored, KEY)
+    chex.assert_trees_all_close((loss, grads), (expected[0], expected[2]), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("label", [CLASSES, -2])
+def test_an_unknown_label_within_jit_makes_the_loss_nan(label):
+    labels = LABELS.at[3].set(label)
+    step = make(lpa_jax.chain())
+    state = step.init(VARIABLES, INPUTS, LABELS)
+    with pytest.raises(ValueError, match=r"\[0, 4\), or be -1"):
+        step(VARIABLES, state, INPUTS, labels, KEY)
+    (loss, _), _, _ = quick_jit(step)(VARIABLES, state, INPUTS, labels, KEY)
+    assert np.isnan(loss)
 
 
 def test_labels_may_be_a_constant_of_the_compiled_function():
@@ -712,6 +762,14 @@ def test_at_takes_optax_transforms_alone():
         lpa_jax.at("group1", lambda value: value)
 
 
+def test_a_perturbation_that_has_its_sites_is_placed_nowhere_else():
+    mixup = lpa_jax.manifold_mixup("group1", 1.0)
+    for site in ("group1", "group2", ("group1", "inputs", "labels")):
+        with pytest.raises(lpa_jax.SiteError, match="has sites of its own"):
+            lpa_jax.at(site, mixup)
+    assert lpa_jax.at(["group1", "labels"], mixup) is mixup
+
+
 @pytest.mark.parametrize("make_one", [lpa_jax.lpa, lpa_jax.adversarial])
 @pytest.mark.parametrize("site", ["labels", "logit_grads", "param_grads"])
 def test_what_climbs_the_loss_is_refused_where_there_is_none_to_climb(make_one, site):
@@ -742,6 +800,20 @@ def test_mixing_moves_the_membership_with_the_targets(layers):
     chex.assert_trees_all_equal(labels, targets)
 
 
+@pytest.mark.parametrize("mixing", ["inputs", "group1"])
+def test_the_labels_come_back_as_the_examples_were_mixed(mixing):
+    mixup = lpa_jax.manifold_mixup((mixing,), alpha=4.0)
+    aux, states = forward(lpa_jax.chain(mixup, watch("labels")))
+    soft = states[-1]
+    assert soft.max(axis=1).min() < 0.9
+    chex.assert_trees_all_equal(aux["labels"], soft)
+
+
+def test_the_labels_come_back_as_they_were_where_only_targets_are_smoothed():
+    aux, _ = forward(lpa_jax.label_smoothing(0.2))
+    chex.assert_trees_all_equal(aux["labels"], LABELS)
+
+
 def test_mixing_where_a_module_is_called_several_times_is_refused():
     model = networks.Shared()
     step = make(lpa_jax.manifold_mixup("shared", 1.0), model)
@@ -750,26 +822,45 @@ def test_mixing_where_a_module_is_called_several_times_is_refused():
     make(lpa_jax.manifold_mixup("shared[1]", 1.0), model).init(fill(model), INPUTS, LABELS)
 
 
-@pytest.mark.parametrize(
-    ("chain", "accepted"),
-    [
-        (lambda lpa, mixup: (lpa("group1"), mixup(("inputs", "group2"))), False),
-        (lambda lpa, mixup: (mixup(("inputs", "group2")), lpa("group1")), False),
-        (lambda lpa, mixup: (lpa("inputs"), mixup(("inputs",))), False),
-        (lambda lpa, mixup: (lpa("group1"), mixup(("group1",))), False),
-        (lambda lpa, mixup: (mixup(("group1",)), lpa("group1")), True),
-        (lambda lpa, mixup: (lpa("group2"), mixup(("inputs", "group1"))), True),
-    ],
-)
-def test_class_level_work_is_refused_where_targets_are_mixed_before_the_examples(chain, accepted):
-    made = lpa_jax.chain(
-        *chain(
-            lambda site: lpa_jax.lpa(site, 0.1), lambda at: lpa_jax.manifold_mixup(at, alpha=1.0)
-        )
-    )
+def gradient_asked(site):
+    """Use the gradient and nothing else, as a transform of the user's own may."""
+
+    def update(value, *, gradient_fn, **_):
+        return value + gradient_fn(value)[1]
+
+    return lpa_jax.stateless(site, update)
+
+
+WORK = {
+    "lpa": lambda site: lpa_jax.lpa(site, 0.1),
+    "at lpa": lambda site: lpa_jax.at(site, lpa_jax.lpa(site, 0.1)),
+    "injected lpa": lambda site: lpa_jax.at(
+        site, optax.inject_hyperparams(lpa_jax.lpa, static_args=("site", "steps"))(site, 0.1)
+    ),
+    "chained lpa": lambda site: lpa_jax.at(site, optax.chain(lpa_jax.lpa(site, 0.1))),
+    "adversarial": lambda site: lpa_jax.adversarial(site, 0.1),
+    "a gradient of the user's": gradient_asked,
+}
+CHAINS = {
+    "between": (lambda work, mixup: (work("group1"), mixup(("inputs", "group2"))), False),
+    "between, named last": (
+        lambda work, mixup: (mixup(("inputs", "group2")), work("group1")),
+        False,
+    ),
+    "ahead at one site": (lambda work, mixup: (work("group1"), mixup(("group1",))), False),
+    "after at one site": (lambda work, mixup: (mixup(("group1",)), work("group1")), True),
+    "after": (lambda work, mixup: (work("group2"), mixup(("inputs", "group1"))), True),
+}
+
+
+@pytest.mark.parametrize("where", CHAINS)
+@pytest.mark.parametrize("work", WORK)
+def test_work_on_targets_mixed_before_the_examples_is_refused_however_wrapped(work, where):
+    chain, accepted = CHAINS[where]
+    mixup = functools.partial(lpa_jax.manifold_mixup, alpha=1.0)
 
     def run():
-        step = make(made)
+        step = make(lpa_jax.chain(*chain(WORK[work], mixup)))
         return step(VARIABLES, step.init(VARIABLES, INPUTS, LABELS), INPUTS, LABELS, KEY)
 
     if accepted:
@@ -777,3 +868,16 @@ def test_class_level_work_is_refused_where_targets_are_mixed_before_the_examples
     else:
         with pytest.raises(lpa_jax.SiteError, match="mixed before the examples are"):
             jax.eval_shape(run)
+
+
+def test_at_the_inputs_ahead_of_mixup_class_level_work_is_refused_and_adversarial_is_not():
+    """There the targets are not mixed yet, but the classes would be of the examples before it."""
+
+    def run(work):
+        step = make(lpa_jax.chain(work, lpa_jax.mixup(1.0)))
+        return step(VARIABLES, step.init(VARIABLES, INPUTS, LABELS), INPUTS, LABELS, KEY)
+
+    jax.eval_shape(lambda: run(lpa_jax.adversarial("inputs", 0.1)))
+    for name in ("lpa", "at lpa", "injected lpa", "chained lpa"):
+        with pytest.raises(lpa_jax.SiteError, match="mixed before the examples are"):
+            jax.eval_shape(functools.partial(run, WORK[name]("inputs")))

@@ -5,9 +5,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Integer
 
-Labels = Int[Array, "batch"] | Float[Array, "batch classes"]
+Labels = Integer[Array, "batch"] | Float[Array, "batch classes"]
 
 
 class Membership(NamedTuple):

@@ -115,13 +115,15 @@ def at(site: str | Sequence[str], transform: optax.GradientTransformation) -> Pe
     Args:
       site: `"inputs"`, `"labels"`, the path of a Flax module, `"logits"`, `"logit_grads"` or
         `"param_grads"`; or the sites of a perturbation of several that was wrapped.
-      transform: What to apply to the value at the site, taken as optax's *updates*.
+      transform: What to apply to the value at the site, taken as optax's *updates*. A perturbation
+        that is not wrapped has its sites already, and is returned as it is.
 
     Returns:
       The perturbation, ready for `chain`.
 
     Raises:
       TypeError: If `transform` is not an optax transform.
+      SiteError: If it is a perturbation of other sites.
 
     Example:
       >>> import lpa_jax, optax
@@ -133,10 +135,14 @@ def at(site: str | Sequence[str], transform: optax.GradientTransformation) -> Pe
     """
     if not isinstance(transform, optax.GradientTransformation):
         raise TypeError(f"at({site!r}, ...) takes an optax transform, not {transform!r}.")
+    if isinstance(transform, Perturbation):
+        if transform.sites != ((site,) if isinstance(site, str) else tuple(site)):
+            raise SiteError(
+                f"{transform!r} has sites of its own: name {site!r} where it is made, not in at()."
+            )
+        return transform
     # A wrapper does not tell what it wraps, but without extra arguments nothing is class-level.
     class_level = isinstance(transform, optax.GradientTransformationExtraArgs)
-    if isinstance(transform, Perturbation):
-        class_level = transform.class_level
     update = optax.with_extra_args_support(transform).update
     return Perturbation(site, transform.init, update, class_level=class_level)
 
