@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from ml_collections import config_dict
 import numpy as np
 import optax
+import probes
 import pytest
 from rich.console import Console
 
@@ -220,22 +221,11 @@ def test_an_epoch_without_a_finite_step_stops_a_run_that_skips(tmp_path, monkeyp
         run(smoke("erm", nonfinite="skip"), tmp_path)
 
 
-def test_the_training_accuracy_of_mixed_images_is_weighted_by_the_mixing(tmp_path):
-    plain, _ = run(smoke("erm"), tmp_path / "plain")
-    mixed, _ = run(smoke("mixup"), tmp_path / "mixed")
-    # Of two examples mixed by Beta(1, 1) the larger part is three quarters; unmixed labels would
-    # agree with the prediction for little more than half of the images.
-    accuracies = [summary["seeds"][0]["train_accuracy"] for summary in (plain, mixed)]
-    assert 0.5 * accuracies[0] < accuracies[1] < 0.8
-
-
-@pytest.mark.parametrize(("nonfinite", "after"), [("stop", 0), ("skip", 2)])
-def test_a_step_that_is_not_finite_changes_its_count_alone(nonfinite, after):
-    examples = data.load("digits").train
+def steps_on_digits(perturbation, nonfinite="stop"):
+    """Return the steps of a small network, their first state, and an iterator of batches."""
     grid = mesh.make_mesh(64)
-    source = feed.make_feed("device", examples, 64, 20, grid)
+    source = feed.make_feed("device", data.load("digits").train, 64, 20, grid)
     model = models.create("small_cnn", num_classes=10, mean=(0.5,), std=(0.25,))
-    perturbation = lpa_jax.chain(lpa_jax.lpa("group2", 0.1), sometimes_infinite("logits", 1.0))
     steps = make_steps(
         model.init,
         lpa_jax.value_and_grad(model.apply, perturbation, num_classes=10),
@@ -247,9 +237,28 @@ def test_a_step_that_is_not_finite_changes_its_count_alone(nonfinite, after):
         flip=False,
         nonfinite=nonfinite,
     )
-    before = jax.tree.map(np.asarray, steps.init(jnp.int32(0)))
-    state = steps.init(jnp.int32(0))
-    for given in itertools.islice(source.open(0, 0), 2):
+    return steps, steps.init(jnp.int32(0)), source.open(0, 0)
+
+
+@pytest.mark.parametrize("site", ["inputs", "group1"])
+def test_a_mixed_image_counts_by_its_share_of_the_class_predicted(site):
+    mixup = lpa_jax.manifold_mixup((site,), 4.0)
+    steps, state, batches = steps_on_digits(
+        lpa_jax.chain(mixup, probes.watch("labels"), probes.watch("logits"))
+    )
+    state = steps.train(state, jnp.int32(0), jnp.int32(1), *next(batches))
+    *_, labels, logits = state.perturbation.perturbations
+    shares = np.take_along_axis(np.asarray(labels), np.argmax(logits, axis=1)[:, None], 1)
+    assert ((shares > 0.1) & (shares < 0.9)).sum() > 3
+    np.testing.assert_allclose(state.running.correct, shares.sum(), rtol=1e-6)
+
+
+@pytest.mark.parametrize(("nonfinite", "after"), [("stop", 0), ("skip", 2)])
+def test_a_step_that_is_not_finite_changes_its_count_alone(nonfinite, after):
+    perturbation = lpa_jax.chain(lpa_jax.lpa("group2", 0.1), sometimes_infinite("logits", 1.0))
+    steps, state, batches = steps_on_digits(perturbation, nonfinite)
+    before = jax.tree.map(np.array, state)
+    for given in itertools.islice(batches, 2):
         state = steps.train(state, jnp.int32(0), jnp.int32(1), *given)
     assert int(state.step) == after
     # A run that stops counts the step it stands at.
