@@ -319,7 +319,7 @@ def main():
     channels = lpa_jax.list_sites(model.apply, variables, images, **APPLY)[args.site].shape[-1]
     ascent = {"steps": args.steps, "split": lpa_jax.splits.all_positive()}
     lpl = lpa_jax.lpl(EPSILON["lpl"], solver="projected", **ascent)
-    lpa = lpa_jax.lpa(args.site, EPSILON["lpa"], **ascent)
+    lpa = lpa_jax.lpa(args.site, EPSILON["lpa"], radius="absolute", **ascent)
     methods = {
         "plain": ("logits", lpa_jax.chain(), ()),
         "lpl": ("logits", lpl, (NUM_CLASSES, NUM_CLASSES)),

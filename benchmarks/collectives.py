@@ -57,8 +57,9 @@ def main():
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", args.devices)
 
-    group2, group3 = (functools.partial(lpa_jax.lpa, site, 0.1) for site in ("group2", "group3"))
-    both = lpa_jax.lpa(("group2", "group3"), 0.1)
+    lpa = functools.partial(lpa_jax.lpa, epsilon=0.1, radius="absolute")
+    group2, group3 = (functools.partial(lpa, site) for site in ("group2", "group3"))
+    both = lpa(("group2", "group3"))
     chains = {
         "erm": lpa_jax.chain(),
         "lpa at group3, T = 1": group3(steps=1),

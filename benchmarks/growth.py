@@ -34,7 +34,7 @@ VALUES = {"group1": (32, 32, 32), "group2": (16, 16, 64), "group3": (8, 8, 128)}
 
 def update_cost(shape, *, classes, batch, steps):
     """Return FLOPs, bytes and peak bytes of LPA's own work at a value `[batch, *shape]`."""
-    perturbation = lpa_jax.lpa("site", 0.2, steps=steps)
+    perturbation = lpa_jax.lpa("site", 0.2, steps=steps, radius="absolute")
     return own_work.cost(perturbation, (batch, *shape), classes=classes, calls=steps)
 
 
@@ -48,7 +48,7 @@ def step_costs(site, *, classes, batch, steps, depth):
     found = {}
     for name, perturbation in (
         ("plain", lpa_jax.chain()),
-        ("lpa", lpa_jax.lpa(site, 0.2, steps=steps)),
+        ("lpa", lpa_jax.lpa(site, 0.2, steps=steps, radius="absolute")),
     ):
         run, init = step_cost.perturbed_step(model, perturbation, classes)
         state = jax.eval_shape(

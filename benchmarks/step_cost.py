@@ -10,6 +10,7 @@ back to the site, for each gradient step.
 """
 
 import argparse
+import functools
 import pathlib
 import statistics
 import time
@@ -124,7 +125,8 @@ def main():
         "manifold mixup": lpa_jax.manifold_mixup(("inputs", last), 2.0),
         "sam": lpa_jax.sam(0.05),
     }
-    perturbations |= {f"lpa at {s}": lpa_jax.lpa(s, 0.2, steps=args.steps) for s in args.sites}
+    lpa = functools.partial(lpa_jax.lpa, epsilon=0.2, steps=args.steps, radius="absolute")
+    perturbations |= {f"lpa at {site}": lpa(site) for site in args.sites}
     variants = {"plain": (plain_step(model), lambda *_, **__: ())}
     variants |= {name: perturbed_step(model, p, 10) for name, p in perturbations.items()}
     compiled, states, compile_seconds = {}, {}, {}
