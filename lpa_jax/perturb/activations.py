@@ -38,6 +38,9 @@ def lpa(
 
     The training loss is then taken at `a_i + d_{y_i}`, with `d` a constant (*ours*, as in LPL's
     code). Where batch normalization couples examples, the gradient is that of the summed loss.
+    The loss climbed contains what stands at the logits and asks for no gradient of its own (logit
+    adjustment, margins, ISDA), as the training loss does. A class whose gradient is no longer than
+    its rounding noise, as where what follows removes the shift, stays where it is (*ours*).
     What the papers leave open was tried on a long-tailed CIFAR-10, three seeds, with a relative
     radius of 0.1 (docs/results.md): no choice was shown to be better than the default, and a fixed
     `splits.tail` was worse.

@@ -277,14 +277,16 @@ def isda(
         it is.
       strength: The paper's lambda_0, at least 0, or a schedule; 0.5 in most of the paper.
       num_classes: Number of classes C.
-      head: Path of the last, linear module, whose parameter `kernel` is `[D, C]`.
+      head: Path of the last, linear module, whose parameter `kernel` is `[D, C]`; a normalized head
+        is not linear in the features.
       num_steps: The paper's schedule: the strength rises from 0 over so many steps, those of the
         run. (*Ours*: by step, not by epoch.) None: it is as given.
       diagonal: Keep the diagonals alone: `C * D` numbers instead of `C * D * D`. (The paper's
         experiments on CIFAR keep all.)
 
     With soft labels an example counts for each of its classes, and its shift is the mixture of
-    theirs (*ours*).
+    theirs (*ours*). A perturbation that climbs the loss ahead of the site, such as LPA, sees the
+    covariances of the batches before (*ours*): the present features are not computed yet.
 
     Raises:
       ValueError: If an argument is outside its range. The step raises `SiteError` (a ValueError) if

@@ -1,4 +1,8 @@
-"""Meshes with explicit axes, within which a step runs as if they were automatic."""
+"""Meshes with explicit axes, within which a step runs as if they were automatic.
+
+That goes for the arguments of the step. A perturbation that was made with an array on such a mesh,
+as a bound, is refused by JAX; give the number, or an array of a single device.
+"""
 
 from collections.abc import Callable
 from typing import Any
