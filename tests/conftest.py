@@ -1,5 +1,6 @@
 """Shared by all tests: eight host devices, and shapes checked at run time."""
 
+import signal
 import typing
 
 from beartype import beartype, BeartypeConf
@@ -9,6 +10,9 @@ from jaxtyping import install_import_hook
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
+# A shell's background jobs ignore Ctrl-C, and so would the commands that tests start and interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 # An int is welcome where a float is asked for.

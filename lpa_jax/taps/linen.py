@@ -92,7 +92,7 @@ def value_and_grad(
       >>> step = lpa_jax.value_and_grad(model.apply, perturbation, num_classes=3)
       >>> state = step.init(variables, inputs, labels)
       >>> (loss, aux), grads, state = step(variables, state, inputs, labels, jax.random.key(1))
-      >>> loss.shape, aux["logits"].shape, aux["metrics"]["layers_0"]["norm"].round(4).tolist()
+      >>> loss.shape, aux["logits"].shape, aux["metrics"]["layers_0"]["relative"].round(4).tolist()
       ((), (4, 3), [0.1, 0.1, 0.1])
     """
     if num_classes < 2:
