@@ -42,7 +42,7 @@ COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "coll
 
 
 class Net(nn.Module):
-    """Convolutions and batch normalisation; smooth, since a kink makes more of a rounding."""
+    """Convolutions and batch normalization; smooth, since a kink makes more of a rounding."""
 
     @nn.compact
     def __call__(self, x, train=False):

@@ -809,8 +809,8 @@ def drawn_areas(alpha, number=20_000):
     """Return the shares of boxes that the borders have cut, from draws of NumPy's own."""
     rng = np.random.default_rng(1)
     sides = np.sqrt(1 - rng.beta(alpha, alpha, (number, 1)))
-    centres = rng.uniform(size=(number, 2))
-    return (np.minimum(centres + sides / 2, 1) - np.maximum(centres - sides / 2, 0)).prod(1)
+    centers = rng.uniform(size=(number, 2))
+    return (np.minimum(centers + sides / 2, 1) - np.maximum(centers - sides / 2, 0)).prod(1)
 
 
 @pytest.mark.parametrize("alpha", [0.3, 1.0, 5.0])
@@ -848,7 +848,7 @@ def test_cutout_covers_a_square_of_each_image_with_the_mean():
             sizes.append(extent(changed[i]))
             places.add((changed[i].any(1).argmax(), changed[i].any(0).argmax()))
     heights, widths = np.array(sizes).T
-    # The centre lies in the image, so that at least half a side is left.
+    # The center lies in the image, so that at least half a side is left.
     for side in (heights, widths):
         assert set(side) == {2, 3, 4}
     # 9 - 3 of nine rows and 12 - 3 of twelve columns hold a whole side.

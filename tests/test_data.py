@@ -265,7 +265,7 @@ def test_tfds_set_that_is_not_prepared(tmp_path):
     with pytest.raises(DataError, match=r"'cifar10' is not prepared in .*TensorFlow") as error:
         data.load("cifar10", data_dir=str(tmp_path))
     sentence = str(error.value)
-    assert "pip install 'lpa-jax[tfds,prepare]'" in sentence
+    assert "pip install -e '.[tfds,prepare]'" in sentence
     assert "npz:PATH" in sentence
     # The command is one that Python can read.
     command = sentence.partition('python -c "')[2].partition('"')[0]

@@ -93,7 +93,7 @@ def test_a_step_communicates_only_what_it_must(results):
     counts = json.loads(str(results["eight"]["collectives"]))
     none = dict.fromkeys(counts["erm"], 0)
     plain = counts["erm"]["all-reduce"]
-    # Two for each batch normalisation, forward and back, and the gradient in a few.
+    # Two for each batch normalization, forward and back, and the gradient in a few.
     assert 0 < plain <= 16
     assert counts["erm"] == none | {"all-reduce": plain}
     # The class statistics and one sum by class.

@@ -56,7 +56,7 @@ def judged(num_classes=5, n=400, scale=3.0):
 
 def test_metrics_are_those_of_scikit_learn():
     found, p, labels = judged()
-    result = metrics.summarise(found, labels, 5, {"head": [0, 1], "absent": [4]})
+    result = metrics.summarize(found, labels, 5, {"head": [0, 1], "absent": [4]})
     predicted = p.argmax(1)
     assert result["accuracy"] == pytest.approx(sklearn.metrics.accuracy_score(labels, predicted))
     log_loss = sklearn.metrics.log_loss(labels, p, labels=range(5))
@@ -87,7 +87,7 @@ def test_the_calibration_error_is_that_of_independent_loops(num_classes, scale):
     np.testing.assert_allclose(found.confidence, p.max(1), rtol=1e-5)
     correct = found.predicted == labels
     expected = ece_by_loops(correct, found.confidence, 15)
-    assert metrics.summarise(found, labels, num_classes)["ece"] == pytest.approx(expected, abs=1e-6)
+    assert metrics.summarize(found, labels, num_classes)["ece"] == pytest.approx(expected, abs=1e-6)
     other = calibration.expected_calibration_error(correct, found.confidence, bins=7)
     assert other == pytest.approx(ece_by_loops(correct, found.confidence, 7), abs=1e-6)
 
@@ -491,7 +491,7 @@ def test_a_recorded_configuration_is_read_as_it_was(tmp_path):
 
 def test_the_plot_does_without_examples_of_a_class_and_with_one_seed(tmp_path):
     found, _, labels = judged()
-    clean = metrics.summarise(found, labels, 5)
+    clean = metrics.summarize(found, labels, 5)
     bins = calibration.reliability(found.predicted == labels, found.confidence)
     reliability = {name: value.tolist() for name, value in bins._asdict().items()}
     path = tmp_path / "plot.png"

@@ -1,4 +1,4 @@
-"""The networks: published sizes, sites, dtypes, normalisation and names."""
+"""The networks: published sizes, sites, dtypes, normalization and names."""
 
 import functools
 import re
@@ -77,7 +77,7 @@ def trace(model, shape=IMAGES.shape, dtype=jnp.float32):
 
 
 # Derived by hand: 9ab weights of a 3x3 convolution from a to b channels, ab of a 1x1 shortcut, 2c
-# of a normalisation, and 10(c + 1) of the head.
+# of a normalization, and 10(c + 1) of the head.
 @pytest.mark.parametrize(
     ("name", "count", "published"),
     [
@@ -197,13 +197,13 @@ def test_unknown_heads_are_refused():
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_normalisation_is_inside(name):
+def test_normalization_is_inside(name):
     mean, std = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
     plain = create_to_compute(name)
     variables = fill(plain)
     inside = apply(create_to_compute(name, mean=mean, std=std), variables)
-    normalised = (IMAGES - np.float32(mean)) / np.float32(std)
-    both = apply(plain, variables, np.concatenate([normalised, IMAGES]))
+    normalized = (IMAGES - np.float32(mean)) / np.float32(std)
+    both = apply(plain, variables, np.concatenate([normalized, IMAGES]))
     outside, without = np.split(both, 2)
     chex.assert_trees_all_close(inside, outside, rtol=1e-3, atol=1e-3)
     assert not np.allclose(inside, without, atol=0.1)
@@ -224,7 +224,7 @@ def test_training_updates_batch_stats_and_evaluation_does_not(name):
     chex.assert_shape(logits, (4, 5))
 
 
-def test_training_normalises_by_the_batch_and_averages_with_momentum():
+def test_training_normalizes_by_the_batch_and_averages_with_momentum():
     model = create("small_cnn")
     variables = fill(model)
     _, updates = apply(model, variables, train=True, mutable=["batch_stats"])
@@ -262,7 +262,7 @@ def test_preact_shortcut_is_taken_after_the_activation_where_the_shape_changes()
     chex.assert_trees_all_close(out, images)
 
 
-def test_strided_convolution_is_centred_on_the_pixels_the_shortcut_keeps():
+def test_strided_convolution_is_centered_on_the_pixels_the_shortcut_keeps():
     conv = layers.conv(3, stride=2, dtype=jnp.float32, name="conv")
     kernel = np.zeros((3, 3, 3, 3), np.float32)
     kernel[1, 1] = np.eye(3)

@@ -510,8 +510,8 @@ def test_frozen_variables_give_frozen_gradients():
 
 
 def norm(params, value):
-    centred = value - value.mean((0, 1))
-    return centred / jnp.sqrt(value.var((0, 1)) + 1e-5) * params["scale"] + params["bias"]
+    centered = value - value.mean((0, 1))
+    return centered / jnp.sqrt(value.var((0, 1)) + 1e-5) * params["scale"] + params["bias"]
 
 
 def averages(before, value):

@@ -660,7 +660,7 @@ def test_metrics_agree_with_scikit_learn():
     rng = np.random.default_rng(1)
     logits, labels = rng.normal(size=(50, 4)).astype(np.float32), rng.integers(0, 3, 50)
     found = map(np.asarray, metrics.outcomes(jnp.asarray(logits), jnp.asarray(labels)))
-    judged = metrics.summarise(metrics.Outcomes(*found), labels, num_classes=4)
+    judged = metrics.summarize(metrics.Outcomes(*found), labels, num_classes=4)
     p = np.asarray(jax.nn.softmax(logits), np.float64)
     assert judged["accuracy"] == pytest.approx(accuracy_score(labels, logits.argmax(1)))
     assert judged["nll"] == pytest.approx(
@@ -672,4 +672,4 @@ def test_metrics_agree_with_scikit_learn():
 
 
 def test_one_seed_has_no_standard_deviation():
-    assert report.summarise([{"test_accuracy": 0.5}])["test_accuracy"]["std"] is None
+    assert report.summarize([{"test_accuracy": 0.5}])["test_accuracy"]["std"] is None

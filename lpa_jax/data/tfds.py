@@ -38,7 +38,7 @@ def read(name: str, data_dir: str | None, image_size: int | None) -> Source:
     """
     tfds = _import(name)
     builder = _open(tfds, name, data_dir)
-    if not _has_labelled_images(tfds, builder.info.features):
+    if not _has_labeled_images(tfds, builder.info.features):
         raise DataError(
             f"{name!r} has no 8-bit 'image' with a class as its 'label': choose another set, "
             f"{NPZ_REMEDY}."
@@ -92,7 +92,7 @@ def _lacks_package(name: str, error: ImportError) -> DataError:
     extras = "tfds,prepare" if "'tensorflow'" in str(error) else "tfds"
     return DataError(
         f"{name!r} is neither 'digits' nor 'npz:PATH', and as a set of tensorflow-datasets it "
-        f"needs a package that is missing ({_reason(error)}): pip install 'lpa-jax[{extras}]'."
+        f"needs a package that is missing ({_reason(error)}): pip install -e '.[{extras}]'."
     )
 
 
@@ -168,13 +168,13 @@ def _classes(node: Any) -> Iterator[Any]:
 def _preparation(name: str, data_dir: str | None) -> str:
     # Not `tfds build`: it needs apache-beam and mlcroissant besides.
     return (
-        "preparing needs TensorFlow, so pip install 'lpa-jax[tfds,prepare]' and run python -c "
+        "preparing needs TensorFlow, so pip install -e '.[tfds,prepare]' and run python -c "
         f'"import tensorflow_datasets as tfds; tfds.builder({name!r}, data_dir={data_dir!r}, '
         f"file_format='array_record').download_and_prepare()\", {NPZ_REMEDY}"
     )
 
 
-def _has_labelled_images(tfds: Any, features: Any) -> bool:
+def _has_labeled_images(tfds: Any, features: Any) -> bool:
     if not isinstance(features, tfds.features.FeaturesDict):
         return False
     if not {"image", "label"} <= set(features.keys()):

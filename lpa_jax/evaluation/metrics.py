@@ -137,10 +137,10 @@ def evaluate(
       of its classes' accuracies.
     """
     found = collect(predict, variables, examples, batch_size)
-    return summarise(found, examples.labels, num_classes, groups)
+    return summarize(found, examples.labels, num_classes, groups)
 
 
-def summarise(
+def summarize(
     found: Outcomes,
     labels: Int[np.ndarray, "n"],
     num_classes: int,
@@ -153,7 +153,7 @@ def summarise(
       >>> labels = np.array([0, 1, 1])
       >>> logits = jnp.array([[2.0, 0.0], [0.0, 0.0], [1.0, 3.0]])
       >>> found = Outcomes(*map(np.asarray, outcomes(logits, jnp.asarray(labels))))
-      >>> result = summarise(found, labels, num_classes=2, groups={"tail": [1]})
+      >>> result = summarize(found, labels, num_classes=2, groups={"tail": [1]})
       >>> round(result["accuracy"], 3), round(result["nll"], 3), result["class_accuracy"]
       (0.667, 0.316, [1.0, 0.5])
       >>> round(result["ece"], 3), result["accuracy_tail"]

@@ -14,7 +14,7 @@ SCALE = 30.0
 POLICIES = ("nothing_saveable", "dots_saveable", "dots_with_no_batch_dims_saveable")
 
 
-def normalise(
+def normalize(
     inputs: Float[Array, "B H W C"],
     mean: tuple[float, ...],
     std: tuple[float, ...],
@@ -45,8 +45,8 @@ def normalise(
             f"mean {mean} and std {std} must have one number, or one for each of the "
             f"{inputs.shape[-1]} channels."
         )
-    centred = inputs.astype(jnp.float32) - jnp.asarray(mean, jnp.float32)
-    return (centred / jnp.asarray(std, jnp.float32)).astype(dtype)
+    centered = inputs.astype(jnp.float32) - jnp.asarray(mean, jnp.float32)
+    return (centered / jnp.asarray(std, jnp.float32)).astype(dtype)
 
 
 def conv(
@@ -146,7 +146,7 @@ def blocks_per_group(depth: int, other_layers: int) -> int:
     return blocks
 
 
-def rematerialised(block: type[nn.Module], policy: str | None) -> type[nn.Module]:
+def rematerialized(block: type[nn.Module], policy: str | None) -> type[nn.Module]:
     """Return a block that keeps for the backward pass only what a policy says, and recomputes.
 
     Args:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32
 
-from lpa_jax.models.layers import classify, conv, Group, normalise, PreActBlock, rematerialised
+from lpa_jax.models.layers import classify, conv, Group, normalize, PreActBlock, rematerialized
 
 
 class PreActResNet(nn.Module):
@@ -64,8 +64,8 @@ class PreActResNet(nn.Module):
           TypeError: If `inputs` are not floating.
           ValueError: If `inputs` do not fit `mean` and `std`.
         """
-        block = functools.partial(rematerialised(PreActBlock, self.remat), dtype=self.dtype)
-        x = normalise(inputs, self.mean, self.std, self.dtype)
+        block = functools.partial(rematerialized(PreActBlock, self.remat), dtype=self.dtype)
+        x = normalize(inputs, self.mean, self.std, self.dtype)
         x = conv(64, dtype=self.dtype, name="stem")(x)
         for i, num_blocks in enumerate(self.stage_sizes):
             width, stride = 2**i * 64, 1 if i == 0 else 2

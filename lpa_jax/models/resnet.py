@@ -13,8 +13,8 @@ from lpa_jax.models.layers import (
     classify,
     conv,
     Group,
-    normalise,
-    rematerialised,
+    normalize,
+    rematerialized,
 )
 
 
@@ -136,12 +136,12 @@ class ResNet(nn.Module):
           ValueError: If `inputs` do not fit `mean` and `std`.
         """
         block = functools.partial(
-            rematerialised(BasicBlock, self.remat),
+            rematerialized(BasicBlock, self.remat),
             squeeze_excite=self.squeeze_excite,
             dtype=self.dtype,
         )
         num_blocks = blocks_per_group(self.depth, 2)
-        x = normalise(inputs, self.mean, self.std, self.dtype)
+        x = normalize(inputs, self.mean, self.std, self.dtype)
         x = conv(16, dtype=self.dtype, name="stem")(x)
         x = nn.relu(batch_norm(train=train, dtype=self.dtype, name="stem_norm")(x))
         for i in range(3):

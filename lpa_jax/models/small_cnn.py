@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32
 
-from lpa_jax.models.layers import batch_norm, classify, conv, normalise
+from lpa_jax.models.layers import batch_norm, classify, conv, normalize
 
 
 class ConvGroup(nn.Module):
@@ -84,7 +84,7 @@ class SmallCNN(nn.Module):
           TypeError: If `inputs` are not floating.
           ValueError: If `inputs` do not fit `mean` and `std`.
         """
-        x = normalise(inputs, self.mean, self.std, self.dtype)
+        x = normalize(inputs, self.mean, self.std, self.dtype)
         for i in range(3):
             width, stride = 2**i * self.width, 1 if i == 0 else 2
             x = ConvGroup(width, stride, self.dtype, name=f"group{i + 1}")(x, train=train)

@@ -13,9 +13,9 @@ from lpa_jax.models.layers import (
     classify,
     conv,
     Group,
-    normalise,
+    normalize,
     PreActBlock,
-    rematerialised,
+    rematerialized,
 )
 
 
@@ -80,9 +80,9 @@ class WideResNet(nn.Module):
           TypeError: If `inputs` are not floating.
           ValueError: If `inputs` do not fit `mean` and `std`.
         """
-        block = functools.partial(rematerialised(PreActBlock, self.remat), dtype=self.dtype)
+        block = functools.partial(rematerialized(PreActBlock, self.remat), dtype=self.dtype)
         num_blocks = blocks_per_group(self.depth, 4)
-        x = normalise(inputs, self.mean, self.std, self.dtype)
+        x = normalize(inputs, self.mean, self.std, self.dtype)
         x = conv(16, dtype=self.dtype, name="stem")(x)
         for i in range(3):
             width, stride = 2**i * 16 * self.widen_factor, 1 if i == 0 else 2

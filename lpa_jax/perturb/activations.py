@@ -334,11 +334,11 @@ def dropblock(site: str, rate: sites.Number, block_size: int) -> sites.Perturbat
         batch, height, width, channels = value.shape
         seeds = (height - block_size + 1, width - block_size + 1)
         gamma = sites.at_step(rate, step) / block_size**2 * height * width / math.prod(seeds)
-        centres = jax.random.bernoulli(key, gamma, (batch, *seeds, channels))
+        centers = jax.random.bernoulli(key, gamma, (batch, *seeds, channels))
         # Each seed is a block's first corner; the pooling window looks back from every entry.
         margin = ((0, 0), (block_size - 1,) * 2, (block_size - 1,) * 2, (0, 0))
         window = (1, block_size, block_size, 1)
-        padded = jnp.pad(centres.astype(jnp.float32), margin)
+        padded = jnp.pad(centers.astype(jnp.float32), margin)
         dropped = jax.lax.reduce_window(
             padded, -jnp.inf, jax.lax.max, window, (1, 1, 1, 1), "VALID"
         )

@@ -234,14 +234,14 @@ def cutmix(alpha: Number, probability: Number = 1.0) -> Perturbation:
             lam = jnp.where(paired, state, 1.0)[:, None].astype(value.dtype)
             return jnp.where(lam < 1, lam * value + (1 - lam) * other, value), state
         size = jnp.asarray(_image_size("cutmix", value), jnp.float32)
-        lam_key, centre_key, apply_key = jax.random.split(key, 3)
+        lam_key, center_key, apply_key = jax.random.split(key, 3)
         concentration = at_step(alpha, step)
         safe = jnp.maximum(concentration, 1e-3)
         applied = jax.random.bernoulli(apply_key, at_step(probability, step))
         lam = jax.random.beta(lam_key, safe, safe)
         lam = jnp.where(applied & (concentration > 0), lam, 1.0)
-        centre = jnp.floor(jax.random.uniform(centre_key, (1, 2)) * size[None])
-        box = _box(value, centre, jnp.floor(size * jnp.sqrt(1.0 - lam)))
+        center = jnp.floor(jax.random.uniform(center_key, (1, 2)) * size[None])
+        box = _box(value, center, jnp.floor(size * jnp.sqrt(1.0 - lam)))
         mixed = jnp.where(paired[:, None, None, None] & box, other, value)
         return mixed, 1.0 - jnp.mean(box.astype(jnp.float32))
 
@@ -274,8 +274,8 @@ def cutout(size: Number, mean: float | Sequence[float] = 0.0) -> Perturbation:
 
     def update(value, *, key, step=0, **_):
         shape = jnp.asarray(_image_size("cutout", value), jnp.float32)
-        centre = jnp.floor(jax.random.uniform(key, (value.shape[0], 2)) * shape[None])
-        square = _box(value, centre, jnp.full(2, at_step(size, step)))
+        center = jnp.floor(jax.random.uniform(key, (value.shape[0], 2)) * shape[None])
+        square = _box(value, center, jnp.full(2, at_step(size, step)))
         cover = jnp.broadcast_to(color.astype(value.dtype), value.shape)
         return jnp.where(square, cover, value)
 
@@ -289,13 +289,13 @@ def _image_size(name: str, value: Array) -> tuple[int, int]:
 
 
 def _box(
-    value: Float[Array, "B H W C"], centre: Float[Array, "boxes 2"], size: Float[Array, "2"]
+    value: Float[Array, "B H W C"], center: Float[Array, "boxes 2"], size: Float[Array, "2"]
 ) -> Bool[Array, "boxes H W 1"]:
     """Return which pixels lie in a box: from half its size before its center to half beyond."""
 
     def within(axis):
         places = jnp.arange(value.shape[1 + axis], dtype=jnp.float32)
-        offset = places[None] - centre[:, axis, None]
+        offset = places[None] - center[:, axis, None]
         return (offset >= -size[axis] / 2) & (offset < size[axis] / 2)
 
     return (within(0)[:, :, None] & within(1)[:, None])[..., None]

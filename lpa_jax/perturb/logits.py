@@ -347,12 +347,12 @@ def _observe(
     features = jnp.where(real, features.astype(jnp.float32), 0.0)
     means = members.mean(features)
     # Around the mean of the row, not of all: a difference of large squares would have no digits.
-    centred = features[:, None] - means[None]
+    centered = features[:, None] - means[None]
     count = jnp.where(members.counts > 0, members.counts, 1.0)
     full = state.covariances.ndim == 3
     form = "br,brd,bre->rde" if full else "br,brd,brd->rd"
     exact = jax.lax.Precision.HIGHEST
-    total = jnp.einsum(form, members.shares(), centred, centred, precision=exact)
+    total = jnp.einsum(form, members.shares(), centered, centered, precision=exact)
     covariances = total / pgd.column(count, total)
 
     before = ISDAState(*(members.take_class(table) for table in state))

@@ -15,7 +15,7 @@ NOTE = (
     "from the first row is paired by seed; p is that of a paired t-test, corrected for the number "
     "of rows by Holm's method. All seeds share one choice of held-out, kept and wrongly labeled "
     "examples: what another choice would change is not in the deviation. LPL, LPG and LPA have a "
-    "fixed bound but in rows named varied."
+    "fixed bound except in rows named varied."
 )
 PUBLISHED = (
     " Published errors are of WRN-28-10, or on long tails of ResNet-32, and of 200 epochs, unless "
@@ -117,7 +117,8 @@ def _markdown(
         " and ".join(map(str, about[key])) for key in ("epochs", "devices", "versions")
     )
     commits = " and ".join(commit or "unknown" for commit in about["commits"])
-    told = f"{epochs} epochs, {trials}; {devices}; {versions}; commit {commits or 'unknown'}"
+    epochs += " epoch" if epochs == "1" else " epochs"
+    told = f"{epochs}, {trials}; {devices}; {versions}; commit {commits or 'unknown'}"
     failures = "".join(f"\n{line.name}: {line.failure}\n" for line in lines if line.failure)
     commands = "\n".join(f"- {line.name}: `{line.command}`" for line in lines)
     note = NOTE + (PUBLISHED if "published" in header else "") + (BEST if "best" in header else "")
@@ -153,7 +154,8 @@ def _plot(path: pathlib.Path, name: str, lines: Sequence[Line]) -> None:
     lines, key = lines[::-1], {}
     for height, line in enumerate(lines):
         if line.error is not None:
-            key["mean ± standard deviation of the seeds"] = axes.errorbar(
+            several = "mean ± standard deviation of the seeds"
+            key[several if line.n > 1 else "error of one seed"] = axes.errorbar(
                 line.error, height, xerr=line.std, fmt="o", color="C0", capsize=3
             )
         for value in line.published.values():

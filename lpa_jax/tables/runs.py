@@ -212,7 +212,8 @@ def plan(
       ConfigError: If a row cannot be configured, or what is there cannot be pooled with it.
       DataError: If the data cannot be read.
     """
-    shown = rich.table.Table("row", title="runs to be made")
+    shown = rich.table.Table(title="runs to be made")
+    shown.add_column("row", overflow="fold", min_width=max(map(len, table.rows)))
     for column in ("trials", "seeds", "steps a seed", "seconds a step", "hours left"):
         shown.add_column(column, justify="right")
     # What a search would choose is not known here.

@@ -141,7 +141,7 @@ def _search(
         import optuna
     except ImportError as error:
         raise ConfigError(
-            "--trials needs Optuna: run `pip install 'lpa-jax[tune]'`, or leave --trials out."
+            "--trials needs Optuna: run `pip install -e '.[tune]'`, or leave --trials out."
         ) from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     held_out = _on_trial(protocol)

@@ -263,7 +263,8 @@ def arguments_of(name: str, known: Mapping[str, Any]) -> dict[str, Any]:
             value = known[parameter.name]
         elif parameter.default is inspect.Parameter.empty:
             raise ConfigError(
-                f"This configuration has no setting for {name!r}: add its {parameter.name!r}."
+                f"This configuration has no setting for {name!r}: add its {parameter.name!r} to "
+                "METHODS of lpa_jax/training/config.py."
             )
         elif parameter.default is None:
             kind = {"step_size": float, "bounds": tuple}.get(parameter.name, int)

@@ -114,7 +114,7 @@ def evaluate_run(
                     batch_size,
                     functools.partial(bar.finished, work=COST.get(name, 1)),
                 )
-                judged = metrics.summarise(found, shown.labels, dataset.num_classes, parts.groups)
+                judged = metrics.summarize(found, shown.labels, dataset.num_classes, parts.groups)
                 result[name] = {"error": 1.0 - judged["accuracy"], **judged}
                 if name == "clean":
                     predicted, labels = found.predicted, shown.labels
@@ -132,7 +132,7 @@ def evaluate_run(
         "part": part,
         "num_examples": len(examples.labels),
         "logit_adjustment": logit_adjustment,
-        "metrics": report.summarise_conditions(results),
+        "metrics": report.summarize_conditions(results),
         "seeds": results,
     }
     stem = "evaluation" if part == "test" else f"evaluation_{part}"

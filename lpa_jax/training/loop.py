@@ -260,7 +260,7 @@ def train_and_evaluate(
             report.show_table(_title(config, dataset.name), results, console)
             return kept
     summary = {
-        "metrics": report.summarise(results),
+        "metrics": report.summarize(results),
         "seeds": results,
         "num_train": num_train,
         "num_test": len(dataset.test.labels),

@@ -29,11 +29,11 @@ PUSHED = {
 """Colors of the classes, by the mean of their signs in an epoch."""
 
 
-def summarise(results: Results) -> dict[str, dict[str, Any]]:
+def summarize(results: Results) -> dict[str, dict[str, Any]]:
     """Return mean, sample standard deviation (None for one seed) and n of each metric.
 
     Example:
-      >>> summarise([{"test_accuracy": 0.5}, {"test_accuracy": 0.75}])["test_accuracy"]["mean"]
+      >>> summarize([{"test_accuracy": 0.5}, {"test_accuracy": 0.75}])["test_accuracy"]["mean"]
       0.625
     """
     summary = {}
@@ -60,7 +60,7 @@ def say(console: Console, text: str) -> None:
 
 def show_table(title: str, results: Results, console: Console) -> None:
     """Print a row a seed, and mean and standard deviation beneath."""
-    summary = summarise(results)
+    summary = summarize(results)
     table = Table(title=title, show_footer=len(results) > 1)
     table.add_column("seed", footer="mean ± std")
     shown = [name for name in SHOWN if name in summary]
@@ -90,12 +90,12 @@ def _with_spread(entry: Mapping[str, Any], scale: float, digits: int = 2) -> str
     return f"{scale * entry['mean']:.{digits}f}{spread}"
 
 
-def summarise_conditions(results: Results) -> dict[str, dict[str, dict[str, Any]]]:
+def summarize_conditions(results: Results) -> dict[str, dict[str, dict[str, Any]]]:
     """Return for each condition mean, deviation and n over seeds of each of its scalars.
 
     Example:
       >>> results = [{"seed": 0, "clean": {"error": 0.1, "class_accuracy": [0.9]}}]
-      >>> summarise_conditions(results)["clean"]
+      >>> summarize_conditions(results)["clean"]
       {'error': {'mean': 0.1, 'std': None, 'n': 1}}
     """
     conditions = {
@@ -181,7 +181,7 @@ def plot_curves(path: pathlib.Path, title: str, rows_by_seed: Mapping[int, Resul
                     axes.plot(*zip(*points, strict=True), style, color=color, markersize=4)
                     (key[part],) = axes.plot([], [], style, color="black", markersize=4)
         (key[f"seed {seed}"],) = right.plot([], [], color=color)
-    left.set(xlabel="epoch", ylabel="loss", title="loss (of training: the perturbed objective)")
+    left.set(xlabel="epoch", ylabel="loss", title="loss (training: with perturbation)")
     right.set(xlabel="epoch", ylabel="accuracy", title="accuracy")
     _whole_numbers(left, right)
     explain(canvas, key)
