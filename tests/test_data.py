@@ -326,7 +326,7 @@ def test_tfds_set_that_is_empty_or_lacks_labels(tmp_path):
 
 def test_tfds_that_is_not_installed(monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
-    message = r"neither 'digits' .* missing \(.*\): pip install 'lpa-jax\[tfds\]'"
+    message = r"neither 'digits' .* missing \(.*\): pip install -e '.\[tfds\]'"
     with pytest.raises(DataError, match=message):
         data.load("cifar10")
 
