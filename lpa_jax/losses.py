@@ -24,6 +24,9 @@ def softmax_binary_cross_entropy(
     Returns:
       The loss of each example, `[B]`.
 
+    Raises:
+      ValueError: If the targets have another shape than the logits.
+
     Example:
       >>> import jax.numpy as jnp
       >>> softmax_binary_cross_entropy(jnp.zeros((1, 2)), jnp.array([[1.0, 0.0]])).round(4)
@@ -33,6 +36,7 @@ def softmax_binary_cross_entropy(
       Verma et al., Manifold Mixup: Better Representations by Interpolating Hidden States, ICML
       2019, arXiv:1806.05236.
     """
+    _check(logits, targets)
     log_p, log_not_p = _log_probabilities(logits)
     return -jnp.mean(targets * log_p + (1.0 - targets) * log_not_p, axis=1)
 
@@ -59,7 +63,8 @@ def softmax_focal_loss(
       The loss of each example, `[B]`.
 
     Raises:
-      ValueError: If `gamma` is outside its range.
+      ValueError: If `gamma` is outside its range, or the targets have another shape than the
+        logits.
 
     Example:
       >>> import jax.numpy as jnp
@@ -71,6 +76,7 @@ def softmax_focal_loss(
     """
     if not 0 <= gamma < math.inf:
         raise ValueError(f"gamma must be at least 0, not {gamma!r}.")
+    _check(logits, targets)
     log_p, log_not_p = _log_probabilities(logits)
     return -jnp.sum(targets * jnp.exp(gamma * log_not_p) * log_p, axis=1)
 
@@ -97,7 +103,7 @@ def generalized_cross_entropy(
       The loss of each example, `[B]`.
 
     Raises:
-      ValueError: If `q` is outside its range.
+      ValueError: If `q` is outside its range, or the targets have another shape than the logits.
 
     Example:
       >>> import jax.numpy as jnp
@@ -110,7 +116,17 @@ def generalized_cross_entropy(
     """
     if not 0 < q <= 1:
         raise ValueError(f"q must be above 0 and at most 1, not {q!r}.")
+    _check(logits, targets)
     return jnp.sum(targets * -jnp.expm1(q * jax.nn.log_softmax(logits)), axis=1) / q
+
+
+def _check(logits: Array, targets: Array) -> None:
+    # Labels [B] would be broadcast where there are as many classes as examples.
+    if logits.shape != targets.shape:
+        raise ValueError(
+            f"targets must be probabilities of the shape of the logits, {logits.shape}, not "
+            f"{targets.shape}: give jax.nn.one_hot(labels, {logits.shape[-1]})."
+        )
 
 
 def _log_probabilities(

@@ -23,7 +23,7 @@ def fill(model: nn.Module, inputs: jax.Array) -> Any:
         positive = path[-1].key in ("var", "scale")
         return jnp.asarray(1.0 + values**2 if positive else values, leaf.dtype)
 
-    # An initialisation by Flax would have to be compiled.
+    # An initialization by Flax would have to be compiled.
     return jax.tree_util.tree_map_with_path(draw, jax.eval_shape(model.init, keys, inputs))
 
 

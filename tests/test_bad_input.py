@@ -287,16 +287,18 @@ CASES = {
     "a negative warm-up": (key("schedule.warmup_epochs=-1"), "warmup_epochs must be at least 0"),
     "a value for a branch": (key("schedule=1"), "set its keys alone, --config.schedule.KEY=VALUE."),
     "no checkpoints": (key("checkpoint_every=0"), "checkpoint_every must be above 0"),
-    "an unknown optimizer": (key("optimizer.name=sgdd"), "optax has no optimizer 'sgdd'"),
+    "an unknown optimizer": (key("optimizer.name=sgdd"), "There is no optimizer 'sgdd'"),
     "options of another": (
         key("optimizer.name=adam", "optimizer.options.momentum=0.9"), "takes no 'momentum', but b1"
     ),
     "an option in letters": (
         key("optimizer.name=adam", "optimizer.options.b1=x"), "with the options {'b1': 'x'} cannot"
     ),
-    "no optimizer": (key("optimizer.name=chain"), "optax has no optimizer 'chain'"),
+    "no optimizer": (key("optimizer.name=chain"), "There is no optimizer 'chain'"),
     "a part of an optimizer": (key("optimizer.name=scale_by_adam"), "no optimizer 'scale_by_adam'"),
-    "an optimizer with a line search": (key("optimizer.name=lbfgs"), "optax.lbfgs cannot be used"),
+    "an optimizer with a line search": (
+        key("optimizer.name=lbfgs"), "The optimizer lbfgs cannot be used"
+    ),
     "an optimizer judged elsewhere": (
         key("optimizer.name=schedule_free_adamw"), "to be judged by other parameters"
     ),
@@ -426,6 +428,10 @@ CASES = {
             [RUN[0].replace("lpa", "logit_adjustment"), RUN[1], "--config.sampling=class_aware"],
         ),
         "config.sampling 'class_aware' draws all classes equally often, and logit_adjustment in",
+    ),
+    "frequencies corrected by two transforms": (
+        (None, [RUN[0].replace("lpa", "ldam+logit_adjustment+reweight"), RUN[1]]),
+        "logit_adjustment and reweight in config.method would each correct for the frequencies of",
     ),
     "a label far above": (npz(y_train=np.full(40, 40)), "label 40 among 40 examples: number the"),
     "a label beyond int64": (

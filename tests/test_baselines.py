@@ -218,6 +218,21 @@ def test_losses_and_their_gradients_stay_finite_where_the_network_is_sure(name, 
     assert (loss > 0.5) == (label == 1)
 
 
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    "loss_fn",
+    [
+        losses.softmax_focal_loss,
+        losses.generalized_cross_entropy,
+        losses.softmax_binary_cross_entropy,
+    ],
+)
+def test_labels_in_place_of_targets_are_refused(loss_fn):
+    """There are as many as classes, and they would be broadcast."""
+    with pytest.raises(ValueError, match=r"give jax.nn.one_hot\(labels, 4\)"):
+        loss_fn(jnp.zeros((4, 4)), jnp.arange(4))
+
+
 def test_gce_nears_cross_entropy():
     logits, targets = jnp.array([[1.0, -2.0, 0.5, 0.0]]), jnp.eye(CLASSES)[None, 1]
     near = losses.generalized_cross_entropy(logits, targets, q=1e-4)
@@ -673,9 +688,28 @@ def test_elr_that_is_not_told_the_examples_is_refused():
         one_step(lpa_jax.elr(12, 3.0), draw_batch(0))
 
 
-def test_an_example_that_elr_does_not_know_is_not_finite():
+@pytest.mark.parametrize(
+    "mask",
+    [
+        "head",
+        {"features": "frozen", "head": "moves"},
+        {"features": 0.5, "head": 1},
+        {"params": True},
+        {"features": True},
+        {"features": None, "head": True},
+        [True],
+    ],
+    ids=repr,
+)
+def test_a_mask_that_is_none_of_sams_parameters_is_refused(mask):
+    with pytest.raises(lpa_jax.SiteError, match="The mask of sam must hold True or False"):
+        one_step(lpa_jax.sam(0.1, mask=mask), draw_batch(0))
+
+
+@pytest.mark.parametrize("first", [6, -1])
+def test_an_example_that_elr_does_not_know_is_not_finite(first):
     (_, _), grads, state = one_step(
-        lpa_jax.elr(12, 3.0), draw_batch(0), examples=jnp.arange(6, 6 + BATCH)
+        lpa_jax.elr(12, 3.0), draw_batch(0), examples=first + jnp.arange(BATCH)
     )
     assert not any(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
     chex.assert_tree_all_finite(state.perturbations)

@@ -607,6 +607,26 @@ def test_a_mesh_with_explicit_axes_agrees_with_one_device(line):
     assert avals(state) == avals(new)
 
 
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "jit"])
+def test_what_lies_on_one_device_is_put_on_the_explicit_mesh(compiled):
+    line = TABLE[LABELS.index("lpl-projected")]
+    step = step_of(line.make(line.amount))
+    mesh = jax.make_mesh((8,), ("data",))
+    split = jax.NamedSharding(mesh, jax.P("data"))
+    inputs, labels = batch()
+    state = step.init(variables_of(), inputs, labels)
+    call = quick_jit(step) if compiled else step
+    key = jax.random.key(0)
+    one = call(variables_of(), state, inputs, labels, key)
+    # A state fresh from `init` and the key are on one device.
+    given = jax.device_put((inputs, labels), split)
+    if compiled:
+        state, key = jax.device_put((state, key), jax.NamedSharding(mesh, jax.P()))
+    variables = jax.device_put(variables_of(), jax.NamedSharding(mesh, jax.P()))
+    many = call(variables, state, *given, key)
+    chex.assert_trees_all_close(jax.device_get(many), jax.device_get(one), rtol=1e-5, atol=1e-6)
+
+
 # ---------------------------------------------------------------- refusals and completeness
 
 
@@ -624,7 +644,8 @@ def test_bad_numbers_are_refused(line, number):
 def refused(factory, *arguments, **keywords):
     # The address of a function differs between the processes that collect the tests.
     named = re.sub(" at 0x[0-9a-f]+", "", str(keywords))
-    return pytest.param(factory, arguments, keywords, id=f"{factory.__name__}-{named}")
+    name = getattr(factory, "func", factory).__name__
+    return pytest.param(factory, arguments, keywords, id=f"{name}-{named}")
 
 
 @pytest.mark.parametrize(
@@ -716,6 +737,15 @@ def refused(factory, *arguments, **keywords):
         refused(lpa_jax.splits.tail, num_head=1, head_scale=math.nan),
         refused(lpa_jax.splits.tail, num_head=1, head_scale=lambda step: 1.0),
         refused(lpa_jax.splits.inverted, "tail"),
+        *(
+            refused(factory, 0.1, split=split)
+            for factory in (lpa_jax.lpl, lpa_jax.lpg, functools.partial(lpa_jax.lpa, "first"))
+            for split in ("mean_threshold", lpa_jax.splits.mean_threshold)
+        ),
+        *(
+            refused(lpa_jax.ldam, counts)
+            for counts in ({0: 5, 1: 3}, [[5], [3]], [5.0, math.inf], 5, [])
+        ),
         refused(lpa_jax.splits.inverted, lpa_jax.splits.mean_threshold),
     ],
 )

@@ -140,8 +140,8 @@ def test_npz_is_read_as_it_was_written(npz):
     np.testing.assert_array_equal(loaded.train.images, arrays["x_train"])
     np.testing.assert_array_equal(loaded.test.labels, arrays["y_test"])
     assert loaded.class_names == ("0", "1", "2", "3")
-    grey = npz(x_train=arrays["x_train"][..., 0], x_test=arrays["x_test"][..., 0])
-    assert data.load(grey).test.images.shape == (8, 6, 5, 1)
+    gray = npz(x_train=arrays["x_train"][..., 0], x_test=arrays["x_test"][..., 0])
+    assert data.load(gray).test.images.shape == (8, 6, 5, 1)
     named = npz(class_names=np.array(["a", "b", "c", "d", "e"]))
     assert data.load(named).class_names == ("a", "b", "c", "d", "e")
 

@@ -101,7 +101,7 @@ def test_a_step_communicates_only_what_it_must(results):
         few = counts[method]["all-reduce"]
         assert counts[method] == none | {"all-reduce": few}
         assert few <= plain + 4
-    # Mixing takes the neighbour's last example, and no gather.
+    # Mixing takes the neighbor's last example, and no gather.
     assert counts["manifold_mixup"]["collective-permute"] > 0
     assert counts["manifold_mixup"]["all-gather"] == 0
 

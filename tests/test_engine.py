@@ -688,6 +688,28 @@ def test_an_example_of_label_minus_one_does_not_count():
     chex.assert_trees_all_close((loss, grads), (expected[0], expected[2]), rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("site", ["group1", "labels", "logits", "logit_grads"])
+def test_a_perturbation_that_changes_the_shape_is_refused(site):
+    step = make(lpa_jax.stateless(site, lambda value, **_: value[:, :1]))
+    state = step.init(VARIABLES, INPUTS, LABELS)
+    with pytest.raises(lpa_jax.SiteError, match=f"at '{site}' must return a value of the shape"):
+        jax.eval_shape(step, VARIABLES, state, INPUTS, LABELS, KEY)
+
+
+def test_a_perturbation_that_loses_gradients_is_refused():
+    step = make(lpa_jax.stateless("param_grads", lambda value, **_: {"fc": value["fc"]}))
+    state = step.init(VARIABLES, INPUTS, LABELS)
+    with pytest.raises(lpa_jax.SiteError, match="at 'param_grads' must return a value of the"):
+        jax.eval_shape(step, VARIABLES, state, INPUTS, LABELS, KEY)
+
+
+def test_no_disturbance_hides_an_unknown_label():
+    step = make(lpa_jax.disturb_label(1.0))
+    state = step.init(VARIABLES, INPUTS, LABELS)
+    (loss, _), _, _ = quick_jit(step)(VARIABLES, state, INPUTS, LABELS.at[3].set(9), KEY)
+    assert np.isnan(loss)
+
+
 @pytest.mark.parametrize("label", [CLASSES, -2])
 def test_an_unknown_label_within_jit_makes_the_loss_nan(label):
     labels = LABELS.at[3].set(label)
@@ -717,6 +739,12 @@ def test_labels_may_be_a_constant_of_the_compiled_function():
 def test_weights_that_do_not_fit_are_refused():
     step = make(lpa_jax.chain())
     state = step.init(VARIABLES, INPUTS, LABELS)
+    for bad in (jnp.nan, -1.0, jnp.inf):
+        weights = jnp.ones(BATCH).at[2].set(bad)
+        with pytest.raises(ValueError, match="weights must be finite and at least 0"):
+            step(VARIABLES, state, INPUTS, LABELS, KEY, weights=weights)
+        (loss, _), _, _ = quick_jit(step)(VARIABLES, state, INPUTS, LABELS, KEY, weights=weights)
+        assert np.isnan(loss)
     with pytest.raises(ValueError, match=r"shape \(8,\), not \(7,\)"):
         step(VARIABLES, state, INPUTS, LABELS, KEY, weights=jnp.ones(BATCH - 1))
 
@@ -812,6 +840,10 @@ def test_the_labels_come_back_as_the_examples_were_mixed(mixing):
 def test_the_labels_come_back_as_they_were_where_only_targets_are_smoothed():
     aux, _ = forward(lpa_jax.label_smoothing(0.2))
     chex.assert_trees_all_equal(aux["labels"], LABELS)
+    weights = jnp.ones(BATCH).at[2].set(0.0)
+    aux, _ = forward(lpa_jax.label_smoothing(0.2), labels=LABELS.at[5].set(-1), weights=weights)
+    # Examples that do not count have no class.
+    chex.assert_trees_all_equal(aux["labels"], LABELS.at[jnp.array([2, 5])].set(-1))
 
 
 def test_mixing_where_a_module_is_called_several_times_is_refused():
@@ -840,7 +872,14 @@ WORK = {
     "chained lpa": lambda site: lpa_jax.at(site, optax.chain(lpa_jax.lpa(site, 0.1))),
     "adversarial": lambda site: lpa_jax.adversarial(site, 0.1),
     "a gradient of the user's": gradient_asked,
+    "a comparison with labels": lambda site: lpa_jax.stateless(
+        site, lambda value, *, labels, **_: value * jnp.sum(labels == 1)
+    ),
+    "a product with targets": lambda site: lpa_jax.stateless(
+        site, lambda value, *, targets, **_: value * (2.0 * targets).sum()
+    ),
 }
+
 CHAINS = {
     "between": (lambda work, mixup: (work("group1"), mixup(("inputs", "group2"))), False),
     "between, named last": (

@@ -232,16 +232,16 @@ def test_corruptions_are_those_by_hand(name, severity):
 
 
 def test_noise_has_its_deviation_and_follows_the_seed():
-    grey = np.full((50, 16, 16, 1), 128, np.uint8)
+    gray = np.full((50, 16, 16, 1), 128, np.uint8)
     for severity, stddev in zip(
         corruptions.SEVERITIES, corruptions.CORRUPTIONS["gaussian_noise"][1], strict=True
     ):
-        noise = (corruptions.corrupt(grey, "gaussian_noise", severity) / 255.0) - 128 / 255
+        noise = (corruptions.corrupt(gray, "gaussian_noise", severity) / 255.0) - 128 / 255
         assert noise.std() == pytest.approx(stddev, rel=0.05)
         assert abs(noise.mean()) < 0.01
-    once, again = (corruptions.corrupt(grey, "gaussian_noise", 1) for _ in range(2))
+    once, again = (corruptions.corrupt(gray, "gaussian_noise", 1) for _ in range(2))
     np.testing.assert_array_equal(once, again)
-    assert not np.array_equal(once, corruptions.corrupt(grey, "gaussian_noise", 1, seed=1))
+    assert not np.array_equal(once, corruptions.corrupt(gray, "gaussian_noise", 1, seed=1))
 
 
 @pytest.mark.parametrize("name", corruptions.CORRUPTIONS)

@@ -150,6 +150,27 @@ def test_what_asks_for_the_gradient_at_the_logits_is_left_out_of_the_loss_that_i
     chex.assert_trees_all_close(both, one, rtol=1e-5, atol=1e-6)
 
 
+def test_class_statistics_are_those_of_the_batch_in_the_loss_that_is_climbed_too():
+    """A margin by the confidence of the batch: it is known before the first gradient."""
+
+    def update(value, *, labels, class_stats, **_):
+        margins = 3.0 * class_stats.batch.confidence
+        return value - jax.nn.one_hot(labels, CLASSES) * margins[labels][:, None]
+
+    margin = lpa_jax.stateless("logits", update)
+    plain = lpa_jax.stateless("logits", lambda value, *, class_stats, **_: value)
+    own = jax.nn.softmax(MODEL.apply(VARIABLES, INPUTS))[jnp.arange(BATCH), LABELS]
+    means = [own[c == LABELS].mean() if (c == LABELS).any() else 0.0 for c in range(CLASSES)]
+    margins = 3.0 * jnp.array(means)
+
+    def loss_fn(logits, targets):
+        return optax.softmax_cross_entropy(logits - targets * margins, targets)
+
+    got = take(lpa_jax.chain(LPA, margin))
+    chex.assert_trees_all_close(got, take(lpa_jax.chain(LPA, plain), loss_fn), rtol=1e-4, atol=1e-5)
+    assert np.abs(got[2] - take(LPA)[2]).max() > 1e-3
+
+
 # --- Rounding noise is no direction
 
 

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 from rich.console import Console
@@ -238,6 +239,42 @@ def test_what_does_not_record_where_it_came_from_is_refused(half, finished):
     with pytest.raises(ConfigError, match=r"seed0 does not record the data and the code.*remove"):
         run(finished, num_seeds=2)
     assert contents(finished) == kept
+
+
+@pytest.mark.parametrize("sessions", ["x", {"a": 1}, [1], [{"data": "0"}]], ids=repr)
+@pytest.mark.parametrize("name", ["result.json", "sessions.json"])
+def test_damaged_records_of_sessions_are_named(name, sessions, finished):
+    path = finished / "seed0" / name
+    records.write_json(path, {**records.read_json(path), "sessions": sessions})
+    if name == "sessions.json":
+        unfinish(finished)
+    kept = contents(finished)
+    with pytest.raises(ConfigError, match=rf"{name} is damaged: its sessions are no list of"):
+        run(finished, num_seeds=2)
+    assert contents(finished) == kept
+
+
+@pytest.mark.parametrize("error", [ConfigError, records.WriteError])
+@pytest.mark.parametrize("index", [0, 1])
+def test_an_error_of_the_first_process_ends_all(index, error, monkeypatch):
+    told = []
+
+    def broadcast(value):
+        # The other process is sent what the first has said.
+        told.append(value)
+        return value if index == 0 else told[0]
+
+    def decide():
+        raise error("No room.")
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(provenance, "_from_first", broadcast)
+    if index:
+        told.append({"error": "No room.", "full": error is records.WriteError})
+    monkeypatch.setattr(jax, "process_index", lambda: index)
+    with pytest.raises(error, match="No room"):
+        provenance.by_first(decide)
+    assert len(told) == 1 + index
 
 
 # ---------------------------------------------------------------- configuration

@@ -323,7 +323,12 @@ def test_a_row_of_other_code_is_named_before_any_is_trained(tmp_path, monkeypatc
     (tmp_path / last / "seed0").mkdir(parents=True)
     records.write_json(
         tmp_path / last / "seed0" / "result.json",
-        {"seed": 0, "test_accuracy": 0.9, "perturbation": {}, "sessions": [made | {"epochs": 2}]},
+        {
+            "seed": 0,
+            "test_accuracy": 0.9,
+            "perturbation": {},
+            "sessions": [made | {"epochs": 2, "from_step": 0}],
+        },
     )
     monkeypatch.setattr(loop, "train_and_evaluate", None)
     with pytest.raises(ConfigError, match=r"lpa/seed0 came of other data .* and other code"):

@@ -663,3 +663,24 @@ def test_every_call_in_every_layer_has_a_name_of_its_own():
     variables = model.init(jax.random.key(0), inputs)
     names = [n for n in lpa_jax.list_sites(model.apply, variables, inputs) if "shared" in n]
     assert names == ["layers/shared", *(f"layers/shared[{i}]" for i in range(6))]
+
+
+def test_sites_are_found_however_arrays_lie_on_an_explicit_mesh():
+    model = nn.Sequential([nn.Dense(16), nn.Dense(3)])
+    inputs = jnp.ones((8, 5))
+    variables = model.init(jax.random.key(0), inputs)
+    expected = lpa_jax.list_sites(model.apply, variables, inputs)
+    mesh = jax.make_mesh((8,), ("data",))
+    by_row, by_column = (
+        jax.NamedSharding(mesh, jax.P(*axes)) for axes in (("data",), (None, "data"))
+    )
+    variables["params"]["layers_0"]["kernel"] = jax.device_put(
+        variables["params"]["layers_0"]["kernel"], by_column
+    )
+    inputs, labels = jax.device_put((inputs, jnp.arange(8) % 3), by_row)
+    assert lpa_jax.list_sites(model.apply, variables, inputs) == expected
+    step = lpa_jax.value_and_grad(model.apply, lpa_jax.lpl(0.1), num_classes=3)
+    state = step.init(variables, inputs, labels)
+    (loss, _), grads, _ = step(variables, state, inputs, labels, jax.random.key(0))
+    assert np.isfinite(loss)
+    assert grads["layers_0"]["kernel"].sharding.spec == by_column.spec

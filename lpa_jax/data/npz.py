@@ -122,7 +122,12 @@ def _images(where: str, array: np.ndarray) -> np.ndarray:
 def checked_labels(where: str, array: np.ndarray) -> np.ndarray:
     """Return labels as int64; a `DataError` that begins with `where` if they are no labels."""
     if array.dtype.kind not in "iu":
-        raise DataError(f"{where} has dtype {array.dtype}: save integers, y.astype(np.int32).")
+        remedy = (
+            "y.astype(np.int32)"
+            if array.dtype.kind in "fb"
+            else ("as in names, y = np.unique(y, return_inverse=True)")
+        )
+        raise DataError(f"{where} has dtype {array.dtype}: save integers, {remedy}.")
     if array.ndim != 1:
         raise DataError(
             f"{where} has shape {array.shape}, not [N]: save y.reshape(-1), or y.argmax(axis=1) "

@@ -55,8 +55,13 @@ def planner(
     """Return the planner for these bounds, and by default for the mean threshold.
 
     Raises:
-      ValueError: If a number is outside its range.
+      ValueError: If a number is outside its range, or the split is none.
     """
+    if not isinstance(split, splits.Split | None):
+        raise ValueError(
+            f"split must come from a function of lpa_jax.splits, as in splits.mean_threshold(), "
+            f"not {split!r}."
+        )
     sites.check_number("epsilon", epsilon)
     sites.check_number("delta_epsilon", delta_epsilon)
     return Planner(epsilon, delta_epsilon, splits.mean_threshold() if split is None else split)

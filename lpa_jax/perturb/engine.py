@@ -57,6 +57,7 @@ class Step:
         """
         _check_labels(labels, inputs.shape[0], self.num_classes)
         taps = self._taps(self.network.trace(variables, inputs, apply_kwargs))
+        self._unmatched(taps)
         by_class = jnp.zeros((inputs.shape[0], self.num_classes), jnp.float32)
         values = dict.fromkeys(FIXED, by_class)
         values |= {sites.INPUTS: inputs, sites.PARAM_GRADS: variables["params"]}
@@ -139,9 +140,7 @@ class Step:
         _check_labels(labels, batch, self.num_classes)
         labels, padded = jnp.asarray(labels), weights is not None
         weights = jnp.ones(batch, jnp.float32) if weights is None else weights
-        weights = jnp.asarray(weights, jnp.float32)
-        if weights.shape != (batch,):
-            raise ValueError(f"weights must have shape ({batch},), not {weights.shape}.")
+        weights = _checked_weights(weights, batch)
         if jnp.issubdtype(labels.dtype, jnp.integer):
             labels, padded = labels.astype(jnp.int32), True
             weights = jnp.where(labels == IGNORE, 0.0, weights)
@@ -191,7 +190,10 @@ class Step:
             class_stats=walk.stats_after(),
             perturbations=walk.states,
         )
-        aux = {"logits": raw, "labels": walk.labels, "updates": updates, "metrics": walk.metrics}
+        labels = walk.labels
+        if labels.ndim == 1:
+            labels = jnp.where(weights > 0, labels, IGNORE)
+        aux = {"logits": raw, "labels": labels, "updates": updates, "metrics": walk.metrics}
         return (loss, aux), grads, state
 
     def _forward(
@@ -211,28 +213,35 @@ class Step:
 
             # Jitted for being traced once, however often a transform asks.
             @functools.partial(jax.jit, static_argnames="after")
-            def tail_gradient(value, objective, *, after):
+            def tail_gradient(value, objective, measuring, *, after):
+                logits, pullback = jax.vjp(tail, value)
+                if walk.class_level:
+                    choose = functools.partial(jnp.where, measuring)
+                    stats = jax.tree.map(choose, walk.measured_by(logits), objective.class_stats)
+                    objective = objective._replace(class_stats=stats)
+
                 def to_loss(logits):
                     return walk.at_loss(logits, jax.lax.stop_gradient(objective), after)
 
-                logits, pullback = jax.vjp(tail, value)
                 losses, cotangent = self._losses_and_grads(logits, objective.targets, to_loss)
                 # Ahead of the tail, in which batch normalization mixes the examples.
                 real = walk.weights > 0
                 cotangent = jnp.where(real[:, None], cotangent, 0.0)
-                return (jnp.where(real, losses, 0.0), pullback(cotangent)[0]), logits
+                losses = jnp.where(real, losses, 0.0)
+                return (losses, pullback(cotangent)[0]), objective.class_stats
 
-            def evaluate(value, after):
-                objective = walk.objective()
-                return tail_gradient(jax.lax.stop_gradient(value), objective, after=after)
+            def evaluate(value, after, measuring=False):
+                held = jax.lax.stop_gradient(value)
+                return tail_gradient(held, walk.objective(), measuring, after=after)
 
-            # What stands at the logits is part of the loss at every site before them.
-            first, measured_at = None, walk.objective()
+            first = None
             if walk.reads_statistics(names) and names == (sites.LOGITS,):
                 walk.measure(value)
             elif walk.reads_statistics(names):
-                first, logits = evaluate(value, after=-1)
-                walk.measure(logits)
+                first, walk.class_stats = evaluate(value, after=-1, measuring=True)
+                walk.measured = True
+            # What stands at the logits is part of the loss at every site before them.
+            measured_at = walk.objective()
 
             def gradient_fn(moved, after=-1):
                 # The statistics and a transform that starts from the value share one pass.
@@ -297,13 +306,13 @@ class Step:
         grads = walk.perturb((sites.LOGIT_GRADS,), grads, logits=logits)
         # The loss and gradient of a batch that is all padding are 0.
         total_weight = jnp.sum(walk.weights)
-        share = walk.weights / jnp.where(total_weight > 0, total_weight, 1.0)
+        share = walk.weights / jnp.where(total_weight == 0, 1.0, total_weight)
         real = walk.weights > 0
         loss = jnp.sum(jnp.where(real, losses * share, 0.0))
         return loss, jnp.where(real[:, None], grads * share[:, None], 0.0)
 
     def _taps(self, trace: Trace) -> tuple[Tap, ...]:
-        """Return the taps to perturb, in order, having checked every site of the chain."""
+        """Return the taps to perturb, in order, having looked for every site of the chain."""
         if len(trace.logits.shape) != 2 or trace.logits.shape[1] != self.num_classes:
             raise ValueError(
                 f"The network returns {trace.logits.shape}, but num_classes is {self.num_classes}: "
@@ -323,9 +332,7 @@ class Step:
                     "lpa_jax.list_sites names them all (layers of an nn.scan are sites only if "
                     "its variable_axes have 'perturbation': 0)."
                 )
-        taps = tuple(tap for tap in trace.taps if wanted & ({tap.site, tap.name} - set(FIXED)))
-        self._unmatched(taps)
-        return taps
+        return tuple(tap for tap in trace.taps if wanted & ({tap.site, tap.name} - set(FIXED)))
 
     def _unmatched(self, taps: tuple[Tap, ...]) -> tuple[tuple[tuple[str, int], str], ...]:
         """Find what stands where the targets are mixed and the examples are not yet.
@@ -391,11 +398,14 @@ class _Walk:
     def members(self) -> membership.Membership:
         return membership.by_class(self.labels, self.weights, self.targets.shape[1])
 
+    def measured_by(self, logits: Array) -> statistics.ClassStats:
+        """Return the statistics with the batch, of logits that no class-level work has moved."""
+        return statistics.observe_batch(self.class_stats, logits, self.members())
+
     def measure(self, logits: Array) -> None:
-        """Take the batch's statistics, once, from logits that no class-level work has moved."""
+        """Take the batch's statistics, once."""
         if not self.measured:
-            self.class_stats = statistics.observe_batch(self.class_stats, logits, self.members())
-            self.measured = True
+            self.class_stats, self.measured = self.measured_by(logits), True
 
     def standing(self, names: tuple[str, ...]) -> list[tuple[int, str]]:
         """Return index and site of each perturbation at a site; its own name comes first."""
@@ -419,14 +429,15 @@ class _Walk:
     def objective(self) -> "_Objective":
         """Return what the loss depends on besides the logits, as it is now."""
         states = {i: self.states[i] for i, _ in self.standing((sites.LOGITS,))}
-        return _Objective(self.labels, self.targets, self.params if states else None, states)
+        params = self.params if states else None
+        return _Objective(self.labels, self.targets, params, self.class_stats, states)
 
     def at_loss(self, logits: Array, objective: "_Objective", after: int) -> Array:
         """Return the logits as the loss will see them, with nothing that needs their gradient.
 
         Args:
           logits: The network's logits, or what the first of the chain have made of them.
-          objective: Labels, targets, parameters and states.
+          objective: Labels, targets, parameters, class statistics and states.
           after: Place in the chain beyond which transforms at the logits are applied.
         """
         walk = dataclasses.replace(
@@ -434,6 +445,7 @@ class _Walk:
             labels=objective.labels,
             targets=objective.targets,
             params=objective.params,
+            class_stats=objective.class_stats,
         )
         for i, state in objective.states.items():
             if i > after:
@@ -519,7 +531,7 @@ class _Walk:
             by_target = dict.fromkeys(by_target, _Unmatched(site, mixing))
         # The same key at all sites of a perturbation: its draws agree without a state.
         key = jax.random.fold_in(self.key, index)
-        return self.chain[index].update(
+        new, state = self.chain[index].update(
             value,
             self.states[index],
             self.params,
@@ -532,6 +544,13 @@ class _Walk:
             logits=logits,
             **by_target,
         )
+        was, now = (jax.tree.map(jnp.shape, tree) for tree in (value, new))
+        if was != now:
+            raise sites.SiteError(
+                f"The perturbation at {site!r} must return a value of the shape that it is given, "
+                f"{was!s:.200}, not {now!s:.200}."
+            )
+        return new, state
 
 
 class _Unmatched:
@@ -543,7 +562,13 @@ class _Unmatched:
     def _refuse(self, *_: Any, **__: Any) -> Any:
         raise sites.SiteError(self._told)
 
-    __call__ = __getattr__ = __getitem__ = __jax_array__ = _refuse
+    # Python looks these up on the class.
+    __call__ = __getattr__ = __getitem__ = __len__ = __iter__ = __bool__ = _refuse
+    __array__ = __jax_array__ = __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = _refuse
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = _refuse
+    __rtruediv__ = __floordiv__ = __mod__ = __pow__ = __matmul__ = __rmatmul__ = _refuse
+    __neg__ = __invert__ = __abs__ = __and__ = __or__ = __xor__ = _refuse
+    __hash__ = object.__hash__
 
 
 def _early(site: str, mixing: str) -> str:
@@ -571,12 +596,14 @@ class _Objective(NamedTuple):
       labels: The class membership.
       targets: The targets.
       params: The network's parameters, if anything stands at the logits.
+      class_stats: The class statistics.
       states: State of each perturbation at the logits, by its place in the chain.
     """
 
     labels: membership.Labels
     targets: Array
     params: PyTree
+    class_stats: statistics.ClassStats
     states: dict[int, PyTree]
 
     def same_as(self, other: "_Objective") -> bool:
@@ -604,7 +631,7 @@ def _soft(labels: membership.Labels, num_classes: int) -> Float[Array, "batch cl
     if labels.ndim == 1:
         known = (labels >= 0) & (labels < num_classes)
         targets = jax.nn.one_hot(labels, num_classes, dtype=jnp.float32)
-        # A label that no one could check: its loss is NaN rather than 0.
+        # A label whose value was not known when the step was traced: the loss is NaN, not 0.
         return jnp.where(known[:, None], targets, jnp.nan)
     return labels.astype(jnp.float32)
 
@@ -650,8 +677,22 @@ def _checked_examples(examples: Array, batch: int) -> Int[Array, "batch"]:
     return jnp.asarray(examples)
 
 
-def _is_here(labels: Array) -> bool:
-    return getattr(labels, "is_fully_addressable", True)
+def _checked_weights(weights: Any, batch: int) -> Float[Array, "batch"]:
+    """Return weights as float32; those that are not allowed are an error, or NaN where traced."""
+    array = jnp.asarray(weights, jnp.float32)
+    if array.shape != (batch,):
+        raise ValueError(f"weights must have shape ({batch},), not {array.shape}.")
+    if _known(weights) and not (np.isfinite(weights) & (np.asarray(weights) >= 0)).all():
+        raise ValueError(
+            f"weights must be finite and at least 0, the weight of an example to leave out, but "
+            f"are {weights}."
+        )
+    return jnp.where(array >= 0, array, jnp.nan)
+
+
+def _known(array: Any) -> bool:
+    """Return whether the values of an array can be looked at."""
+    return not isinstance(array, core.Tracer) and getattr(array, "is_fully_addressable", True)
 
 
 def _check_labels(labels: membership.Labels, batch: int, num_classes: int) -> None:
@@ -659,7 +700,7 @@ def _check_labels(labels: membership.Labels, batch: int, num_classes: int) -> No
     if jnp.issubdtype(labels.dtype, jnp.integer):
         if labels.shape != (batch,):
             raise ValueError(f"Integer labels must have shape ({batch},), not {labels.shape}.")
-        if not isinstance(labels, core.Tracer) and labels.size and _is_here(labels):
+        if labels.size and _known(labels):
             # Not by jax: within a jit its operations are traced, on constants too.
             low, high = np.asarray(labels).min(), np.asarray(labels).max()
             if low < IGNORE or high >= num_classes:

@@ -58,6 +58,9 @@ def disturb_label(rate: sites.Number) -> sites.Perturbation:
         which_key, class_key = jax.random.split(key)
         disturbed = jax.random.bernoulli(which_key, sites.at_step(rate, step), (batch, 1))
         drawn = jax.random.randint(class_key, (batch,), 0, num_classes)
-        return jnp.where(disturbed, jax.nn.one_hot(drawn, num_classes, dtype=value.dtype), value)
+        # Targets of an unknown label are NaN, and stay so.
+        known = ~jnp.isnan(value).any(axis=1, keepdims=True)
+        other = jax.nn.one_hot(drawn, num_classes, dtype=value.dtype)
+        return jnp.where(disturbed & known, other, value)
 
     return sites.stateless(sites.LABELS, update)

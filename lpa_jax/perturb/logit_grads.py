@@ -198,7 +198,7 @@ def elr(num_examples: int, strength: sites.Number, beta: sites.Number = 0.7) -> 
 
     Raises:
       ValueError: If an argument is outside its range. The step raises it if it is not told which
-        `examples` it is given; an example of N or more makes the gradient NaN.
+        `examples` it is given; an example below 0 or of N or more makes the gradient NaN.
 
     Example:
       >>> import lpa_jax
@@ -230,6 +230,8 @@ def elr(num_examples: int, strength: sites.Number, beta: sites.Number = 0.7) -> 
         total = jnp.matmul(same, p, precision=jax.lax.Precision.HIGHEST)
         own = total / jnp.maximum(jnp.sum(same, axis=1, keepdims=True), 1.0)
         decay = sites.at_step(beta, step)
+        # Negative numbers would count from the end.
+        examples = jnp.where(examples < 0, num_examples, examples)
         before = state.at[examples].get(mode="fill", fill_value=jnp.nan)
         t = jnp.where(real[:, None], decay * before + (1.0 - decay) * own, 0.0)
         state = state.at[jnp.where(real, examples, num_examples)].set(t, mode="drop")

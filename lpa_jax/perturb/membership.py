@@ -1,11 +1,13 @@
 """Which classes the examples of a batch belong to: the only interface of class-level work."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Integer
+import numpy as np
 
 Labels = Integer[Array, "batch"] | Float[Array, "batch classes"]
 
@@ -128,12 +130,15 @@ def counts_of(class_counts: Sequence[float]) -> Float[Array, "classes"]:
     """Return the number of training examples of each class as an array.
 
     Raises:
-      ValueError: If a count is not positive.
+      ValueError: If it is no sequence of numbers, or one is not positive or not finite.
     """
-    if not len(class_counts):
-        raise ValueError("class_counts must have a number for each class, not none.")
+    if isinstance(class_counts, Mapping) or np.ndim(class_counts) != 1 or not len(class_counts):
+        raise ValueError(
+            f"class_counts must be a sequence with a number for each class, such as "
+            f"np.bincount(labels, minlength=C), not {class_counts!r}."
+        )
     for label, count in enumerate(class_counts):
-        if not count > 0:
+        if not 0 < count < math.inf:
             raise ValueError(
                 f"class_counts must be positive, but class {label} has {count}: give it a training "
                 "example, or leave the class out."

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
+import numpy as np
 import optax
 
 from lpa_jax.perturb import pgd, sites
@@ -25,8 +26,9 @@ def sam(rho: sites.Number, mask: Mask = None) -> sites.Perturbation:
         The norm is that of their gradient alone.
 
     Raises:
-      ValueError: If `rho` is negative or not a number. The step raises `SiteError` where it stands
-        behind `optax.masked` or `optax.partition`, which hide parameters from it.
+      ValueError: If `rho` is negative or not a number. The step raises `SiteError` if the mask does
+        not fit the parameters, and behind `optax.masked` or `optax.partition`, which hide
+        parameters from it.
 
     Example:
       >>> import jax.numpy as jnp, lpa_jax
@@ -80,12 +82,7 @@ def _sharpness_aware(
                 f"{site!r}."
             )
         if mask is not None:
-            chosen = mask(params) if callable(mask) else mask
-            grads = jax.tree.map(
-                lambda moves, part: part if moves else jax.tree.map(jnp.zeros_like, part),
-                chosen,
-                grads,
-            )
+            grads = _masked(name, mask(params) if callable(mask) else mask, grads)
         scaled = jax.tree.map(lambda weight, grad: unit(weight) * grad, params, grads)
         norm = pgd.tree_norm(scaled)
         length = sites.at_step(rho, step) / jnp.where(norm > 0, norm, 1.0)
@@ -96,6 +93,21 @@ def _sharpness_aware(
         return gradient_fn(jax.tree.map(move, params, scaled))[1]
 
     return sites.stateless(sites.PARAM_GRADS, update)
+
+
+def _masked(name: str, mask: PyTree, grads: PyTree) -> PyTree:
+    """Return gradients of which those outside of a mask are 0."""
+    try:
+        if not all(isinstance(moves, bool | np.bool_) for moves in jax.tree.leaves(mask)):
+            raise ValueError("not all of its leaves are booleans")
+        return jax.tree.map(
+            lambda moves, part: part if moves else jax.tree.map(jnp.zeros_like, part), mask, grads
+        )
+    except ValueError as error:
+        raise sites.SiteError(
+            f"The mask of {name} must hold True or False in a tree like the parameters or a prefix "
+            f"of it, such as {jax.tree.map(lambda _: True, grads)!r:.200}: {error}."
+        ) from error
 
 
 def gradient_clipping(max_norm: sites.Number) -> sites.Perturbation:

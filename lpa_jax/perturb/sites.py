@@ -56,9 +56,7 @@ class Perturbation(optax.GradientTransformationExtraArgs):
         """Place the transform `(init, update)` at `sites`."""
         self = super().__new__(cls, init, update)
         self.report = report
-        if class_level is None:
-            class_level = report is not None or _may_read_statistics(update)
-        self.class_level = class_level
+        self.class_level = _class_level(update, report) if class_level is None else class_level
         self.sites = (sites,) if isinstance(sites, str) else tuple(sites)
         if not self.sites or not all(isinstance(site, str) and site for site in self.sites):
             raise SiteError(f"A perturbation needs the name of at least one site, not {sites!r}.")
@@ -96,11 +94,14 @@ def stateless(
     def stateful(value, state, params=None, **extra):
         return update(value, params=params, **extra), state
 
-    class_level = report is not None or _may_read_statistics(update)
-    return Perturbation(sites, optax.init_empty_state, stateful, report, class_level)
+    return Perturbation(
+        sites, optax.init_empty_state, stateful, report, _class_level(update, report)
+    )
 
 
-def _may_read_statistics(update: Callable[..., Any]) -> bool:
+def _class_level(update: Callable[..., Any], report: Callable[..., Any] | None) -> bool:
+    if report is not None:
+        return True
     parameters = inspect.signature(update).parameters
     rest = [p.name for p in parameters.values() if p.kind is inspect.Parameter.VAR_KEYWORD]
     return "class_stats" in parameters or rest not in ([], ["_"])
@@ -114,7 +115,8 @@ def at(site: str | Sequence[str], transform: optax.GradientTransformation) -> Pe
 
     Args:
       site: `"inputs"`, `"labels"`, the path of a Flax module, `"logits"`, `"logit_grads"` or
-        `"param_grads"`; or the sites of a perturbation of several that was wrapped.
+        `"param_grads"`. Of a perturbation that was wrapped: exactly its own sites, in its order
+        (`("inputs", "labels")` of `mixup`), which the wrapper does not tell.
       transform: What to apply to the value at the site, taken as optax's *updates*. A perturbation
         that is not wrapped has its sites already, and is returned as it is.
 

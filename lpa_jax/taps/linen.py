@@ -47,16 +47,17 @@ def value_and_grad(
       that an example does not count, as a weight of 0 does. Any other label outside of the classes
       is an error; where labels are traced, as in `jax.jit`, the loss is NaN.
     - `key`: a PRNG key. The step count is folded in, so the same key may be given at every step.
-    - `weights`: float `[B]`, 1 for real examples (default) and 0 for padding, whose inputs and
-      labels are taken as 0. Batch normalization sees padding all the same.
+    - `weights`: float `[B]`, at least 0: 1 for real examples (default) and 0 for padding, whose
+      inputs and labels are taken as 0. Batch normalization sees padding all the same.
     - `examples`: int `[B]`, which examples of the training set these are, for the perturbations
       that remember each of them (`elr`); others do without.
     - `kwargs`: passed on to `apply_fn`, such as `train=True, mutable=["batch_stats"]`.
     - `loss`: the weighted mean, float32. `aux["logits"]`: the network's output `[B, C]` before
-      perturbations of the logits. `aux["labels"]`: the labels, mixed where the examples were.
+      perturbations of the logits. `aux["labels"]`: the labels, mixed where the examples were;
+      integer labels are -1 where an example does not count.
       `aux["updates"]`: the mutated collections. `aux["metrics"]`: for each site perturbed, how far
       each class was moved (`"norm"`, `"relative"` to the value, `"count"` of examples; `[C]`), and
-      the `"sign"` and `"radius"` that LPA, LPL and LPG chose.
+      the `"sign"` and `"radius"` that LPA, LPL and LPG chose, and LPL's number of `"steps"`.
 
     A transform's `update` receives, keyword-only: `site`, `key`, `step`, `labels` (the class
     membership: int `[B]`, or float `[B, C]` after mixing), `targets` `[B, C]`, `weights`,
@@ -156,6 +157,8 @@ class LinenNetwork:
 
     def trace(self, variables: PyTree, inputs: Array, kwargs: Mapping[str, Any]) -> Trace:
         """Find the taps by one abstract pass."""
+        # Shapes alone count: arrays may lie on a mesh with explicit axes.
+        variables, inputs = jax.tree.map(_shape, (variables, inputs))
 
         def run(variables, inputs):
             logits, captured, updates = self._apply(variables, inputs, {}, kwargs)

@@ -41,12 +41,14 @@ TRANSFORMS = (
 )
 # Arguments of transforms that follow from the data and the length of the run.
 TASK = ("class_counts", "mean", "num_classes", "num_examples", "num_steps")
+# Those that depend on the network besides: which parameters SAM moves.
+UNSET = ("mask",)
 # Those that correct for the frequencies of the classes in training. LDAM's margins are not among
 # them: they follow from how many different examples a class has, however often these are drawn.
 CORRECTIONS = ("drw", "logit_adjustment", "reweight")
 # For each transform, the arguments that have no default or another one here: those for CIFAR.
 METHODS = {
-    "lpa": {"site": "group3", "epsilon": 0.1, "radius": "relative"},
+    "lpa": {"site": "group3", "epsilon": 0.1},
     "lpl": {"epsilon": 0.4},
     "lpg": {"epsilon": 0.1},
     "manifold_mixup": {"sites": ("inputs", "group1", "group2"), "alpha": 2.0},
@@ -254,8 +256,7 @@ def arguments_of(name: str, known: Mapping[str, Any]) -> dict[str, Any]:
         )
     arguments = {}
     for parameter in inspect.signature(getattr(lpa_jax, name)).parameters.values():
-        # Which parameters SAM moves depends on the network.
-        if parameter.name in (*TASK, "mask"):
+        if parameter.name in (*TASK, *UNSET):
             continue
         if parameter.name == "split":
             value: Any = dict(SPLIT) | dict(known.get("split", {}))
@@ -296,7 +297,8 @@ def perturbation(
       num_steps: Number of steps of the run.
 
     Raises:
-      ConfigError: If class frequencies would be corrected both by the sampling and by a transform.
+      ConfigError: If class frequencies would be corrected more than once, by the sampling or by
+        transforms.
       ValueError: If an argument is outside its range.
     """
     names = [] if config.method == "erm" else config.method.split("+")
@@ -313,6 +315,11 @@ def perturbation(
             f"config.sampling {config.sampling!r} draws all classes equally often, and {named} in "
             "config.method would correct for their frequencies once more: take one of the two, "
             f"config.sampling='uniform' or a method without {named}."
+        )
+    if len(corrections) > 1:
+        raise ConfigError(
+            f"{' and '.join(corrections)} in config.method would each correct for the frequencies "
+            "of the classes: name one of them."
         )
     task = {
         "class_counts": class_counts,
@@ -350,7 +357,7 @@ def _transform(name: str, config: Config, task: Mapping[str, Any]) -> lpa_jax.Pe
 
 
 def _refuse_unknown(prefix: str, given: Iterable[str], known: Iterable[str]) -> None:
-    known = [key for key in known if key not in TASK]
+    known = [key for key in known if key not in (*TASK, *UNSET)]
     for name in sorted(set(given) - set(known)):
         raise ConfigError(no_key(prefix, name, known))
 

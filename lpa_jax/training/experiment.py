@@ -142,7 +142,7 @@ def build(config: Config) -> Experiment:
         )
     if absent:
         logging.warning(
-            "There is no training example of %s: %s, or it is never learned.", absent, remedy
+            "There is no training example of %s: %s; otherwise it is never learned.", absent, remedy
         )
     return Experiment(
         dataset=dataset,

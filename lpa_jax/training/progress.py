@@ -211,7 +211,7 @@ class Left:
 
     @contextlib.contextmanager
     def timed(self, count: int = 1) -> Iterator[None]:
-        """Measure `count` pieces of work; none are those that were only read."""
+        """Measure `count` pieces of work; results that were only read do not count: give 0."""
         began = time.monotonic()
         yield
         if count:

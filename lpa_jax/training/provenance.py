@@ -227,13 +227,27 @@ def recorded(path: pathlib.Path, *keys: str) -> Session:
     Raises:
       ConfigError: If the file is damaged, lacks one of `keys`, or names no session.
     """
-    sessions = records.read_json(path, *keys).get("sessions") if path.exists() else None
+    sessions = _sessions(path, *keys)
     if not sessions:
         raise ConfigError(
             f"{path.parent} does not record the data and the code it came of, so that nothing can "
             "be pooled with it: give --workdir another directory, or remove that one."
         )
     return sessions[-1]
+
+
+def _sessions(path: pathlib.Path, *keys: str) -> list[Session]:
+    """Return the sessions that a file names, none if there is no file."""
+    sessions = records.read_json(path, *keys).get("sessions", []) if path.exists() else []
+    wanted = {*FINGERPRINTS, "epochs", "from_step"}
+    if not isinstance(sessions, list) or not all(
+        isinstance(made, dict) and wanted <= set(made) for made in sessions
+    ):
+        raise ConfigError(
+            f"{path} is damaged: its sessions are no list of {', '.join(sorted(wanted))}. Restore "
+            f"it, or remove {path.parent}."
+        )
+    return sessions
 
 
 def _refuse(
@@ -297,10 +311,11 @@ def begin(directory: pathlib.Path, ours: Session, step: int) -> list[Session]:
       All sessions that the seed came of, in order; those alike in succession are one.
 
     Raises:
+      ConfigError: If what is there is damaged.
       WriteError: If it cannot be written.
     """
     path = directory / "sessions.json"
-    sessions = records.read_json(path, "sessions")["sessions"] if path.exists() else []
+    sessions = _sessions(path)
     # Nothing is left of what was done after the checkpoint that is gone on from.
     sessions = [made for made in sessions if made["from_step"] < step]
     if not sessions or sessions[-1] != {"from_step": sessions[-1]["from_step"], **ours}:
@@ -316,6 +331,7 @@ def by_first(decide: Callable[[], Any]) -> Any:
 
     Raises:
       ConfigError: If the first process does.
+      WriteError: Likewise.
     """
     if jax.process_count() == 1:
         return decide()
@@ -323,11 +339,12 @@ def by_first(decide: Callable[[], Any]) -> Any:
     if jax.process_index() == 0:
         try:
             told["value"] = decide()
-        except ConfigError as error:
-            told["error"] = str(error)
+        except (ConfigError, records.WriteError) as error:
+            # The others wait for what the first has to say, its errors too.
+            told = {"error": str(error), "full": isinstance(error, records.WriteError)}
     told = _from_first(told)
     if "error" in told:
-        raise ConfigError(told["error"])
+        raise (records.WriteError if told["full"] else ConfigError)(told["error"])
     return told["value"]
 
 

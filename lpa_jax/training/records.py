@@ -34,10 +34,11 @@ def writing(what: str, *errors: type[Exception]) -> Iterator[None]:
     except (OSError, *errors) as error:
         told = error.strerror if isinstance(error, OSError) else str(error)
         # Of the many words of the libraries the first reason is enough.
+        full = "No space left" in str(error) or "quota" in str(error)
         reason = "No space left on device" if "No space left" in str(error) else told
         raise WriteError(
-            f"{what} cannot be written ({reason}). What was saved before is kept: make room, and "
-            "the same command goes on from there."
+            f"{what} cannot be written ({reason}). What was saved before is kept: "
+            f"{'make room' if full else 'correct that'}, and the same command goes on from there."
         ) from error
 
 
@@ -91,7 +92,6 @@ def claim(
     workdir: pathlib.Path,
     config: dict[str, Any],
     *,
-    write: bool = True,
     allow_change: bool = False,
 ) -> list[dict[str, Any]]:
     """Make the work directory this configuration's own, or find that it is.
@@ -99,7 +99,6 @@ def claim(
     Args:
       workdir: The directory of the run.
       config: Its configuration.
-      write: Whether to write anything, which one of several processes does.
       allow_change: Whether the run of another configuration may go on with this one. That it did
         is kept in `config_changes.json`.
 
@@ -115,14 +114,15 @@ def claim(
     with serving(workdir):
         if changes_path.exists():
             changes = read_json(changes_path, "changes")["changes"]
+            if not isinstance(changes, list):
+                raise ConfigError(f"{changes_path} is damaged: remove it or restore it.")
         change = config_change(workdir, config, allow_change=allow_change)
         if change:
             logging.warning("%s goes on with another configuration: %s.", workdir, in_words(change))
             changes = [*changes, change]
-            if write:
-                write_json(changes_path, {"changes": changes})
-                write_json(path, config)
-        elif write and not path.exists():
+            write_json(changes_path, {"changes": changes})
+            write_json(path, config)
+        elif not path.exists():
             workdir.mkdir(parents=True, exist_ok=True)
             write_json(path, config)
     return changes

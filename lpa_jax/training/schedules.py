@@ -101,7 +101,8 @@ def optimizer(
         close = difflib.get_close_matches(name, known, n=3)
         hint = f"did you mean {' or '.join(close)}? " if close else ""
         raise ConfigError(
-            f"optax has no optimizer {name!r}; {hint}sgd, adamw and prodigy are three of its names."
+            f"There is no optimizer {name!r} of optax or optax.contrib that takes a learning rate "
+            f"first; {hint}sgd, adamw and prodigy are three that do."
         )
     if name.startswith("schedule_free"):
         raise ConfigError(
@@ -112,7 +113,7 @@ def optimizer(
     taken = list(inspect.signature(factory).parameters)
     for key in sorted(set(given) - set(taken[1:])):
         raise ConfigError(
-            f"config.optimizer.options does not fit optax.{name}: it takes no {key!r}, but "
+            f"config.optimizer.options does not fit {name}: it takes no {key!r}, but "
             f"{', '.join(taken[1:])}."
         )
     trial = {"weight": jnp.zeros((2, 2))}
@@ -123,8 +124,9 @@ def optimizer(
         reason = str(error).strip().partition("\n")[0]
         told = f"with the options {given} " if given else ""
         raise ConfigError(
-            f"optax.{name} {told}cannot be used ({reason}): give config.optimizer.options what it "
-            "takes, or choose one that needs gradients and a learning rate alone, such as adamw."
+            f"The optimizer {name} {told}cannot be used ({reason}): give config.optimizer.options "
+            "what it takes, or choose one that needs gradients and a learning rate alone, such as "
+            "adamw."
         ) from error
     if weight_decay:
         inner = optax.chain(optax.add_decayed_weights(weight_decay), inner)
