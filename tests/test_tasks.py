@@ -343,7 +343,7 @@ def test_a_trial_that_leaves_a_class_without_training_examples_says_so(caplog):
         (absent,) = np.flatnonzero(np.array(parts.class_counts) == 0)[:1]
         told = f"no training example of class{'es' * (parts.class_counts.count(0) > 1)} {absent} ('"
         assert f"{told}{absent}')" in caplog.text
-        assert "config.limit 9 keeps none, give more, or it is never learned" in caplog.text
+        assert "config.limit 9 keeps none, give more; otherwise it is never learned" in caplog.text
         caplog.clear()
     for method in ("ldam", "lpa+reweight", "lpl"):
         config = smoke(method, limit=9, batch_size=8)
