@@ -1,0 +1,531 @@
+"""A network as a traced program: a jaxpr in which some values have names.
+
+Whoever writes the network names values by `tap`, or a backend does so for every layer. A named
+value is a *site*: `Program.walk` evaluates the program once, hands over the value at each site that
+is wanted, and goes on with what it gets back. Order, tails and costs are properties of the jaxpr.
+"""
+
+import collections
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import dataclasses
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+from jax.ad_checkpoint import checkpoint_name
+from jax.extend import core as jex
+import jax.numpy as jnp
+from jaxtyping import Array, PyTree
+
+MARK = "lpa_jax:"
+"""What the names of sites begin with in the jaxpr, where others are none of ours."""
+# With its constants; jax 0.12 has one class for both.
+ClosedJaxpr: Any = jex.ClosedJaxpr  # pyright: ignore[reportPrivateImportUsage]
+INLINED = ("jit", "pjit", "closed_call", "core_call")
+REMATERIALIZED = ("checkpoint", "remat", "remat2")
+REASONS = {
+    "while": "it lies in a loop whose number of turns is not known (while_loop, fori_loop)",
+    "cond": "it lies in a branch that may not be taken (cond, switch)",
+    "custom_jvp_call": "it lies in a function with a derivative of its own (custom_jvp)",
+    "custom_vjp_call": "it lies in a function with a derivative of its own (custom_vjp)",
+    "shard_map": "it lies in a shard_map, whose values are parts of the global ones",
+}
+
+Path = tuple[int, ...]
+"""Where an equation is: its place, after that of the equation (and the turn of the scan) around."""
+Visit = Callable[["Site", Array, Callable[[Array], PyTree]], Array]
+
+
+class Site(NamedTuple):
+    """A named value of a program.
+
+    Attributes:
+      name: Its own name: that given, followed by `[i]` where it is given several times.
+      given: The name given, the same for all calls of a function and all turns of a scan.
+      shape: Shape.
+      dtype: Data type.
+      path: Where it is computed.
+    """
+
+    name: str
+    given: str
+    shape: tuple[int, ...]
+    dtype: Any
+    path: Path
+
+
+def tap(name: str, value: PyTree) -> PyTree:
+    """Return the value, an array or a tree of arrays, under a name by which a step finds it.
+
+    Each of several arrays gets the name followed by its place in the tree, `"block:0"`. Where no
+    program is traced, as in inference, this is the identity.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> network = lambda w, x: jnp.dot(tap("hidden", jnp.tanh(x @ w)), w)
+      >>> Program.trace(network, jnp.eye(2), jnp.ones((3, 2))).sites[0].name
+      'hidden'
+    """
+    leaves, tree = jax.tree.flatten(value)
+    names = [name] if len(leaves) == 1 else [f"{name}:{place}" for place in range(len(leaves))]
+    return tree.unflatten(
+        checkpoint_name(leaf, MARK + own) if isinstance(leaf, jax.Array) else leaf
+        for own, leaf in zip(names, leaves, strict=True)
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A function traced once, to be evaluated with values replaced at its sites.
+
+    Attributes:
+      closed: The jaxpr, of flat arguments and results.
+      shapes: Shapes and data types of what the function returns.
+      sites: The values that can be replaced, in the order in which they are computed.
+      unreachable: Why each other named value cannot be, by its name.
+    """
+
+    closed: Any
+    shapes: PyTree
+    sites: tuple[Site, ...]
+    unreachable: Mapping[str, str]
+
+    @classmethod
+    def trace(cls, function: Callable[..., PyTree], *args: PyTree) -> "Program":
+        """Trace a function of trees of arrays; nothing is computed.
+
+        Example:
+          >>> import jax.numpy as jnp
+          >>> network = lambda w, x: tap("hidden", x @ w) @ w
+          >>> program = Program.trace(network, jnp.eye(2), jnp.ones((1, 2)))
+          >>> double = lambda site, value, tail: 2.0 * value
+          >>> program.walk((jnp.eye(2), jnp.ones((1, 2))), ["hidden"], double)
+          Array([[2., 2.]], dtype=float32)
+        """
+        closed, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
+        sites, unreachable = _named(_opened(closed)[0])
+        return cls(closed, shapes, sites, unreachable)
+
+    def walk(self, args: Sequence[PyTree], wanted: Iterable[str], visit: Visit) -> PyTree:
+        """Evaluate the program, once, replacing the values at sites.
+
+        Args:
+          args: As in `trace`.
+          wanted: Names of the sites to visit, `name` or `given` of each.
+          visit: Called as `visit(site, value, tail)` in the order of computation; returns what to
+            go on with. `tail(value)` is the program's result with another value there, computed by
+            what comes after the site alone; gradients flow through that value, all else is held
+            constant.
+
+        Returns:
+          What the function returns. Gradients flow through it, too.
+        """
+        wanted = set(wanted)
+        paths = {site.path: site for site in self.sites if wanted & {site.name, site.given}}
+        jaxpr, consts = _opened(self.closed)
+        entries = [_Value() for _ in jaxpr.invars]
+        within, ops = _entered(jaxpr, consts, entries, paths, ())
+        ops, env = list(ops), dict(zip(entries, jax.tree.leaves(args), strict=True))
+        results = within(jaxpr.outvars)
+
+        def finish(env):
+            found = [_get(env, value) for value in results]
+            return jax.tree.unflatten(jax.tree.structure(self.shapes), found)
+
+        for place, op in enumerate(ops):
+            _evaluate([op], env)
+            if (site := op.site) is None:
+                continue
+            rest, (out,) = ops[place + 1 :], op.outputs
+            alive = _variables(
+                v for values in (*(op.inputs for op in rest), results) for v in values
+            )
+            held = {v: jax.lax.stop_gradient(env[v]) for v in alive if v in env}
+
+            def tail(value, rest=rest, held=held, out=out):
+                return finish(_evaluate(rest, {**held, out: value}))
+
+            env[out] = visit(site, env[out], tail)
+        return finish(env)
+
+    def costs(self) -> dict[str, float]:
+        """Return what comes after each site, as a share of the FLOPs of the program.
+
+        Matrix products and convolutions count by their multiplications and additions, other
+        equations by the entries of their results; the body of a scan counts by its turns, of a
+        loop whose turns are not known once, and of a conditional the most expensive branch.
+        """
+        jaxpr, _ = _opened(self.closed)
+        total = max(_flops(jaxpr), 1)
+        return {site.name: _flops(jaxpr, site.path) / total for site in self.sites}
+
+
+# ---------------------------------------------------------------- reading a jaxpr
+
+
+def _opened(sub: Any) -> tuple[Any, Sequence[Any]]:
+    """Return a jaxpr and its constants; jax 0.12 has them in one, and earlier versions apart."""
+    return getattr(sub, "jaxpr", sub), getattr(sub, "consts", ())
+
+
+def _inside(eqn: Any) -> list[Any]:
+    """Return the jaxprs in the parameters of an equation."""
+    params = jax.tree.leaves(list(eqn.params.values()), is_leaf=_is_jaxpr)
+    return [param for param in params if _is_jaxpr(param)]
+
+
+def _is_jaxpr(param: Any) -> bool:
+    return isinstance(param, (jex.Jaxpr, ClosedJaxpr))
+
+
+def _name_of(eqn: Any) -> str | None:
+    """Return the name that an equation gives its value, if it is one of ours."""
+    name = eqn.params.get("name", "") if eqn.primitive.name == "name" else ""
+    return name.removeprefix(MARK) if name.startswith(MARK) else None
+
+
+def _named(jaxpr: Any) -> tuple[tuple[Site, ...], dict[str, str]]:
+    """Find the sites, in order, and why other named values are none."""
+    found: list[tuple[tuple[Any, ...], Site]] = []
+    unreachable: dict[str, str] = {}
+
+    def search(jaxpr, path, order, reason):
+        for place, eqn in enumerate(jaxpr.eqns):
+            kind, at, then = eqn.primitive.name, (*path, place), (*order, place)
+            if (given := _name_of(eqn)) is not None:
+                aval = eqn.outvars[0].aval
+                if reason is None and not jnp.issubdtype(aval.dtype, jnp.floating):
+                    unreachable[given] = f"it is {aval.dtype}, and perturbations need floats"
+                elif reason is None:
+                    found.append((then, Site(given, given, aval.shape, aval.dtype, at)))
+                else:
+                    unreachable.setdefault(given, reason)
+            for sub in _inside(eqn):
+                body, _ = _opened(sub)
+                if reason is not None or kind not in (*INLINED, *REMATERIALIZED, "scan"):
+                    why = REASONS.get(kind, f"it lies in a {kind}, which is not opened")
+                    search(body, at, then, reason or why)
+                elif kind == "scan":
+                    # Without a name inside there is no need to go through all turns.
+                    for turn in range(eqn.params["length"] if any(_names(body)) else 0):
+                        length, reverse = eqn.params["length"], eqn.params["reverse"]
+                        when = length - 1 - turn if reverse else turn
+                        search(body, (*at, turn), (*then, when), reason)
+                else:
+                    search(body, at, then, reason)
+
+    search(jaxpr, (), (), None)
+    counts, seen = collections.Counter(site.given for _, site in found), collections.Counter()
+    numbered = []
+    for order, site in found:
+        number = f"[{seen[site.given]}]" if counts[site.given] > 1 else ""
+        seen[site.given] += 1
+        numbered.append((order, site._replace(name=site.given + number)))
+    return tuple(site for _, site in sorted(numbered, key=lambda pair: pair[0])), unreachable
+
+
+def _names(jaxpr: Any) -> Iterator[str]:
+    for eqn in jaxpr.eqns:
+        if (name := _name_of(eqn)) is not None:
+            yield name
+        for sub in _inside(eqn):
+            yield from _names(_opened(sub)[0])
+
+
+def _without_names(sub: Any) -> Any:
+    """Return a jaxpr without the names that are ours, which a policy of remat could see."""
+    jaxpr, _ = _opened(sub)
+    if not any(_names(jaxpr)):
+        return sub
+    same: dict[Any, Any] = {}
+
+    def look(var):
+        return var if isinstance(var, jex.Literal) else same.get(var, var)
+
+    eqns = []
+    for eqn in jaxpr.eqns:
+        invars = [look(var) for var in eqn.invars]
+        if _name_of(eqn) is not None:
+            same[eqn.outvars[0]] = invars[0]
+            continue
+        params = jax.tree.map(
+            lambda param: _without_names(param) if _is_jaxpr(param) else param,
+            dict(eqn.params),
+            is_leaf=_is_jaxpr,
+        )
+        eqns.append(eqn.replace(invars=invars, params=params))
+    changes = {"eqns": eqns, "outvars": [look(var) for var in jaxpr.outvars]}
+    if isinstance(sub, jex.Jaxpr):
+        return sub.replace(**changes)
+    return sub.replace(jaxpr=jaxpr.replace(**changes))
+
+
+# ---------------------------------------------------------------- evaluating it in pieces
+
+
+class _Value:
+    """Stands for an array; a variable of a jaxpr would be another one at each call of it."""
+
+
+_Env = dict[_Value, Any]
+
+
+class _Op(NamedTuple):
+    """`outputs = run(*inputs)`, values or literals; where there is a site, the identity."""
+
+    inputs: list[Any]
+    outputs: list[Any]
+    run: Callable[..., Sequence[Any]]
+    site: Site | None = None
+
+
+def _get(env: _Env, value: Any) -> Any:
+    return value.val if isinstance(value, jex.Literal) else env[value]
+
+
+def _evaluate(ops: Iterable[_Op], env: _Env) -> _Env:
+    for op in ops:
+        results = op.run(*(_get(env, value) for value in op.inputs))
+        env.update(zip(op.outputs, results, strict=True))
+    return env
+
+
+def _variables(values: Iterable[Any]) -> dict[Any, None]:
+    """Return those that are no literals, each once, in their order."""
+    return dict.fromkeys(v for v in values if not isinstance(v, jex.Literal))
+
+
+def _same(value: Any) -> list[Any]:
+    return [value]
+
+
+def _flatten(
+    jaxpr: Any,
+    consts: Sequence[Any],
+    values: dict[Any, _Value],
+    wanted: Mapping[Path, Site],
+    path: Path,
+) -> Iterator[_Op]:
+    """Yield the operations of a jaxpr, cut at the wanted sites and else as large as can be.
+
+    Args:
+      jaxpr: The jaxpr.
+      consts: Its constants.
+      values: What stands for its variables; those of arguments are there already, others are added.
+      wanted: The sites to cut at, by their paths.
+      path: Of the equation around.
+    """
+
+    def look(var):
+        return var if isinstance(var, jex.Literal) else values.setdefault(var, _Value())
+
+    for var, const in zip(jaxpr.constvars, consts, strict=True):
+        yield _Op([], [look(var)], functools.partial(lambda const: [const], const))
+    last_use = {
+        var: place for place, eqn in enumerate(jaxpr.eqns) for var in _variables(eqn.invars)
+    }
+    last_use |= dict.fromkeys(_variables(jaxpr.outvars), len(jaxpr.eqns))
+    first = 0
+
+    def piece(end):
+        if first == end:
+            return
+        made = [var for eqn in jaxpr.eqns[first:end] for var in eqn.outvars]
+        outs = [var for var in made if last_use.get(var, -1) >= end]
+        yield _piece(jaxpr, jaxpr.eqns[first:end], outs, look)
+
+    for place, eqn in enumerate(jaxpr.eqns):
+        at, kind = (*path, place), eqn.primitive.name
+        inner = {key: site for key, site in wanted.items() if key[: len(at)] == at}
+        if not inner:
+            continue
+        yield from piece(place)
+        first = place + 1
+        ins, outs = [look(var) for var in eqn.invars], [look(var) for var in eqn.outvars]
+        if at in inner:
+            yield _Op(ins, outs, _same, inner[at])
+            continue
+        (sub,) = _inside(eqn)
+        body, body_consts = _opened(sub)
+        if kind == "scan":
+            yield from _cut_scan(eqn, body, body_consts, ins, outs, inner, at)
+            continue
+        within, ops = _entered(body, body_consts, ins, inner, at)
+        if kind in REMATERIALIZED:
+            ops = _cut_remat(list(ops), [*within(body.outvars)], eqn.params)
+        yield from ops
+        yield from _renamed(within(body.outvars), outs)
+    yield from piece(len(jaxpr.eqns))
+
+
+def _entered(body, consts, ins, wanted, path):
+    """Return what gives the values of a body's variables, and its operations."""
+    values, given = {}, []
+    for var, value in zip(body.invars, ins, strict=True):
+        if isinstance(value, jex.Literal):
+            value, literal = _Value(), value
+            given.append(_Op([literal], [value], _same))
+        values[var] = value
+
+    def within(variables):
+        return [v if isinstance(v, jex.Literal) else values[v] for v in variables]
+
+    def ops():
+        yield from given
+        yield from _flatten(body, consts, values, wanted, path)
+
+    return within, ops()
+
+
+def _renamed(values, outs):
+    return [_Op([value], [out], _same) for value, out in zip(values, outs, strict=True)]
+
+
+def _piece(jaxpr: Any, eqns: Sequence[Any], outs: Sequence[Any], look: Any) -> _Op:
+    """Return some equations of a jaxpr as one operation."""
+    made = {var for eqn in eqns for var in eqn.outvars}
+    needs = [v for v in _variables(v for eqn in eqns for v in eqn.invars) if v not in made]
+    part = jaxpr.replace(
+        constvars=(),
+        invars=needs,
+        outvars=list(outs),
+        eqns=list(eqns),
+        debug_info=jaxpr.debug_info.with_unknown_names(),
+    )
+    run = jex.jaxpr_as_fun(ClosedJaxpr(_without_names(part), ()))
+    return _Op([look(var) for var in needs], [look(var) for var in outs], run)
+
+
+def _grouped(ops: Sequence[_Op], later: Iterable[Any], wrap: Callable[[Any], Any]) -> _Op:
+    """Return operations as one, whose results are those that `later` ones need."""
+    made = {value for op in ops for value in op.outputs}
+    outs = [value for value in _variables(later) if value in made]
+    used = _variables(v for op in ops for v in op.inputs)
+    needs = [value for value in used if value not in made]
+
+    def run(*arrays):
+        env = _evaluate(ops, dict(zip(needs, arrays, strict=True)))
+        return [env[value] for value in outs]
+
+    return _Op(needs, outs, wrap(run))
+
+
+def _cut_remat(ops: list[_Op], results: list[Any], params: Mapping[str, Any]) -> Iterator[_Op]:
+    """Cut a rematerialized region at its sites; each part stays rematerialized."""
+    wrap = functools.partial(
+        jax.checkpoint, policy=params["policy"], prevent_cse=params["prevent_cse"]
+    )
+    cuts = [place for place, op in enumerate(ops) if op.site is not None]
+    for begin, end in zip([-1, *cuts], [*cuts, len(ops)], strict=True):
+        later = [*(v for op in ops[end:] for v in op.inputs), *results]
+        if ops[begin + 1 : end]:
+            yield _grouped(ops[begin + 1 : end], later, wrap)
+        if end < len(ops):
+            yield ops[end]
+
+
+def _cut_scan(eqn, body, consts, ins, outs, wanted, path) -> Iterator[_Op]:
+    """Cut a scan at the turns that are wanted: a scan up to each, the turn by itself, the rest."""
+    length, reverse = eqn.params["length"], eqn.params["reverse"]
+
+    def unstacked(outer, inner):
+        # What is scanned over has one axis more outside than inside.
+        return sum(a.aval.shape == b.aval.shape for a, b in zip(outer, inner, strict=True))
+
+    num_carry = unstacked(eqn.outvars, body.outvars)
+    num_consts = unstacked(eqn.invars, body.invars) - num_carry
+    fixed, carry = ins[:num_consts], ins[num_consts : num_consts + num_carry]
+    stacked = ins[num_consts + num_carry :]
+    once = jex.jaxpr_as_fun(ClosedJaxpr(_without_names(body), consts))
+    order = range(length)[::-1] if reverse else range(length)
+    turns = {key[len(path)] for key in wanted}
+    pieces: list[tuple[int, list[Any], bool]] = []
+
+    def several(begin, end, carry):
+        """Return the scan over some turns, by their places in the order."""
+        low, high = (length - end, length - begin) if reverse else (begin, end)
+
+        def run(*arrays):
+            held, start = arrays[:num_consts], arrays[num_consts : num_consts + num_carry]
+            slices = [array[low:high] for array in arrays[num_consts + num_carry :]]
+
+            def turn(carry, slices):
+                results = once(*held, *carry, *slices)
+                return list(results[:num_carry]), list(results[num_carry:])
+
+            end_carry, ys = jax.lax.scan(
+                turn, list(start), slices, high - low, reverse, eqn.params["unroll"]
+            )
+            return [*end_carry, *ys]
+
+        new = [_Value() for _ in outs]
+        pieces.append((low, new[num_carry:], True))
+        return _Op([*fixed, *carry, *stacked], new, run), new[:num_carry]
+
+    begin = 0
+    for place in sorted(order.index(turn) for turn in turns):
+        if begin < place:
+            op, carry = several(begin, place, carry)
+            yield op
+        turn, begin = order[place], place + 1
+        slices = [_Value() for _ in stacked]
+        yield _Op(stacked, slices, lambda *arrays, turn=turn: [array[turn] for array in arrays])
+        within, ops = _entered(body, consts, [*fixed, *carry, *slices], wanted, (*path, turn))
+        yield from ops
+        results = within(body.outvars)
+        carry = results[:num_carry]
+        pieces.append((turn, results[num_carry:], False))
+    if begin < length:
+        op, carry = several(begin, length, carry)
+        yield op
+    yield from _renamed(carry, outs[:num_carry])
+    pieces.sort(key=lambda piece: piece[0])
+    parts = [stack for _, _, stack in pieces]
+    for number, out in enumerate(outs[num_carry:]):
+
+        def join(*arrays):
+            whole = [a if stack else a[None] for a, stack in zip(arrays, parts, strict=True)]
+            return [jnp.concatenate(whole)]
+
+        yield _Op([ys[number] for _, ys, _ in pieces], [out], join)
+
+
+# ---------------------------------------------------------------- counting
+
+
+def _flops(jaxpr: Any, after: Path = ()) -> int:
+    """Return the FLOPs of a jaxpr, or of what comes after a site in it."""
+    total = 0
+    for place, eqn in enumerate(jaxpr.eqns):
+        if after and place < after[0]:
+            continue
+        rest = after[1:] if after and place == after[0] else ()
+        total += _flops_of(eqn, rest) if not (after and place == after[0] and not rest) else 0
+    return total
+
+
+def _flops_of(eqn: Any, after: Path) -> int:
+    kind, bodies = eqn.primitive.name, [_opened(sub)[0] for sub in _inside(eqn)]
+    size = sum(math.prod(var.aval.shape) for var in eqn.outvars if hasattr(var.aval, "shape"))
+    if kind == "scan":
+        (body,), length = bodies, eqn.params["length"]
+        if not after:
+            return length * _flops(body)
+        done = length - after[0] if eqn.params["reverse"] else after[0] + 1
+        return (length - done) * _flops(body) + _flops(body, after[1:])
+    if kind == "cond":
+        return max(map(_flops, bodies))
+    if kind.startswith("custom_"):
+        return _flops(bodies[0]) if bodies else size
+    if bodies:
+        return sum(_flops(body, after) for body in bodies)
+    if kind == "dot_general":
+        (contracted, _), _ = eqn.params["dimension_numbers"]
+        shape = eqn.invars[0].aval.shape
+        return 2 * size * math.prod(shape[axis] for axis in contracted)
+    if kind == "conv_general_dilated":
+        kernel = eqn.invars[1].aval.shape
+        out_channels = kernel[eqn.params["dimension_numbers"].rhs_spec[0]]
+        return 2 * size * math.prod(kernel) // out_channels
+    return size
