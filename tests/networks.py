@@ -269,7 +269,7 @@ class EncoderLayer(nn.Module):
 
 
 class Recurrent(nn.Module):
-    """A scan that is not ours to reach into: its layers are time steps."""
+    """A scan whose turns are time steps."""
 
     @nn.compact
     def __call__(self, x):

@@ -4,7 +4,7 @@ import collections
 from collections.abc import Callable, Mapping
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 from jax import core
@@ -14,8 +14,17 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 import numpy as np
 import optax
 
+from lpa_jax.core.program import Program, Site
 from lpa_jax.perturb import membership, meshes, pgd, sites, statistics
-from lpa_jax.perturb.network import Network, Position, Tap, Trace
+
+
+class Network(Protocol):
+    """A network that can be traced."""
+
+    def program(self, variables: PyTree, inputs: Any, kwargs: Mapping[str, Any]) -> Program:
+        """Trace `(variables, inputs) -> (logits, mutated variables)` by their shapes alone."""
+        ...
+
 
 IGNORE = -1
 """The integer label of an example that does not count: its weight is 0."""
@@ -56,12 +65,16 @@ class Step:
           ValueError: If the labels or the logits do not fit `num_classes`.
         """
         _check_labels(labels, inputs.shape[0], self.num_classes)
-        taps = self._taps(self.network.trace(variables, inputs, apply_kwargs))
-        self._unmatched(taps)
+        # Shapes alone count: arrays may lie on a mesh with explicit axes.
+        shapes = jax.tree.map(shape_of, variables)
+        program = self.network.program(shapes, shape_of(inputs), apply_kwargs)
+        found = self._wanted(program, inputs)
+        self._unmatched(found)
         by_class = jnp.zeros((inputs.shape[0], self.num_classes), jnp.float32)
-        values = dict.fromkeys(FIXED, by_class)
+        values: dict[str, Any] = dict.fromkeys(FIXED, by_class)
         values |= {sites.INPUTS: inputs, sites.PARAM_GRADS: variables["params"]}
-        values |= {n: jnp.zeros(tap.shape, tap.dtype) for tap in taps for n in tap[:2]}
+        for site in found:
+            values |= dict.fromkeys(site[:2], jnp.zeros(site.shape, site.dtype))
         return StepState(
             step=jnp.zeros((), jnp.int32),
             class_stats=statistics.init(self.num_classes),
@@ -88,13 +101,20 @@ class Step:
         First come those of the network as it is, then what the perturbations make of them. The
         step's gradients are returned as well.
         """
-        taps = self.network.trace(variables, inputs, apply_kwargs).taps
-        logits, values, _ = self._run(variables, inputs, {}, taps, apply_kwargs)
+        program = self.network.program(variables, inputs, apply_kwargs)
+        values: dict[str, Array] = {}
+
+        def keep(site, value, _):
+            values[site.name] = value
+            return value
+
+        names = [site.name for site in sites_of(program, inputs)]
+        logits, _ = program.walk((variables, inputs), names, keep)
         (loss, aux), grads, _ = self(
             variables, state, inputs, labels, key, examples=examples, **apply_kwargs
         )
         parts = {"the parameters": variables, "the inputs": inputs}
-        parts |= {f"{tap.name!r}": value for tap, value in zip(taps, values, strict=True)}
+        parts |= {f"{name!r}": value for name, value in values.items()}
         parts |= {"the logits": logits}
         parts |= {f"the perturbation at {site!r}": r for site, r in aux["metrics"].items()}
         parts |= {"the loss": loss, "the gradient": grads}
@@ -200,11 +220,11 @@ class Step:
         self, start: "_Walk", variables: PyTree, inputs: Array, kwargs: Mapping[str, Any]
     ) -> tuple[Array, tuple["_Walk", Array, PyTree]]:
         """Walk to the logits; return them perturbed, and the walk, them raw, and the mutated."""
+        program = self.network.program(variables, inputs, kwargs)
+        found = self._wanted(program, inputs)
         # Gradients flow into the parameters that a transform uses, as into those of the network.
-        trace = self.network.trace(variables, inputs, kwargs)
-        taps = self._taps(trace)
         walk = dataclasses.replace(
-            start, metrics={}, params=variables["params"], unmatched=self._unmatched(taps)
+            start, metrics={}, params=variables["params"], unmatched=self._unmatched(found)
         )
         frozen = jax.lax.stop_gradient(variables)
 
@@ -251,37 +271,27 @@ class Step:
             return walk.perturb(names, value, gradient_fn, time=time)
 
         if walk.standing((sites.INPUTS,)):
-            inputs = perturb(
-                (sites.INPUTS,), inputs, lambda value: self._run(frozen, value, {}, (), kwargs)[0]
-            )
+
+            def from_inputs(value):
+                return _logits(program.walk((frozen, value), (), _keep))
+
+            inputs = perturb((sites.INPUTS,), inputs, from_inputs)
         walk.perturb_targets()
 
-        replaced: dict[Tap, Array] = {}
-        passes: list[tuple[Position, PyTree]] = []
         times: collections.Counter[str] = collections.Counter()
-        for tap in taps:
-            # This pass costs the segment up to the tap: XLA drops what nothing uses.
-            _, (value,), updates = self._run(variables, inputs, replaced, (tap,), kwargs)
-            passes.append((tap.position, updates))
-            earlier = {tap: jax.lax.stop_gradient(value) for tap, value in replaced.items()}
-            tail = functools.partial(
-                self._run_from, frozen, jax.lax.stop_gradient(inputs), earlier, tap, kwargs
-            )
-            replaced[tap] = perturb((tap.name, tap.site), value, tail, times[tap.site])
-            times[tap.site] += 1
 
-        raw, _, updates = self._run(variables, inputs, replaced, (), kwargs)
+        def visit(site, value, tail):
+            time = times[site.given]
+            times[site.given] += 1
+            return perturb(site[:2], value, lambda value: _logits(tail(value)), time)
+
+        names = [site.name for site in found]
+        raw, updates = program.walk((variables, inputs), names, visit)
+        raw = raw.astype(jnp.float32)
         logits = perturb((sites.LOGITS,), raw, lambda value: value)
         if walk.class_level:
             walk.measure(raw)
-        return logits, (walk, raw, _earliest(trace.updates, passes, updates))
-
-    def _run_from(self, variables, inputs, earlier, tap, kwargs, value):
-        return self._run(variables, inputs, {**earlier, tap: value}, (), kwargs)[0]
-
-    def _run(self, *arguments: Any) -> tuple[Array, list[Array], PyTree]:
-        logits, values, updates = self.network.run(*arguments)
-        return logits.astype(jnp.float32), values, updates
+        return logits, (walk, raw, updates)
 
     def _losses_and_grads(
         self, logits: Array, targets: Array, to_loss: Callable[[Array], Array] = lambda x: x
@@ -311,30 +321,33 @@ class Step:
         loss = jnp.sum(jnp.where(real, losses * share, 0.0))
         return loss, jnp.where(real[:, None], grads * share[:, None], 0.0)
 
-    def _taps(self, trace: Trace) -> tuple[Tap, ...]:
-        """Return the taps to perturb, in order, having looked for every site of the chain."""
-        if len(trace.logits.shape) != 2 or trace.logits.shape[1] != self.num_classes:
+    def _wanted(self, program: Program, inputs: Array) -> list[Site]:
+        """Return the sites to perturb, in order, having looked for every site of the chain."""
+        logits, _ = program.shapes
+        if len(logits.shape) != 2 or logits.shape[1] != self.num_classes:
             raise ValueError(
-                f"The network returns {trace.logits.shape}, but num_classes is {self.num_classes}: "
+                f"The network returns {logits.shape}, but num_classes is {self.num_classes}: "
                 "its output must be logits [batch, num_classes]."
             )
         wanted = {site for perturbation in self.chain for site in perturbation.sites}
-        if sites.INPUTS in wanted and not jnp.issubdtype(trace.inputs.dtype, jnp.floating):
+        if sites.INPUTS in wanted and not jnp.issubdtype(inputs.dtype, jnp.floating):
             raise sites.SiteError(
-                f"The inputs are {trace.inputs.dtype}, and perturbations need floats: scale pixels "
+                f"The inputs are {inputs.dtype}, and perturbations need floats: scale pixels "
                 "to [0, 1] first, or name a module."
             )
-        known = dict.fromkeys([*FIXED, *(n for tap in trace.taps for n in (tap.site, tap.name))])
+        found = sites_of(program, inputs)
+        known = dict.fromkeys([*FIXED, *(name for site in found for name in site[:2])])
         for site in sorted(wanted):
+            if site in program.unreachable and site not in known:
+                raise sites.SiteError(f"{site!r} is no site: {program.unreachable[site]}.")
             if site not in known:
                 raise sites.SiteError(
                     f"There is no site {site!r}; {sites.near(site, list(known))}. "
-                    "lpa_jax.list_sites names them all (layers of an nn.scan are sites only if "
-                    "its variable_axes have 'perturbation': 0)."
+                    "lpa_jax.list_sites names them all."
                 )
-        return tuple(tap for tap in trace.taps if wanted & ({tap.site, tap.name} - set(FIXED)))
+        return [site for site in found if wanted & ({*site[:2]} - set(FIXED))]
 
-    def _unmatched(self, taps: tuple[Tap, ...]) -> tuple[tuple[tuple[str, int], str], ...]:
+    def _unmatched(self, found: list[Site]) -> tuple[tuple[tuple[str, int], str], ...]:
         """Find what stands where the targets are mixed and the examples are not yet.
 
         Returns:
@@ -344,16 +357,15 @@ class Step:
           SiteError: If class-level work stands ahead of mixing, or something is mixed twice.
         """
         unmatched = {}
-        order = [sites.INPUTS, *(tap.name for tap in taps)]
+        order = [sites.INPUTS, *(site.name for site in found)]
         at = {name: [order.index(name)] for name in order}
-        for tap in taps:
-            if tap.name != tap.site:
-                at.setdefault(tap.site, []).append(order.index(tap.name))
+        for site in found:
+            if site.name != site.given:
+                at.setdefault(site.given, []).append(order.index(site.name))
 
         def places(rank):
             # At one site the order of the chain decides.
-            found = (place for site in self.chain[rank].sites for place in at.get(site, []))
-            return [(place, rank) for place in found]
+            return [(place, rank) for site in self.chain[rank].sites for place in at.get(site, [])]
 
         for mixing_rank, mixing in enumerate(self.chain):
             if sites.LABELS not in mixing.sites or len(mixing.sites) == 1:
@@ -650,22 +662,23 @@ def _change(
     return {name: members.put(empty, row) for name, row in per_row.items()}
 
 
-def _earliest(
-    positions: tuple[Position, ...], passes: list[tuple[Position, PyTree]], final: PyTree
-) -> PyTree:
-    """Take each mutated variable from the first pass in which it is computed ahead of the tap.
+def shape_of(value: Any) -> jax.ShapeDtypeStruct:
+    """Return shape and dtype of an array."""
+    return jax.ShapeDtypeStruct(value.shape, value.dtype)
 
-    It cannot depend on what a later pass replaces, so the value is the same; but taken from the
-    final pass it would keep a second copy of everything ahead of the tap alive.
-    """
-    leaves, treedef = jax.tree.flatten(final)
-    for tap_position, updates in reversed(passes):
-        candidates = jax.tree.leaves(updates)
-        leaves = [
-            candidate if position < tap_position[: len(position)] else leaf
-            for leaf, candidate, position in zip(leaves, candidates, positions, strict=True)
-        ]
-    return jax.tree.unflatten(treedef, leaves)
+
+def sites_of(program: Program, inputs: Array) -> list[Site]:
+    """Return the sites whose first axis is that of the batch."""
+    batch = inputs.shape[:1]
+    return [site for site in program.sites if site.shape[:1] == batch]
+
+
+def _logits(result: tuple[Array, PyTree]) -> Array:
+    return result[0].astype(jnp.float32)
+
+
+def _keep(site: Site, value: Array, tail: Any) -> Array:
+    return value
 
 
 def _checked_examples(examples: Array, batch: int) -> Int[Array, "batch"]:
