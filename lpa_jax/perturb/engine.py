@@ -1,4 +1,4 @@
-"""One training step with perturbations: capture, perturb, replace, back-propagate."""
+"""One training step with perturbations: walk, perturb, replace, back-propagate."""
 
 import collections
 from collections.abc import Callable, Mapping

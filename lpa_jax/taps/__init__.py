@@ -1,1 +1,1 @@
-"""How the inner values of a network are captured and replaced, a file for each library."""
+"""How the inner values of a network get names, a file for each library of layers."""
