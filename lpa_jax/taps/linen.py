@@ -13,6 +13,7 @@ import optax
 from lpa_jax.core.program import Program, tap
 from lpa_jax.perturb import engine, sites
 
+# In which every module finds its path; it does not leave the trace.
 COLLECTION = "lpa_jax"
 
 
