@@ -54,6 +54,11 @@ class Site(NamedTuple):
     dtype: Any
     path: Path
 
+    @property
+    def names(self) -> tuple[str, str]:
+        """What the site goes by: its own name, and that given."""
+        return self.name, self.given
+
 
 def tap(name: str, value: PyTree) -> PyTree:
     """Return the value, an array or a tree of arrays, under a name by which a step finds it.
@@ -122,7 +127,7 @@ class Program:
           What the function returns. Gradients flow through it, too.
         """
         wanted = set(wanted)
-        paths = {site.path: site for site in self.sites if wanted & {site.name, site.given}}
+        paths = {site.path: site for site in self.sites if wanted.intersection(site.names)}
         jaxpr, consts = _opened(self.closed)
         entries = [_Value() for _ in jaxpr.invars]
         within, ops = _entered(jaxpr, consts, entries, paths, ())
@@ -138,9 +143,7 @@ class Program:
             if (site := op.site) is None:
                 continue
             rest, (out,) = ops[place + 1 :], op.outputs
-            alive = _variables(
-                v for values in (*(op.inputs for op in rest), results) for v in values
-            )
+            alive = _needed(rest, results)
             held = {v: jax.lax.stop_gradient(env[v]) for v in alive if v in env}
 
             def tail(value, rest=rest, held=held, out=out):
@@ -296,6 +299,11 @@ def _variables(values: Iterable[Any]) -> dict[Any, None]:
     return dict.fromkeys(v for v in values if not isinstance(v, jex.Literal))
 
 
+def _needed(ops: Iterable[_Op], results: Iterable[Any] = ()) -> dict[Any, None]:
+    """Return what some operations take in, and what is wanted besides."""
+    return _variables([*(value for op in ops for value in op.inputs), *results])
+
+
 def _same(value: Any) -> list[Any]:
     return [value]
 
@@ -365,7 +373,7 @@ def _entered(body, consts, ins, wanted, path):
     for var, value in zip(body.invars, ins, strict=True):
         if isinstance(value, jex.Literal):
             value, literal = _Value(), value
-            given.append(_Op([literal], [value], _same))
+            given += _renamed([literal], [value])
         values[var] = value
 
     def within(variables):
@@ -397,12 +405,11 @@ def _piece(jaxpr: Any, eqns: Sequence[Any], outs: Sequence[Any], look: Any) -> _
     return _Op([look(var) for var in needs], [look(var) for var in outs], run)
 
 
-def _grouped(ops: Sequence[_Op], later: Iterable[Any], wrap: Callable[[Any], Any]) -> _Op:
+def _grouped(ops: Sequence[_Op], later: Mapping[Any, None], wrap: Callable[[Any], Any]) -> _Op:
     """Return operations as one, whose results are those that `later` ones need."""
     made = {value for op in ops for value in op.outputs}
-    outs = [value for value in _variables(later) if value in made]
-    used = _variables(v for op in ops for v in op.inputs)
-    needs = [value for value in used if value not in made]
+    outs = [value for value in later if value in made]
+    needs = [value for value in _needed(ops) if value not in made]
 
     def run(*arrays):
         env = _evaluate(ops, dict(zip(needs, arrays, strict=True)))
@@ -418,9 +425,8 @@ def _cut_remat(ops: list[_Op], results: list[Any], params: Mapping[str, Any]) ->
     )
     cuts = [place for place, op in enumerate(ops) if op.site is not None]
     for begin, end in zip([-1, *cuts], [*cuts, len(ops)], strict=True):
-        later = [*(v for op in ops[end:] for v in op.inputs), *results]
         if ops[begin + 1 : end]:
-            yield _grouped(ops[begin + 1 : end], later, wrap)
+            yield _grouped(ops[begin + 1 : end], _needed(ops[end:], results), wrap)
         if end < len(ops):
             yield ops[end]
 
@@ -496,16 +502,15 @@ def _cut_scan(eqn, body, consts, ins, outs, wanted, path) -> Iterator[_Op]:
 
 def _flops(jaxpr: Any, after: Path = ()) -> int:
     """Return the FLOPs of a jaxpr, or of what comes after a site in it."""
-    total = 0
-    for place, eqn in enumerate(jaxpr.eqns):
-        if after and place < after[0]:
-            continue
-        rest = after[1:] if after and place == after[0] else ()
-        total += _flops_of(eqn, rest) if not (after and place == after[0] and not rest) else 0
-    return total
+    if not after:
+        return sum(_flops_of(eqn) for eqn in jaxpr.eqns)
+    place, inside = after[0], after[1:]
+    # The equation of the site itself only names a value.
+    rest = _flops_of(jaxpr.eqns[place], inside) if inside else 0
+    return rest + sum(_flops_of(eqn) for eqn in jaxpr.eqns[place + 1 :])
 
 
-def _flops_of(eqn: Any, after: Path) -> int:
+def _flops_of(eqn: Any, after: Path = ()) -> int:
     kind, bodies = eqn.primitive.name, [_opened(sub)[0] for sub in _inside(eqn)]
     size = sum(math.prod(var.aval.shape) for var in eqn.outvars if hasattr(var.aval, "shape"))
     if kind == "scan":

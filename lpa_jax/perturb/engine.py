@@ -74,7 +74,7 @@ class Step:
         values: dict[str, Any] = dict.fromkeys(FIXED, by_class)
         values |= {sites.INPUTS: inputs, sites.PARAM_GRADS: variables["params"]}
         for site in found:
-            values |= dict.fromkeys(site[:2], jnp.zeros(site.shape, site.dtype))
+            values |= dict.fromkeys(site.names, jnp.zeros(site.shape, site.dtype))
         return StepState(
             step=jnp.zeros((), jnp.int32),
             class_stats=statistics.init(self.num_classes),
@@ -230,12 +230,17 @@ class Step:
 
         def perturb(names, value, tail, time=0):
             """Perturb the value at a site, the network beyond which is `tail`."""
+            if names == (sites.LOGITS,) and walk.reads_statistics(names):
+                walk.measure(value)
+            # At other sites the statistics come with the first gradient.
+            measures = walk.reads_statistics(names)
 
             # Jitted for being traced once, however often a transform asks.
             @functools.partial(jax.jit, static_argnames="after")
             def tail_gradient(value, objective, measuring, *, after):
                 logits, pullback = jax.vjp(tail, value)
-                if walk.class_level:
+                if measures:
+                    # By a value and not a static argument, which would trace the tail once more.
                     choose = functools.partial(jnp.where, measuring)
                     stats = jax.tree.map(choose, walk.measured_by(logits), objective.class_stats)
                     objective = objective._replace(class_stats=stats)
@@ -255,9 +260,7 @@ class Step:
                 return tail_gradient(held, walk.objective(), measuring, after=after)
 
             first = None
-            if walk.reads_statistics(names) and names == (sites.LOGITS,):
-                walk.measure(value)
-            elif walk.reads_statistics(names):
+            if measures:
                 first, walk.class_stats = evaluate(value, after=-1, measuring=True)
                 walk.measured = True
             # What stands at the logits is part of the loss at every site before them.
@@ -283,7 +286,7 @@ class Step:
         def visit(site, value, tail):
             time = times[site.given]
             times[site.given] += 1
-            return perturb(site[:2], value, lambda value: _logits(tail(value)), time)
+            return perturb(site.names, value, lambda value: _logits(tail(value)), time)
 
         names = [site.name for site in found]
         raw, updates = program.walk((variables, inputs), names, visit)
@@ -336,7 +339,7 @@ class Step:
                 "to [0, 1] first, or name a module."
             )
         found = sites_of(program, inputs)
-        known = dict.fromkeys([*FIXED, *(name for site in found for name in site[:2])])
+        known = dict.fromkeys([*FIXED, *(name for site in found for name in site.names)])
         for site in sorted(wanted):
             if site in program.unreachable and site not in known:
                 raise sites.SiteError(f"{site!r} is no site: {program.unreachable[site]}.")
@@ -345,7 +348,7 @@ class Step:
                     f"There is no site {site!r}; {sites.near(site, list(known))}. "
                     "lpa_jax.list_sites names them all."
                 )
-        return [site for site in found if wanted & ({*site[:2]} - set(FIXED))]
+        return [site for site in found if wanted & (set(site.names) - set(FIXED))]
 
     def _unmatched(self, found: list[Site]) -> tuple[tuple[tuple[str, int], str], ...]:
         """Find what stands where the targets are mixed and the examples are not yet.
