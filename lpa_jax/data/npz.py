@@ -122,11 +122,8 @@ def _images(where: str, array: np.ndarray) -> np.ndarray:
 def checked_labels(where: str, array: np.ndarray) -> np.ndarray:
     """Return labels as int64; a `DataError` that begins with `where` if they are no labels."""
     if array.dtype.kind not in "iu":
-        remedy = (
-            "y.astype(np.int32)"
-            if array.dtype.kind in "fb"
-            else ("as in names, y = np.unique(y, return_inverse=True)")
-        )
+        names = "as in names, y = np.unique(y, return_inverse=True)"
+        remedy = "y.astype(np.int32)" if array.dtype.kind in "fb" else names
         raise DataError(f"{where} has dtype {array.dtype}: save integers, {remedy}.")
     if array.ndim != 1:
         raise DataError(

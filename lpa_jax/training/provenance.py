@@ -42,7 +42,7 @@ def fingerprints(config: Config, dataset: data.Dataset) -> Session:
 
 
 def session(config: Config, dataset: data.Dataset, devices: Mesh) -> Session:
-    """Return the record of this session, the same in all processes.
+    """Return what is recorded of training that begins now, the same in all processes.
 
     Raises:
       ConfigError: If the processes do not have the same data, code and configuration.
@@ -181,7 +181,7 @@ def standing(
     Args:
       workdir: Directory of the run.
       config: Its configuration.
-      ours: This session, or its `fingerprints`.
+      ours: From `session`, or the `fingerprints` alone.
       num_steps: Steps of the whole run.
       allow_change: Whether the run of another configuration may go on with this one.
 

@@ -26,6 +26,13 @@ class WriteError(RuntimeError):
     """The work directory takes no more, for instance because its disk is full."""
 
 
+def _is_full(error: Exception) -> bool:
+    """Return whether a disk or a quota is full, which errors of libraries tell in words alone."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return "No space left" in str(error) or "quota" in str(error)
+
+
 @contextlib.contextmanager
 def writing(what: str, *errors: type[Exception]) -> Iterator[None]:
     """Turn an `OSError`, or one of `errors`, into a `WriteError` that names what was written."""
@@ -34,11 +41,11 @@ def writing(what: str, *errors: type[Exception]) -> Iterator[None]:
     except (OSError, *errors) as error:
         told = error.strerror if isinstance(error, OSError) else str(error)
         # Of the many words of the libraries the first reason is enough.
-        full = "No space left" in str(error) or "quota" in str(error)
         reason = "No space left on device" if "No space left" in str(error) else told
+        remedy = "make room" if _is_full(error) else "correct that"
         raise WriteError(
-            f"{what} cannot be written ({reason}). What was saved before is kept: "
-            f"{'make room' if full else 'correct that'}, and the same command goes on from there."
+            f"{what} cannot be written ({reason}). What was saved before is kept: {remedy}, and "
+            "the same command goes on from there."
         ) from error
 
 
@@ -50,7 +57,7 @@ def serving(workdir: pathlib.Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if _is_full(error):
             # The directory is right, and there may be room in it again.
             with writing(str(workdir)):
                 raise
