@@ -1,6 +1,9 @@
 """Perturb a network while it learns: optax transforms at sites of the training computation."""
 
 from lpa_jax import losses as losses
+from lpa_jax.api import list_sites as list_sites
+from lpa_jax.api import value_and_grad as value_and_grad
+from lpa_jax.core.program import tap as tap
 from lpa_jax.perturb import splits as splits
 from lpa_jax.perturb.activations import adaptive as adaptive
 from lpa_jax.perturb.activations import dropblock as dropblock
@@ -34,7 +37,5 @@ from lpa_jax.perturb.sites import chain as chain
 from lpa_jax.perturb.sites import Perturbation as Perturbation
 from lpa_jax.perturb.sites import SiteError as SiteError
 from lpa_jax.perturb.sites import stateless as stateless
-from lpa_jax.taps.linen import list_sites as list_sites
-from lpa_jax.taps.linen import value_and_grad as value_and_grad
 
 __version__ = "0.1.0"

@@ -9,7 +9,6 @@ import collections
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import dataclasses
 import functools
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -18,10 +17,18 @@ from jax.extend import core as jex
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-MARK = "lpa_jax:"
-"""What the names of sites begin with in the jaxpr, where others are none of ours."""
-# With its constants; jax 0.12 has one class for both.
-ClosedJaxpr: Any = jex.ClosedJaxpr  # pyright: ignore[reportPrivateImportUsage]
+from lpa_jax.core.costs import flops
+from lpa_jax.core.jaxprs import (
+    ClosedJaxpr,
+    inside,
+    is_named,
+    MARK,
+    name_of,
+    opened,
+    Path,
+    without_names,
+)
+
 INLINED = ("jit", "pjit", "closed_call", "core_call")
 REMATERIALIZED = ("checkpoint", "remat", "remat2")
 REASONS = {
@@ -32,8 +39,6 @@ REASONS = {
     "shard_map": "it lies in a shard_map, whose values are parts of the global ones",
 }
 
-Path = tuple[int, ...]
-"""Where an equation is: its place, after that of the equation (and the turn of the scan) around."""
 Visit = Callable[["Site", Array, Callable[[Array], PyTree]], Array]
 
 
@@ -97,8 +102,15 @@ class Program:
     unreachable: Mapping[str, str]
 
     @classmethod
-    def trace(cls, function: Callable[..., PyTree], *args: PyTree) -> "Program":
+    def trace(
+        cls, function: Callable[..., PyTree], *args: PyTree, axis_names: Sequence[str] = ()
+    ) -> "Program":
         """Trace a function of trees of arrays; nothing is computed.
+
+        Args:
+          function: The function.
+          *args: Its arguments, of which the shapes count.
+          axis_names: Axes over which it may reduce (`jax.lax.psum`) though they are not in force.
 
         Example:
           >>> import jax.numpy as jnp
@@ -108,8 +120,10 @@ class Program:
           >>> program.walk((jnp.eye(2), jnp.ones((1, 2))), ["hidden"], double)
           Array([[2., 2.]], dtype=float32)
         """
-        closed, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
-        sites, unreachable = _named(_opened(closed)[0])
+        axes = [(name, 1) for name in axis_names]
+        make = jax.make_jaxpr(function, axis_env=axes or None, return_shape=True)
+        closed, shapes = make(*args)
+        sites, unreachable = _named(opened(closed)[0])
         return cls(closed, shapes, sites, unreachable)
 
     def walk(self, args: Sequence[PyTree], wanted: Iterable[str], visit: Visit) -> PyTree:
@@ -128,7 +142,7 @@ class Program:
         """
         wanted = set(wanted)
         paths = {site.path: site for site in self.sites if wanted.intersection(site.names)}
-        jaxpr, consts = _opened(self.closed)
+        jaxpr, consts = opened(self.closed)
         entries = [_Value() for _ in jaxpr.invars]
         within, ops = _entered(jaxpr, consts, entries, paths, ())
         ops, env = list(ops), dict(zip(entries, jax.tree.leaves(args), strict=True))
@@ -153,39 +167,10 @@ class Program:
         return finish(env)
 
     def costs(self) -> dict[str, float]:
-        """Return what comes after each site, as a share of the FLOPs of the program.
-
-        Matrix products and convolutions count by their multiplications and additions, other
-        equations by the entries of their results; the body of a scan counts by its turns, of a
-        loop whose turns are not known once, and of a conditional the most expensive branch.
-        """
-        jaxpr, _ = _opened(self.closed)
-        total = max(_flops(jaxpr), 1)
-        return {site.name: _flops(jaxpr, site.path) / total for site in self.sites}
-
-
-# ---------------------------------------------------------------- reading a jaxpr
-
-
-def _opened(sub: Any) -> tuple[Any, Sequence[Any]]:
-    """Return a jaxpr and its constants; jax 0.12 has them in one, and earlier versions apart."""
-    return getattr(sub, "jaxpr", sub), getattr(sub, "consts", ())
-
-
-def _inside(eqn: Any) -> list[Any]:
-    """Return the jaxprs in the parameters of an equation."""
-    params = jax.tree.leaves(list(eqn.params.values()), is_leaf=_is_jaxpr)
-    return [param for param in params if _is_jaxpr(param)]
-
-
-def _is_jaxpr(param: Any) -> bool:
-    return isinstance(param, (jex.Jaxpr, ClosedJaxpr))
-
-
-def _name_of(eqn: Any) -> str | None:
-    """Return the name that an equation gives its value, if it is one of ours."""
-    name = eqn.params.get("name", "") if eqn.primitive.name == "name" else ""
-    return name.removeprefix(MARK) if name.startswith(MARK) else None
+        """Return what comes after each site, as a share of the FLOPs of the program."""
+        jaxpr, _ = opened(self.closed)
+        total = max(flops(jaxpr), 1)
+        return {site.name: flops(jaxpr, site.path) / total for site in self.sites}
 
 
 def _named(jaxpr: Any) -> tuple[tuple[Site, ...], dict[str, str]]:
@@ -196,7 +181,7 @@ def _named(jaxpr: Any) -> tuple[tuple[Site, ...], dict[str, str]]:
     def search(jaxpr, path, order, reason):
         for place, eqn in enumerate(jaxpr.eqns):
             kind, at, then = eqn.primitive.name, (*path, place), (*order, place)
-            if (given := _name_of(eqn)) is not None:
+            if (given := name_of(eqn)) is not None:
                 aval = eqn.outvars[0].aval
                 if reason is None and not jnp.issubdtype(aval.dtype, jnp.floating):
                     unreachable[given] = f"it is {aval.dtype}, and perturbations need floats"
@@ -204,14 +189,14 @@ def _named(jaxpr: Any) -> tuple[tuple[Site, ...], dict[str, str]]:
                     found.append((then, Site(given, given, aval.shape, aval.dtype, at)))
                 else:
                     unreachable.setdefault(given, reason)
-            for sub in _inside(eqn):
-                body, _ = _opened(sub)
+            for sub in inside(eqn):
+                body, _ = opened(sub)
                 if reason is not None or kind not in (*INLINED, *REMATERIALIZED, "scan"):
                     why = REASONS.get(kind, f"it lies in a {kind}, which is not opened")
                     search(body, at, then, reason or why)
                 elif kind == "scan":
                     # Without a name inside there is no need to go through all turns.
-                    for turn in range(eqn.params["length"] if any(_names(body)) else 0):
+                    for turn in range(eqn.params["length"] if is_named(body) else 0):
                         length, reverse = eqn.params["length"], eqn.params["reverse"]
                         when = length - 1 - turn if reverse else turn
                         search(body, (*at, turn), (*then, when), reason)
@@ -226,42 +211,6 @@ def _named(jaxpr: Any) -> tuple[tuple[Site, ...], dict[str, str]]:
         seen[site.given] += 1
         numbered.append((order, site._replace(name=site.given + number)))
     return tuple(site for _, site in sorted(numbered, key=lambda pair: pair[0])), unreachable
-
-
-def _names(jaxpr: Any) -> Iterator[str]:
-    for eqn in jaxpr.eqns:
-        if (name := _name_of(eqn)) is not None:
-            yield name
-        for sub in _inside(eqn):
-            yield from _names(_opened(sub)[0])
-
-
-def _without_names(sub: Any) -> Any:
-    """Return a jaxpr without the names that are ours, which a policy of remat could see."""
-    jaxpr, _ = _opened(sub)
-    if not any(_names(jaxpr)):
-        return sub
-    same: dict[Any, Any] = {}
-
-    def look(var):
-        return var if isinstance(var, jex.Literal) else same.get(var, var)
-
-    eqns = []
-    for eqn in jaxpr.eqns:
-        invars = [look(var) for var in eqn.invars]
-        if _name_of(eqn) is not None:
-            same[eqn.outvars[0]] = invars[0]
-            continue
-        params = jax.tree.map(
-            lambda param: _without_names(param) if _is_jaxpr(param) else param,
-            dict(eqn.params),
-            is_leaf=_is_jaxpr,
-        )
-        eqns.append(eqn.replace(invars=invars, params=params))
-    changes = {"eqns": eqns, "outvars": [look(var) for var in jaxpr.outvars]}
-    if isinstance(sub, jex.Jaxpr):
-        return sub.replace(**changes)
-    return sub.replace(jaxpr=jaxpr.replace(**changes))
 
 
 # ---------------------------------------------------------------- evaluating it in pieces
@@ -354,8 +303,8 @@ def _flatten(
         if at in inner:
             yield _Op(ins, outs, _same, inner[at])
             continue
-        (sub,) = _inside(eqn)
-        body, body_consts = _opened(sub)
+        (sub,) = inside(eqn)
+        body, body_consts = opened(sub)
         if kind == "scan":
             yield from _cut_scan(eqn, body, body_consts, ins, outs, inner, at)
             continue
@@ -401,7 +350,7 @@ def _piece(jaxpr: Any, eqns: Sequence[Any], outs: Sequence[Any], look: Any) -> _
         eqns=list(eqns),
         debug_info=jaxpr.debug_info.with_unknown_names(),
     )
-    run = jex.jaxpr_as_fun(ClosedJaxpr(_without_names(part), ()))
+    run = jex.jaxpr_as_fun(ClosedJaxpr(without_names(part), ()))
     return _Op([look(var) for var in needs], [look(var) for var in outs], run)
 
 
@@ -443,7 +392,7 @@ def _cut_scan(eqn, body, consts, ins, outs, wanted, path) -> Iterator[_Op]:
     num_consts = unstacked(eqn.invars, body.invars) - num_carry
     fixed, carry = ins[:num_consts], ins[num_consts : num_consts + num_carry]
     stacked = ins[num_consts + num_carry :]
-    once = jex.jaxpr_as_fun(ClosedJaxpr(_without_names(body), consts))
+    once = jex.jaxpr_as_fun(ClosedJaxpr(without_names(body), consts))
     order = range(length)[::-1] if reverse else range(length)
     turns = {key[len(path)] for key in wanted}
     pieces: list[tuple[int, list[Any], bool]] = []
@@ -495,42 +444,3 @@ def _cut_scan(eqn, body, consts, ins, outs, wanted, path) -> Iterator[_Op]:
             return [jnp.concatenate(whole)]
 
         yield _Op([ys[number] for _, ys, _ in pieces], [out], join)
-
-
-# ---------------------------------------------------------------- counting
-
-
-def _flops(jaxpr: Any, after: Path = ()) -> int:
-    """Return the FLOPs of a jaxpr, or of what comes after a site in it."""
-    if not after:
-        return sum(_flops_of(eqn) for eqn in jaxpr.eqns)
-    place, inside = after[0], after[1:]
-    # The equation of the site itself only names a value.
-    rest = _flops_of(jaxpr.eqns[place], inside) if inside else 0
-    return rest + sum(_flops_of(eqn) for eqn in jaxpr.eqns[place + 1 :])
-
-
-def _flops_of(eqn: Any, after: Path = ()) -> int:
-    kind, bodies = eqn.primitive.name, [_opened(sub)[0] for sub in _inside(eqn)]
-    size = sum(math.prod(var.aval.shape) for var in eqn.outvars if hasattr(var.aval, "shape"))
-    if kind == "scan":
-        (body,), length = bodies, eqn.params["length"]
-        if not after:
-            return length * _flops(body)
-        done = length - after[0] if eqn.params["reverse"] else after[0] + 1
-        return (length - done) * _flops(body) + _flops(body, after[1:])
-    if kind == "cond":
-        return max(map(_flops, bodies))
-    if kind.startswith("custom_"):
-        return _flops(bodies[0]) if bodies else size
-    if bodies:
-        return sum(_flops(body, after) for body in bodies)
-    if kind == "dot_general":
-        (contracted, _), _ = eqn.params["dimension_numbers"]
-        shape = eqn.invars[0].aval.shape
-        return 2 * size * math.prod(shape[axis] for axis in contracted)
-    if kind == "conv_general_dilated":
-        kernel = eqn.invars[1].aval.shape
-        out_channels = kernel[eqn.params["dimension_numbers"].rhs_spec[0]]
-        return 2 * size * math.prod(kernel) // out_channels
-    return size

@@ -98,7 +98,17 @@ def lpa(
         sites.check_count("low_rank", low_rank)
 
     def update(
-        value, *, labels, targets, weights, class_stats, gradient_fn=None, site=None, step=0, **_
+        value,
+        *,
+        labels,
+        targets,
+        weights,
+        class_stats,
+        gradient_fn=None,
+        site=None,
+        step=0,
+        axis_name=(),
+        **_,
     ):
         frozen = jax.lax.stop_gradient(value)
         # The axes along which entries share one of the perturbation's, and how many do.
@@ -109,7 +119,7 @@ def lpa(
             return jnp.sum(entries.astype(jnp.float32), axis=positions, keepdims=True)
 
         if granularity == "class":
-            members = membership.by_class(labels, weights, targets.shape[1])
+            members = membership.by_class(labels, weights, targets.shape[1], axis_name)
         else:
             members = membership.by_example(labels, weights)
         signs, radii = plans[site or names[0]].of(members, class_stats, step)
@@ -231,7 +241,9 @@ def adaptive(perturbation: sites.Perturbation, every: int) -> sites.Perturbation
         start = (jnp.zeros((), jnp.int32), jnp.zeros(len(names), jnp.float32))
         return AdaptiveState(perturbation.init(value), *start)
 
-    def update(value, state, params=None, *, site, step, labels, targets, weights, **extra):
+    def update(
+        value, state, params=None, *, site, step, labels, targets, weights, axis_name=(), **extra
+    ):
         index = names.index(site)
         gradient_fn = sites.require_gradient("adaptive", site, extra.get("gradient_fn"))
         measuring = step % every == 0
@@ -248,12 +260,13 @@ def adaptive(perturbation: sites.Perturbation, every: int) -> sites.Perturbation
                 labels=labels,
                 targets=targets,
                 weights=weights,
+                axis_name=axis_name,
                 **extra,
             )
 
         def score(new):
             change = gradient_fn(new)[0] - gradient_fn(value)[0]
-            members = membership.by_class(labels, weights, targets.shape[1])
+            members = membership.by_class(labels, weights, targets.shape[1], axis_name)
             return jnp.sum(jnp.abs(members.mean(change)))
 
         new, inner = jax.lax.cond(measuring | mine, run, lambda: (value, state.inner))

@@ -161,6 +161,10 @@ def manifold_mixup(sites: str | Sequence[str], alpha: Number) -> Perturbation:
         raise SiteError("manifold_mixup needs at least one layer to mix at.")
     check_activations("manifold_mixup", layers)
 
+    def mixed(value, lam):
+        lam = pgd.column(lam, value).astype(value.dtype)
+        return jnp.where(lam < 1, lam * value + (1 - lam) * jnp.roll(value, 1, axis=0), value)
+
     def update(value, *, site=layers[0], key, weights, step=0, **_):
         # One key at all sites: they agree on the layer, lambda and the pairing without a state.
         layer_key, lam_key = jax.random.split(key)
@@ -169,12 +173,11 @@ def manifold_mixup(sites: str | Sequence[str], alpha: Number) -> Perturbation:
         lam = jnp.where(concentration > 0, jax.random.beta(lam_key, safe, safe), 1.0)
         real = weights > 0
         lam = jnp.where(real & jnp.roll(real, 1), lam, 1.0)
-        lam = pgd.column(lam, value).astype(value.dtype)
-        mixed = jnp.where(lam < 1, lam * value + (1 - lam) * jnp.roll(value, 1, axis=0), value)
         if site == LABELS:
-            return mixed
+            return mixed(value, lam)
         chosen = jax.random.randint(layer_key, (), 0, len(layers)) == layers.index(site)
-        return jnp.where(chosen, mixed, value)
+        # Inputs may be a tree of arrays.
+        return jax.tree.map(lambda leaf: jnp.where(chosen, mixed(leaf, lam), leaf), value)
 
     return stateless((*layers, LABELS), update)
 

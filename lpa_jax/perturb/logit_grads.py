@@ -54,8 +54,8 @@ def lpg(
     planner = classwise.planner(epsilon, delta_epsilon, split)
     sites.check_choice("solver", solver, ("closed_form", "iterative"))
 
-    def update(value, *, labels, targets, weights, class_stats, step=0, **_):
-        members = membership.by_class(labels, weights, targets.shape[1])
+    def update(value, *, labels, targets, weights, class_stats, step=0, axis_name=(), **_):
+        members = membership.by_class(labels, weights, targets.shape[1], axis_name)
         signs, radii = planner.of(members, class_stats, step)
         mean = members.mean(value)
         if solver == "closed_form":
@@ -120,7 +120,7 @@ def reweight(
     counts = membership.counts_of(class_counts)
     sites.check_number("beta", beta, 0.0, 1.0)
 
-    def update(value, *, labels, weights, step=0, **_):
+    def update(value, *, labels, weights, step=0, axis_name=(), **_):
         membership.check_classes(counts, value)
         rest = 1.0 - sites.at_step(beta, step)
         safe = jnp.where(rest > 0, rest, 1.0)
@@ -128,12 +128,13 @@ def reweight(
         grown = -jnp.expm1(counts * jnp.log1p(-safe))
         by_class = 1.0 / jnp.where(rest > 0, grown / safe, counts)
         by_class *= counts.shape[0] / jnp.sum(by_class)
-        members = membership.by_class(labels, weights, value.shape[1])
+        members = membership.by_class(labels, weights, value.shape[1], axis_name)
         factors = members.spread(members.take_class(by_class))
         if normalize:
             real = weights > 0
-            total = jnp.sum(jnp.where(real, weights * factors, 0.0))
-            factors *= jnp.sum(jnp.where(real, weights, 0.0)) / jnp.where(total > 0, total, 1.0)
+            total = members.summed(jnp.sum(jnp.where(real, weights * factors, 0.0)))
+            count = members.summed(jnp.sum(jnp.where(real, weights, 0.0)))
+            factors *= count / jnp.where(total > 0, total, 1.0)
         # Soft labels that sum to 1 but for a rounding are left alone as well.
         factors = jnp.where(rest < 1, factors, 1.0)
         return value * factors[:, None].astype(value.dtype)

@@ -89,11 +89,21 @@ def lpl(
         return plan | {"steps": counts}
 
     def update(
-        value, *, labels, targets, weights, class_stats, gradient_fn=None, site=None, step=0, **_
+        value,
+        *,
+        labels,
+        targets,
+        weights,
+        class_stats,
+        gradient_fn=None,
+        site=None,
+        step=0,
+        axis_name=(),
+        **_,
     ):
         gradient_fn = sites.require_gradient("lpl", site, gradient_fn)
         frozen = jax.lax.stop_gradient(value)
-        members = membership.by_class(labels, weights, targets.shape[1])
+        members = membership.by_class(labels, weights, targets.shape[1], axis_name)
         plan = planner.of(members, class_stats, step)
         signs, radii = plan
         zero = jnp.zeros((signs.shape[0], value.shape[1]), jnp.float32)
@@ -322,8 +332,8 @@ def isda(
             jnp.zeros((num_classes, *spread), jnp.float32),
         )
 
-    def update(value, state, params=None, *, labels, weights, site, step=0, **_):
-        members = membership.by_class(labels, weights, num_classes)
+    def update(value, state, params=None, *, labels, weights, site, step=0, axis_name=(), **_):
+        members = membership.by_class(labels, weights, num_classes, axis_name)
         if site != sites.LOGITS:
             return value, _observe(state, members, jax.lax.stop_gradient(value))
         kernel = _kernel(params, head, (state.means.shape[1], num_classes)).T
@@ -352,7 +362,7 @@ def _observe(
     full = state.covariances.ndim == 3
     form = "br,brd,bre->rde" if full else "br,brd,brd->rd"
     exact = jax.lax.Precision.HIGHEST
-    total = jnp.einsum(form, members.shares(), centered, centered, precision=exact)
+    total = members.summed(jnp.einsum(form, members.shares(), centered, centered, precision=exact))
     covariances = total / pgd.column(count, total)
 
     before = ISDAState(*(members.take_class(table) for table in state))

@@ -1,8 +1,9 @@
 """Which classes the examples of a batch belong to: the only interface of class-level work."""
 
 from collections.abc import Mapping, Sequence
+import dataclasses
+import functools
 import math
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,24 +13,37 @@ import numpy as np
 Labels = Integer[Array, "batch"] | Float[Array, "batch classes"]
 
 
-class Membership(NamedTuple):
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["rows", "classes", "weights", "counts"],
+    meta_fields=["axis_name"],
+)
+@dataclasses.dataclass(frozen=True)
+class Membership:
     """The batch seen by class, in *rows*.
 
     Integer labels are served by gather and segment-sum, with at most `batch` rows; soft labels
     (after mixup) by matrix products, with a row for every class. Under `jit` over a sharded batch
-    all means are over the global batch.
+    all means are over the global batch, and so they are within `shard_map` or `pmap` over axes that
+    are named.
 
     Attributes:
       rows: The row of each example (int `[B]`), or its share in every row (float `[B, R]`).
       classes: The class of each row, int `[R]`; `num_classes` where a row is unused.
       weights: The weight of each example, float32 `[B]`, 0 for padding.
       counts: Summed weights of the members of each row, float32 `[R]`.
+      axis_name: Axes of devices over which to sum, each of which has a part of the batch.
     """
 
     rows: Array
     classes: Int[Array, "rows"]
     weights: Float[Array, "batch"]
     counts: Float[Array, "rows"]
+    axis_name: tuple[str, ...] = ()
+
+    def summed(self, values: Array) -> Array:
+        """Sum over the devices what each has of its part of the batch."""
+        return jax.lax.psum(values, self.axis_name) if self.axis_name else values
 
     def total(self, values: Float[Array, "batch ..."]) -> Float[Array, "rows ..."]:
         """Sum `values` over the members of each row, by weight, in float32."""
@@ -38,8 +52,9 @@ class Membership(NamedTuple):
         # A padding example may hold anything, NaN included: it is cut out, not multiplied by 0.
         values = jnp.where(weights > 0, values * weights, 0.0)
         if self.rows.ndim == 1:
-            return jax.ops.segment_sum(values, self.rows, self.classes.shape[0])
-        return jnp.einsum("br,b...->r...", self.rows, values, precision=jax.lax.Precision.HIGHEST)
+            return self.summed(jax.ops.segment_sum(values, self.rows, self.classes.shape[0]))
+        exact = jax.lax.Precision.HIGHEST
+        return self.summed(jnp.einsum("br,b...->r...", self.rows, values, precision=exact))
 
     def mean(self, values: Float[Array, "batch ..."]) -> Float[Array, "rows ..."]:
         """Average `values` over the members of each row; 0 for a row without members."""
@@ -52,7 +67,8 @@ class Membership(NamedTuple):
             columns = self.take_class(jnp.arange(table.shape[1]))[self.rows]
             return self.total(jnp.take_along_axis(table, columns[:, None], axis=1)[:, 0])
         weights = self.weights[:, None]
-        return jnp.sum(jnp.where(weights > 0, weights * self.rows * table, 0.0), axis=0)
+        own = jnp.where(weights > 0, weights * self.rows * table, 0.0)
+        return self.summed(jnp.sum(own, axis=0))
 
     def spread(self, per_row: Float[Array, "rows ..."]) -> Float[Array, "batch ..."]:
         """Give each example the entry of its row (soft labels: the mixture of its rows)."""
@@ -77,13 +93,20 @@ class Membership(NamedTuple):
         return table.at[present].set(per_row, mode="drop")
 
 
-def by_class(labels: Labels, weights: Float[Array, "batch"], num_classes: int) -> Membership:
+def by_class(
+    labels: Labels,
+    weights: Float[Array, "batch"],
+    num_classes: int,
+    axis_name: tuple[str, ...] = (),
+) -> Membership:
     """Return the class membership of a batch.
 
     Args:
       labels: Integer labels `[B]` in `[0, num_classes)`, or soft labels `[B, num_classes]`.
       weights: Example weights, float32 `[B]`, 0 for padding.
-      num_classes: Number of classes C. With integer labels there are `min(B, C)` rows.
+      num_classes: Number of classes C. With integer labels there are `min(B, C)` rows; C, where the
+        batch is spread over named axes.
+      axis_name: Axes of devices, in `shard_map` or `pmap`, each of which has a part of the batch.
 
     Example:
       >>> import jax.numpy as jnp
@@ -92,16 +115,18 @@ def by_class(labels: Labels, weights: Float[Array, "batch"], num_classes: int) -
       (Array([5., 2., 0.], dtype=float32), Array([   2,    7, 1000], dtype=int32))
     """
     weights = weights.astype(jnp.float32)
-    if labels.ndim == 2:
-        rows, classes = labels.astype(jnp.float32), jnp.arange(num_classes)
-        return Membership(rows, classes, weights, jnp.where(weights > 0, weights, 0.0) @ rows)
-    batch = labels.shape[0]
-    if num_classes <= batch:
-        rows, classes = labels, jnp.arange(num_classes)
-    else:
+    rows, classes, batch = labels, jnp.arange(num_classes), labels.shape[0]
+    if labels.ndim == 1 and batch < num_classes and not axis_name:
         classes, rows = jnp.unique(labels, size=batch, fill_value=num_classes, return_inverse=True)
-    counts = jax.ops.segment_sum(weights, rows, classes.shape[0])
-    return Membership(rows, classes, weights, counts)
+    elif labels.ndim == 2:
+        rows = labels.astype(jnp.float32)
+    # Of an example that does not count, the class may be none.
+    if labels.ndim == 1:
+        counts = jax.ops.segment_sum(weights, rows, classes.shape[0])
+    else:
+        counts = jnp.where(weights > 0, weights, 0.0) @ rows
+    counts = jax.lax.psum(counts, axis_name) if axis_name else counts
+    return Membership(rows, classes, weights, counts, axis_name)
 
 
 def share_of(labels: Labels, classes: Int[Array, "batch"]) -> Float[Array, "batch"]:

@@ -5,6 +5,7 @@ import difflib
 import inspect
 import math
 import numbers
+import re
 from typing import Any
 
 import jax
@@ -63,6 +64,11 @@ class Perturbation(optax.GradientTransformationExtraArgs):
         if len(set(self.sites)) < len(self.sites):
             raise SiteError(f"A perturbation names a site twice: {self.sites}.")
         return self
+
+    @property
+    def mixes(self) -> bool:
+        """Whether examples are mixed with their targets, as a site of both tells."""
+        return LABELS in self.sites and len(self.sites) > 1
 
     def __getnewargs__(self) -> tuple[Any, ...]:
         return (self.sites, *self, self.report, self.class_level)
@@ -180,6 +186,19 @@ def chain(*perturbations: "Perturbation | Chain") -> Chain:
         else:
             flat.extend(chain(*item))
     return tuple(flat)
+
+
+def matches(pattern: str, names: Sequence[str]) -> bool:
+    """Return whether a pattern means a value of these names.
+
+    `*` stands for any part of a name between slashes, and `**` for any part.
+
+    Example:
+      >>> matches("layer*/mlp", ["layer3/mlp"]), matches("*", ["layer3/mlp"])
+      (True, False)
+    """
+    parts = (re.escape(part).replace(r"\*", "[^/]*") for part in pattern.split("**"))
+    return any(re.fullmatch(".*".join(parts), name) for name in names)
 
 
 def near(name: str, known: Sequence[str]) -> str:

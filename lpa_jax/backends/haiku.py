@@ -1,0 +1,40 @@
+"""Names the values of Haiku models; the only file that knows Haiku's interceptors."""
+
+from typing import Any
+
+from jaxtyping import PyTree
+
+from lpa_jax.backends.naming import interceptor
+from lpa_jax.core.network import Network
+
+
+def open_haiku(transformed: Any, methods: tuple[str, ...], variables: PyTree) -> Network:
+    """Open the parameters of `hk.transform` or `hk.transform_with_state`.
+
+    Args:
+      transformed: What Haiku returned, of a function of the inputs and keyword arguments. The step
+        takes its random key as the keyword argument `rng`.
+      methods: Names of the methods whose results are named, `__call__` among them.
+      variables: The parameters; of a function with state, `(params, state)`.
+
+    Returns:
+      The network. The state that it mutates is Haiku's new state.
+    """
+    import haiku as hk
+
+    stateful = isinstance(transformed, hk.TransformedWithState)
+    params, rest = variables if stateful else (variables, {})
+
+    def run(params, rest, inputs, kwargs):
+        kwargs = dict(kwargs)
+        rng = kwargs.pop("rng", None)
+        with hk.intercept_methods(interceptor(_path_of, methods)):
+            if stateful:
+                return transformed.apply(params, rest, rng, inputs, **kwargs)
+            return transformed.apply(params, rng, inputs, **kwargs), {}
+
+    return Network(params, rest, run, tuple(params))
+
+
+def _path_of(module: Any) -> str:
+    return module.module_name

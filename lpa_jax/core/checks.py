@@ -1,0 +1,124 @@
+"""Labels, weights and examples as a step is given them: checked, and put into one form."""
+
+from typing import Any
+
+import jax
+from jax import core
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PyTree, Shaped
+import numpy as np
+
+IGNORE = -1
+"""The integer label of an example that does not count: its weight is 0."""
+
+
+def are_classes(labels: Any) -> bool:
+    """Return whether labels are integers, and not a distribution over the classes."""
+    return bool(jnp.issubdtype(labels.dtype, jnp.integer))
+
+
+def shape_of(value: Any) -> jax.ShapeDtypeStruct:
+    """Return shape and dtype of an array."""
+    return jax.ShapeDtypeStruct(value.shape, value.dtype)
+
+
+def batch_of(inputs: PyTree) -> int:
+    """Return the number of examples.
+
+    Raises:
+      ValueError: If the inputs hold no array, or arrays that do not agree in their first axis.
+    """
+    shapes = [leaf.shape for leaf in jax.tree.leaves(inputs)]
+    sizes = {shape[:1] for shape in shapes}
+    if len(sizes) != 1 or () in sizes:
+        raise ValueError(
+            f"The first axis of all inputs must be that of the batch, but their shapes are "
+            f"{shapes}; what is the same for all examples is a keyword argument."
+        )
+    return shapes[0][0]
+
+
+def check_labels(labels: Any, batch: int, num_classes: int) -> None:
+    """Raise `ValueError` unless the labels fit; values are checked where they are known."""
+    if are_classes(labels):
+        if labels.shape[:1] != (batch,):
+            raise ValueError(f"Integer labels must have shape ({batch},), not {labels.shape}.")
+        if labels.size and _known(labels):
+            # Not by jax: within a jit its operations are traced, on constants too.
+            low, high = np.asarray(labels).min(), np.asarray(labels).max()
+            if low < IGNORE or high >= num_classes:
+                raise ValueError(
+                    f"Labels must lie in [0, {num_classes}), or be {IGNORE} for an example that "
+                    f"does not count, but range from {low} to {high}."
+                )
+    elif labels.shape[:1] != (batch,) or labels.shape[1:][-1:] != (num_classes,):
+        raise ValueError(
+            f"Labels must be integers [{batch}] or floats [{batch}, {num_classes}], not "
+            f"{labels.dtype} {labels.shape}."
+        )
+
+
+def check_logits(shape: tuple[int, ...], rows: tuple[int, ...], num_classes: int) -> None:
+    """Raise `ValueError` unless logits of a shape are those of as many labels."""
+    if shape == (*rows, num_classes) or (num_classes == 2 and shape in (rows, (*rows, 1))):
+        return
+    if shape[-1:] != (num_classes,) or len(shape) < 2:
+        one = ", or one logit [batch] or [batch, 1]" if num_classes == 2 else ""
+        raise ValueError(
+            f"The network returns {shape}, but num_classes is {num_classes}: its output must be "
+            f"logits [batch, num_classes]{one}, or such at each position, [batch, positions, "
+            "num_classes]."
+        )
+    raise ValueError(
+        f"The network returns {shape}: integer labels must have shape {shape[:-1]}, not {rows}, and "
+        f"soft labels {shape}."
+    )
+
+
+def check_examples(examples: Any, shape: tuple[int, ...]) -> Int[Array, "..."]:
+    """Return `examples` as an array; raise `ValueError` unless they are integers of the shape."""
+    if examples.shape != shape or not jnp.issubdtype(examples.dtype, jnp.integer):
+        raise ValueError(
+            f"examples must be integers {list(shape)}, the places of the batch's examples in the "
+            f"training set, not {examples.dtype} {examples.shape}."
+        )
+    return jnp.asarray(examples)
+
+
+def check_weights(weights: Any, shape: tuple[int, ...]) -> Float[Array, "..."]:
+    """Return weights as float32, one for each label; a weight that is not allowed is NaN.
+
+    Raises:
+      ValueError: If the shape is another one, or values that are known are not allowed.
+    """
+    array = jnp.asarray(weights, jnp.float32)
+    if array.shape not in (shape, shape[:1]):
+        raise ValueError(f"weights must have shape {shape}, not {array.shape}.")
+    if _known(weights) and not (np.isfinite(weights) & (np.asarray(weights) >= 0)).all():
+        raise ValueError(
+            f"weights must be finite and at least 0, the weight of an example to leave out, but "
+            f"are {weights}."
+        )
+    array = array.reshape(array.shape + (1,) * (len(shape) - array.ndim))
+    return jnp.broadcast_to(jnp.where(array >= 0, array, jnp.nan), shape)
+
+
+def soft(labels: Shaped[Array, "rows ..."], num_classes: int) -> Float[Array, "rows classes"]:
+    """Return labels as targets; a class that does not exist makes them NaN."""
+    if labels.ndim > 1:
+        return labels.astype(jnp.float32)
+    known = (labels >= 0) & (labels < num_classes)
+    targets = jax.nn.one_hot(labels, num_classes, dtype=jnp.float32)
+    # A label whose value was not known when the step was traced: the loss is NaN, not 0.
+    return jnp.where(known[:, None], targets, jnp.nan)
+
+
+def all_finite(tree: PyTree) -> Array:
+    """Return whether no number in a tree is NaN or infinite."""
+    numbers = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    return jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in numbers] or [jnp.array(True)]).all()
+
+
+def _known(array: Any) -> bool:
+    """Return whether the values of an array can be looked at."""
+    return not isinstance(array, core.Tracer) and getattr(array, "is_fully_addressable", True)

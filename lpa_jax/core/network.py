@@ -1,0 +1,205 @@
+"""A network as a step has it: opened by a backend, traced, the batch axis of values found."""
+
+from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PyTree
+
+from lpa_jax.core.program import Program, Site
+
+COPIES = 2
+"""How many times as many examples the second trace has; what batches divide by stays a divisor."""
+
+
+class Network(NamedTuple):
+    """What a backend makes of the variables that a step is given.
+
+    Attributes:
+      params: The parameters, a tree of arrays; the gradient has its form.
+      rest: Everything else that the network holds, a tree of arrays.
+      run: Maps `(params, rest, inputs, keyword arguments)` to what the network returns and the
+        state that it mutated, naming the values of its layers by `tap`.
+      layers: Names of the layers that are known without a trace.
+    """
+
+    params: PyTree
+    rest: PyTree
+    run: Callable[[PyTree, PyTree, PyTree, Mapping[str, Any]], tuple[PyTree, PyTree]]
+    layers: Sequence[str] = ()
+
+
+Backend = Callable[[PyTree], Network]
+
+
+class Place(NamedTuple):
+    """A site within the network.
+
+    Attributes:
+      site: The named value.
+      axis: Which of its axes is that of the batch.
+      names: What it goes by.
+    """
+
+    site: Site
+    axis: int
+    names: tuple[str, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape, the batch first."""
+        return (self.site.shape[self.axis], *_without(self.site.shape, self.axis))
+
+
+class Rows(NamedTuple):
+    """The rows of a batch, one for each label: the examples, or all positions of all examples.
+
+    Class-level work sees values `[rows, ...]`, whatever the shape of the labels.
+
+    Attributes:
+      shape: Shape of integer labels, `[B]`, or `[B, T]` for a label at each position.
+    """
+
+    shape: tuple[int, ...]
+
+    @property
+    def number(self) -> int:
+        """How many there are."""
+        return math.prod(self.shape)
+
+    def fit(self, shape: Sequence[int]) -> bool:
+        """Return whether values of this shape, the batch first, are one for each label."""
+        return tuple(shape[: len(self.shape)]) == self.shape
+
+    def of(self, value: Array, axis: int = 0) -> Array:
+        """Return a value by rows, given which of its axes is that of the batch."""
+        value = value if axis == 0 else jnp.moveaxis(value, axis, 0)
+        if len(self.shape) == 1:
+            return value
+        return value.reshape(self.number, *value.shape[len(self.shape) :])
+
+    def back(self, rows: Array, axis: int = 0) -> Array:
+        """Undo `of`."""
+        value = rows
+        if len(self.shape) > 1:
+            value = rows.reshape(*self.shape, *rows.shape[1:])
+        return value if axis == 0 else jnp.moveaxis(value, 0, axis)
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """How a network is called, and where its logits are.
+
+    Attributes:
+      network: The network.
+      kwargs: Keyword arguments that are the same for all examples.
+      pick: Which part of what it returns is the logits; None if that is all it returns.
+      axis_names: Names of the axes of devices over which the step may be mapped.
+    """
+
+    network: Network
+    kwargs: Mapping[str, Any]
+    pick: Callable[[Any], Array] | None
+    axis_names: Sequence[str]
+
+    def trace(self, params: PyTree, rest: PyTree, inputs: PyTree, given: Mapping) -> Program:
+        """Trace `(params, rest, inputs, given) -> (logits, mutated state)` by the shapes alone."""
+        return self._trace(1, params, rest, inputs, given)
+
+    def places(
+        self, program: Program, rows: Rows, *args: PyTree
+    ) -> tuple[list[Place], dict[str, str]]:
+        """Find the values that grow with the batch, by a second trace with more examples.
+
+        Args:
+          program: What `trace` returned.
+          rows: Of the labels.
+          *args: What `trace` was given.
+
+        Returns:
+          The sites with a batch axis, and why each other layer or named value is none, by its name.
+        """
+        refused = dict(program.unreachable)
+        try:
+            larger = {site.name: site.shape for site in self._trace(COPIES, *args).sites}
+        except Exception as error:  # The network's own code may raise anything.
+            told = f"{type(error).__name__}: {error}".split("\n")[0]
+            why = (
+                "the axis of its examples is not known, as the network cannot be traced with "
+                f"{COPIES} times as many of them ({told:.200}); keyword arguments that hold a "
+                "value for each example must be named in per_example"
+            )
+            return [], refused | {site.given: why for site in program.sites}
+        found, reasons = [], {}
+        for site in program.sites:
+            axis = _batch_axis(site.shape, larger.get(site.name, site.shape), rows.shape[0])
+            if not isinstance(axis, int):
+                reasons[site] = axis
+            elif not rows.fit((place := Place(site, axis, site.names)).shape):
+                reasons[site] = (
+                    f"its values, {place.shape}, are not one for each label, {rows.shape}"
+                )
+            else:
+                found.append(place)
+        some = {place.site.given for place in found}
+        refused |= {s.name if s.given in some else s.given: why for s, why in reasons.items()}
+        seen = {name.split(":")[0] for name in (*some, *refused)}
+        never = "no call of it was seen: it is not called here, or by another method than __call__"
+        return found, refused | {name: never for name in self.network.layers if name not in seen}
+
+    def _trace(self, copies: int, *args: PyTree) -> Program:
+        def run(params, rest, inputs, given):
+            if copies > 1:
+
+                def larger(leaf):
+                    return jnp.concatenate([leaf] * copies)
+
+                inputs, given = jax.tree.map(larger, (inputs, given))
+            output, updates = self.network.run(params, rest, inputs, {**self.kwargs, **given})
+            return self._logits(output), updates
+
+        unbound = [name for name in self.axis_names if not _bound(name)]
+        return Program.trace(run, *args, axis_names=unbound)
+
+    def _logits(self, output: Any) -> Array:
+        logits = output if self.pick is None else self.pick(output)
+        if isinstance(logits, jax.Array) and jnp.issubdtype(logits.dtype, jnp.floating):
+            return logits
+        kind = getattr(logits, "dtype", None) or f"{type(logits).__name__}"
+        raise ValueError(
+            f"The network returns no array of logits, but {kind}: tell which part they are, as in "
+            "value_and_grad(..., logits=lambda output: output[0]). Where a Linen model returns "
+            "mutated collections beside them, give mutable= to the step and not to the model."
+        )
+
+
+def _batch_axis(shape: tuple[int, ...], larger: tuple[int, ...], batch: int) -> int | str:
+    """Return the axis that grows with the batch, or why there is none."""
+    if len(shape) == len(larger):
+        grown = [axis for axis in range(len(shape)) if shape[axis] != larger[axis]]
+        if len(grown) == 1 and shape[grown[0]] == batch:
+            return grown[0]
+        if len(grown) == 1:
+            return (
+                f"its axis {grown[0]}, of {shape[grown[0]]}, joins the {batch} examples with other "
+                "positions"
+            )
+        if grown:
+            return f"several of its axes, {grown} of {shape}, grow with the batch"
+    return f"no axis of its shape, {shape}, grows with the batch"
+
+
+def _bound(axis_name: str) -> bool:
+    """Return whether the step is mapped over an axis of this name."""
+    try:
+        jax.lax.axis_size(axis_name)
+    except NameError:
+        return False
+    return True
+
+
+def _without(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
+    return (*shape[:axis], *shape[axis + 1 :])
