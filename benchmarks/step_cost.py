@@ -24,7 +24,8 @@ from rich.table import Table
 
 import lpa_jax
 from lpa_jax import models
-from lpa_jax.taps.linen import LinenNetwork
+from lpa_jax.api import backend_of
+from lpa_jax.core.network import Call
 
 APPLY = {"train": True, "mutable": ["batch_stats"]}
 
@@ -72,27 +73,28 @@ def peak_bytes(compiled):
 
 def limits(model, variables, images, labels, site, steps):
     """Return what LPA at a site must cost, and what it costs by hooks, in plain forward FLOPs."""
-    network = LinenNetwork(model.apply)
-    tap = next(t for t in network.trace(variables, images, APPLY).taps if t.name == site)
-    value = jax.ShapeDtypeStruct(tap.shape, tap.dtype)
+    network = backend_of(model.apply)(variables)
+    call, args = Call(network, APPLY, None, ()), (network.params, network.rest, images, {})
+    program = call.trace(*args)
+    value = lpa_jax.list_sites(model.apply, variables, images, **APPLY)[site]
 
-    def tail(variables, images, value):
-        return network.run(variables, images, {tap: value}, (), APPLY)[0]
+    def tail(args, value):
+        # What comes before the site is left out of the compiled program.
+        return program.walk(args, [site], lambda *_: value)[0]
 
-    def hooked(variables, images, delta):
+    def hooked(args, delta):
         def loss_fn(delta):
-            _, (value,), _ = network.run(variables, images, {}, (tap,), APPLY)
-            logits = tail(variables, images, value + delta)
+            logits, _ = program.walk(args, [site], lambda _, value, __: value + delta)
             return jnp.sum(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
 
         return jax.grad(loss_fn)(delta)
 
-    def forward(variables, images):
-        return model.apply(variables, images, **APPLY)[0]
+    def forward(args):
+        return network.run(*args[:3], APPLY)[0]
 
     def cost(function, *arguments):
         # What a function closes over would be folded into the program.
-        return flops(jax.jit(function).lower(variables, images, *arguments).compile())
+        return flops(jax.jit(function).lower(args, *arguments).compile())
 
     formula = 1 + steps * 2 * cost(tail, value) / (3 * cost(forward))
     return formula, steps * cost(hooked, value)

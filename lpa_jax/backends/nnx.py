@@ -31,7 +31,12 @@ def open_nnx(methods: tuple[str, ...], model: nnx.Module) -> Network:
         output = copy(inputs, **kwargs)
         return output, nnx.state(copy, nnx.Not(nnx.Param))
 
-    layers = tuple("/".join(map(str, path)) for path, _ in nnx.iter_modules(model) if path)
+    layers = tuple(
+        "/".join(map(str, path))
+        for path, module in nnx.iter_modules(model)
+        # These hold layers, and are not called.
+        if path and not isinstance(module, nnx.List | nnx.Dict)
+    )
     return Network(params, rest, run, layers)
 
 

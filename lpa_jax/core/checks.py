@@ -70,8 +70,8 @@ def check_logits(shape: tuple[int, ...], rows: tuple[int, ...], num_classes: int
             "num_classes]."
         )
     raise ValueError(
-        f"The network returns {shape}: integer labels must have shape {shape[:-1]}, not {rows}, and "
-        f"soft labels {shape}."
+        f"The network returns {shape}: integer labels must have shape {shape[:-1]}, not {rows}, "
+        f"and soft labels {shape}."
     )
 
 

@@ -10,15 +10,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Float, Int, Integer, PyTree
 import optax
 
 from lpa_jax.core import checks
 from lpa_jax.core.network import Backend, Call, Network, Place, Rows
 from lpa_jax.core.program import Program, Site
-from lpa_jax.perturb import membership, meshes, sites, statistics
+from lpa_jax.perturb import meshes, sites, statistics
 from lpa_jax.perturb.walk import early, Walk
 
+Labels = Integer[Array, "batch ..."] | Float[Array, "batch ... classes"]
+"""Of the examples, or of all positions of them."""
 LossFn = Callable[[Float[Array, "batch classes"], Float[Array, "batch classes"]], Array]
 FIXED = (sites.INPUTS, sites.LABELS, sites.LOGITS, sites.LOGIT_GRADS, sites.PARAM_GRADS)
 Tail = Callable[[Any], Float[Array, "batch classes"]]
@@ -72,7 +74,7 @@ class Step:
         self,
         variables: PyTree,
         inputs: PyTree,
-        labels: membership.Labels,
+        labels: Labels,
         *,
         apply_kwargs: Mapping[str, Any] | None = None,
         **more_apply_kwargs: Any,
@@ -112,10 +114,10 @@ class Step:
         variables: PyTree,
         state: StepState,
         inputs: PyTree,
-        labels: membership.Labels,
+        labels: Labels,
         key: Array,
         *,
-        examples: Int[Array, "batch"] | None = None,
+        examples: Int[Array, "batch ..."] | None = None,
         apply_kwargs: Mapping[str, Any] | None = None,
         **more_apply_kwargs: Any,
     ) -> tuple[collections.OrderedDict[str, Array], PyTree]:
@@ -153,11 +155,11 @@ class Step:
         variables: PyTree,
         state: StepState,
         inputs: PyTree,
-        labels: membership.Labels,
+        labels: Labels,
         key: Array,
         *,
-        weights: Float[Array, "batch"] | None = None,
-        examples: Int[Array, "batch"] | None = None,
+        weights: Float[Array, "batch ..."] | None = None,
+        examples: Int[Array, "batch ..."] | None = None,
         apply_kwargs: Mapping[str, Any] | None = None,
         **more_apply_kwargs: Any,
     ) -> tuple[tuple[Array, dict[str, Any]], PyTree, StepState]:
@@ -193,10 +195,10 @@ class Step:
         rest: PyTree,
         state: StepState,
         inputs: PyTree,
-        labels: membership.Labels,
+        labels: Labels,
         key: Array,
-        weights: Float[Array, "batch"] | None,
-        examples: Int[Array, "batch"] | None,
+        weights: Float[Array, "batch ..."] | None,
+        examples: Int[Array, "batch ..."] | None,
         kwargs: Mapping[str, Any],
     ) -> tuple[tuple[Array, dict[str, Any]], PyTree, StepState]:
         checks.check_labels(labels, checks.batch_of(inputs), self.num_classes)
@@ -413,7 +415,7 @@ class Step:
         rest: PyTree,
         inputs: PyTree,
         kwargs: Mapping[str, Any],
-        labels: membership.Labels,
+        labels: Labels,
     ) -> _Traced:
         """Trace the network, and find what to perturb in it."""
         call, given = self._call(network, kwargs)
@@ -515,7 +517,7 @@ def _check_inputs(inputs: PyTree, rows: Rows) -> None:
             )
 
 
-def _rows_of(labels: membership.Labels) -> Rows:
+def _rows_of(labels: Labels) -> Rows:
     return Rows(tuple(labels.shape if checks.are_classes(labels) else labels.shape[:-1]))
 
 

@@ -270,7 +270,7 @@ jax.tree_util.register_dataclass(
 
 
 def _change(
-    before: Array, after: Array, members: membership.Membership, num_classes: int
+    before: PyTree, after: PyTree, members: membership.Membership, num_classes: int
 ) -> dict[str, Array]:
     """Return how far each class was moved, `[C]`: absolutely and relative to the value itself."""
     before, after = (_joined(jax.lax.stop_gradient(value)) for value in (before, after))

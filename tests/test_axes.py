@@ -1,0 +1,167 @@
+"""Data parallelism by the user: a step within `shard_map`, `pmap` or `vmap` over a named axis."""
+
+import functools
+
+import chex
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+import networks
+import optax
+from probes import absolute, quick_jit
+import pytest
+
+import lpa_jax
+
+AXIS, DEVICES, BATCH = "data", 4, 16
+KEY = jax.random.key(5)
+X = jax.random.normal(jax.random.key(1), (BATCH, 5))
+# The devices have different classes; class 5 has no example.
+Y = jnp.array([0, 1, 1, 0, 2, 3, 3, 3, 0, 4, 4, 1, 2, 2, 2, 2])
+CLASSES = 6
+close = functools.partial(chex.assert_trees_all_close, rtol=2e-5, atol=3e-6)
+
+
+class Net(nn.Module):
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(7, name="first")(x)
+        norm = nn.BatchNorm(use_running_average=False, axis_name=self.axis_name, name="norm")
+        x = jnp.tanh(norm(x))
+        return nn.Dense(CLASSES, name="head")(x)
+
+
+VARIABLES = networks.fill(Net(), X)
+SPLIT = lpa_jax.splits.all_positive()
+COUNTS = [4, 3, 5, 3, 2, 1]
+CHAINS = {
+    "nothing": lpa_jax.chain(),
+    "lpa": absolute("first", epsilon=0.5, split=SPLIT),
+    "lpa by class": lpa_jax.lpa("norm", epsilon=0.3),
+    "lpl": lpa_jax.lpl(0.5, split=SPLIT),
+    "lpg": lpa_jax.lpg(0.2),
+    "isda": lpa_jax.isda("norm", 0.5, CLASSES),
+    "drw": lpa_jax.drw(COUNTS, start=0),
+    "several": lpa_jax.chain(
+        lpa_jax.lpa("first", epsilon=0.3), lpa_jax.lpl(0.3), lpa_jax.lpg(0.1)
+    ),
+}
+
+
+def shard_map(**options):
+    mesh = jax.make_mesh((DEVICES,), (AXIS,), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def mapped(function, variables, state, x, y):
+        run = jax.shard_map(
+            function, mesh=mesh, in_specs=(P(), P(), P(AXIS), P(AXIS)), out_specs=P(), **options
+        )
+        return quick_jit(run)(variables, state, x, y)
+
+    return mapped
+
+
+def over_an_axis(transform):
+    def mapped(function, variables, state, x, y):
+        parts = (leaf.reshape(DEVICES, -1, *leaf.shape[1:]) for leaf in (x, y))
+        run = transform(function, axis_name=AXIS, in_axes=(None, None, 0, 0))
+        # All devices have the same.
+        return jax.tree.map(lambda leaf: leaf[0], run(variables, state, *parts))
+
+    return mapped
+
+
+MAPPED = {
+    "shard_map": shard_map(),
+    "shard_map, unchecked": shard_map(check_vma=False),
+    "pmap": over_an_axis(jax.pmap),
+    "vmap": over_an_axis(lambda function, **options: quick_jit(jax.vmap(function, **options))),
+}
+
+
+def mapped_steps(perturbation, how, model=None, steps=2):
+    """Take steps over an axis; return the means of losses and gradients, and the state."""
+    model = Net(AXIS) if model is None else model
+    step = lpa_jax.value_and_grad(model.apply, perturbation, num_classes=CLASSES, axis_name=AXIS)
+    state = step.init(VARIABLES, X, Y, mutable=["batch_stats"])
+
+    def train(variables, state, x, y):
+        results = []
+        for _ in range(steps):
+            (loss, aux), grads, state = step(
+                variables, state, x, y, KEY, mutable=["batch_stats"]
+            )
+            results.append((*jax.lax.pmean((loss, grads), AXIS), aux["updates"]))
+        return results, state
+
+    return MAPPED[how](train, VARIABLES, state, X, Y)
+
+
+def steps_of_one(perturbation, steps=2):
+    """Take steps with the whole batch at once."""
+    step = lpa_jax.value_and_grad(Net().apply, perturbation, num_classes=CLASSES)
+    state = step.init(VARIABLES, X, Y, mutable=["batch_stats"])
+
+    @quick_jit
+    def train(variables, state):
+        results = []
+        for _ in range(steps):
+            (loss, aux), grads, state = step(variables, state, X, Y, KEY, mutable=["batch_stats"])
+            results.append((loss, grads, aux["updates"]))
+        return results, state
+
+    return train(VARIABLES, state)
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_class_level_work_over_an_axis_is_that_of_the_whole_batch(name):
+    """Two steps, so that the second works with what the first has measured."""
+    close(mapped_steps(CHAINS[name], "shard_map"), steps_of_one(CHAINS[name]))
+
+
+@pytest.mark.parametrize("how", ["shard_map, unchecked", "pmap", "vmap"])
+def test_the_axis_may_be_of_any_transform(how):
+    close(mapped_steps(CHAINS["several"], how), steps_of_one(CHAINS["several"]))
+
+
+def test_sites_are_listed_outside_of_the_axis():
+    model = Net(AXIS)
+    found = lpa_jax.list_sites(
+        model.apply, VARIABLES, X, axis_name=AXIS, apply_kwargs={"mutable": ["batch_stats"]}
+    )
+    assert list(found)[2:-2] == ["first", "norm", "head"]
+
+
+@pytest.mark.parametrize("how", ["shard_map", "pmap"])
+def test_sam_moves_on_each_device_by_its_own_gradient(how):
+    class Plain(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(CLASSES, name="head")(jnp.tanh(nn.Dense(7, name="first")(x)))
+
+    params = {name: VARIABLES["params"][name] for name in ("first", "head")}
+
+    def loss(params, x, y):
+        logits = Plain().apply({"params": params}, x)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+
+    def by_hand(x, y):
+        gradient = jax.grad(loss)(params, x, y)
+        size = optax.tree.norm(gradient)
+        moved = jax.tree.map(lambda p, g: p + 0.3 * g / size, params, gradient)
+        return jax.grad(loss)(moved, x, y)
+
+    each = [by_hand(x, y) for x, y in zip(X.reshape(4, 4, 5), Y.reshape(4, 4), strict=True)]
+    expected = jax.tree.map(lambda *grads: sum(grads) / 4, *each)
+    step = lpa_jax.value_and_grad(
+        Plain().apply, lpa_jax.sam(0.3), num_classes=CLASSES, axis_name=AXIS
+    )
+    state = step.init({"params": params}, X, Y)
+
+    def train(params, state, x, y):
+        _, grads, _ = step({"params": params}, state, x, y, KEY)
+        return jax.lax.pmean(grads, AXIS)
+
+    close(MAPPED[how](train, params, state, X, Y), expected)

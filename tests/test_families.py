@@ -1,0 +1,47 @@
+"""Any site of any unmodified model: families of models, most of them of published packages."""
+
+import importlib
+
+import families
+import pytest
+
+for module in families.MODULES:
+    importlib.import_module(f"families.{module}")
+
+SMALL = ("MLP, nn.remat of nn.jit", "Siamese: a shared encoder, two inputs", "LSTM, nn.RNN")
+TOLERANCE = {"empty": 1e-6, "zero": 1e-6, "lpa": 1e-5}
+
+
+def check(figures):
+    apart = {name: figures[name] for name in TOLERANCE}
+    assert all(apart[name] <= bound for name, bound in TOLERANCE.items()), apart
+    # LPA did raise the loss, so that its agreement tells something.
+    assert figures["rise"] > 1e-3
+    assert figures["sites"] > 2
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_small_families(name):
+    check(families.measure(families.FAMILIES[name].build()))
+
+
+@pytest.mark.slow
+# Packages warn of what they use and of their own ends.
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", families.FAMILIES)
+def test_every_family(name):
+    family = families.FAMILIES[name]
+    if family.package:
+        pytest.importorskip(families.IMPORTED.get(family.package, family.package))
+    check(families.measure(family.build()))
+
+
+def test_another_ascent_would_be_noticed():
+    case = families.FAMILIES[SMALL[0]].build()
+    assert families.measure(case, hand_steps=families.STEPS + 1)["lpa"] > 1e-4
+
+
+def test_there_are_as_many_as_the_table_says():
+    published = [family for family in families.FAMILIES.values() if family.package]
+    assert len(families.FAMILIES) >= 25
+    assert len(published) >= 15
