@@ -2,15 +2,17 @@
 
     python benchmarks/scan_cost.py [--layers=12] [--batch=32] [--steps=3] [--out=FILE.json]
 
-Each is given relative to the plain step of its own model. XLA counts the body of a loop once,
-however often it runs; so FLOPs are counted in the jaxpr of the whole step, scans by their turns.
-What XLA counts of the unrolled one is shown beside them. Both models have the same parameters, and
-loss and gradient are compared. FLOPs and memory repeat exactly; wall-clock ratios are medians of
-paired runs (every step once a round, in turn), and compiling is timed once.
+Each is given relative to the plain step of its own model: the loop, the scan, and the scan with its
+body rematerialized ("remat"). XLA counts the body of a loop once, however often it runs; so FLOPs
+are counted in the jaxpr of the whole step, scans by their turns. What XLA counts of the unrolled
+one is shown beside them. All have the same parameters, and loss and gradient are compared with the
+loop's. FLOPs and memory repeat exactly; wall-clock ratios are medians of paired runs (every step
+once a round, in turn), and compiling is timed once.
 """
 
 import argparse
 import functools
+import os
 import pathlib
 import statistics
 import time
@@ -27,16 +29,16 @@ import trace_time
 import lpa_jax
 from lpa_jax.core import costs
 
-SITES = {"loop": "layer{}", "scan": "stack/layer[{}]"}
+KINDS = {"loop": {}, "scan": {"scanned": True}, "remat": {"scanned": True, "remat": True}}
 
 
-def pair(layers=12, width=64):
-    """Return the models by their kinds, and parameters of the scanned one."""
-    models = {
-        kind: trace_time.Encoder(layers, width, scanned=kind == "scan") for kind in ("loop", "scan")
-    }
+def models_of(layers=12, width=64):
+    """Return the models by their kinds, with the same parameters for each."""
+    models = {kind: trace_time.Encoder(layers, width, **how) for kind, how in KINDS.items()}
     patches, _ = trace_time.batch(examples=1)
-    return models, models["scan"].init(jax.random.key(1), patches)["params"]
+    scanned = models["scan"].init(jax.random.key(1), patches)
+    loop = {"params": unrolled(scanned["params"])}
+    return models, {kind: scanned if model.scanned else loop for kind, model in models.items()}
 
 
 def unrolled(params):
@@ -49,11 +51,12 @@ def unrolled(params):
     return {name: leaf for name, leaf in params.items() if name != "stack"} | layers
 
 
-def step_at(kind, model, layers, steps=3):
+def step_at(model, layers, steps=3):
     """Return a training step with LPA at some layers, none for a plain one, and its init."""
     if not layers:
         return trace_time.plain_step(model), lambda *_: ()
-    names = [SITES[kind].format(layer) for layer in layers]
+    site = "stack/layer[{}]" if model.scanned else "layer{}"
+    names = [site.format(layer) for layer in layers]
     return trace_time.perturbed_step(model, lpa_jax.lpa(names, 0.1, steps=steps))
 
 
@@ -74,12 +77,11 @@ def main():
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--out", type=pathlib.Path, help="Write the figures as JSON.")
     args = parser.parse_args()
 
-    models, params = pair(args.layers, args.width)
-    variables = {"loop": {"params": unrolled(params)}, "scan": {"params": params}}
+    models, variables = models_of(args.layers, args.width)
     patches, labels = trace_time.batch(args.batch)
     last = args.layers - 1
     at = {"plain": (), "first": (0,), "middle": (args.layers // 2,), "last": (last,)}
@@ -87,7 +89,7 @@ def main():
     runs, rows = {}, {}
     for name, layers in at.items():
         for kind, model in models.items():
-            run, init = step_at(kind, model, layers, args.steps)
+            run, init = step_at(model, layers, args.steps)
             state = init(variables[kind], patches, labels)
             given = (variables[kind], state, patches, labels, jax.random.key(2))
             lowered = jax.jit(run).lower(*given)
@@ -122,10 +124,11 @@ def main():
         row["seconds"] = statistics.median(seconds[name, kind])
         row["seconds_ratio"] = statistics.median(a / b for a, b in paired)
     for name in at:
-        loss, grads, _ = runs[name, "scan"]()
         loop_loss, loop_grads, _ = runs[name, "loop"]()
-        rows[name, "scan"]["loss_difference"] = float(jnp.abs(loss / loop_loss - 1))
-        rows[name, "scan"]["gradient_difference"] = distance(unrolled(grads), loop_grads)
+        for kind in ("scan", "remat"):
+            loss, grads, _ = runs[name, kind]()
+            rows[name, kind]["loss_difference"] = float(jnp.abs(loss / loop_loss - 1))
+            rows[name, kind]["gradient_difference"] = distance(unrolled(grads), loop_grads)
 
     table = Table(title=f"{args.layers} layers, width {args.width}, batch {args.batch}, T = "
                         f"{args.steps}")  # fmt: skip
@@ -149,7 +152,7 @@ def main():
               for name in ("loss", "gradient")),
         )  # fmt: skip
     Console(width=140).print(table)
-    record.write(args.out, [*rows.values()])
+    record.write(args.out, [*rows.values()], xla_flags=os.environ.get("XLA_FLAGS", ""))
 
 
 if __name__ == "__main__":

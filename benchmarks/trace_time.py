@@ -41,7 +41,8 @@ class Layer(nn.Module):
     @nn.compact
     def __call__(self, x):
         width = x.shape[-1]
-        x = x + nn.SelfAttention(self.heads, name="attention")(nn.LayerNorm(name="norm1")(x))
+        attention = nn.MultiHeadDotProductAttention(self.heads, name="attention")
+        x = x + attention(nn.LayerNorm(name="norm1")(x))
         hidden = nn.gelu(nn.Dense(4 * width, name="up")(nn.LayerNorm(name="norm2")(x)))
         return x + nn.Dense(width, name="down")(hidden)
 
@@ -64,12 +65,14 @@ class Encoder(nn.Module):
       width: Number of features.
       heads: Number of heads.
       scanned: Whether the layers are the turns of one scan.
+      remat: Whether each turn of the scan is computed again on the way back.
     """
 
     layers: int = 12
     width: int = 64
     heads: int = 4
     scanned: bool = False
+    remat: bool = False
 
     @nn.compact
     def __call__(self, patches):
@@ -79,7 +82,8 @@ class Encoder(nn.Module):
         x = x + self.param("positions", nn.initializers.normal(0.02), shape)
         if self.scanned:
             axes, rngs = {"params": 0}, {"params": True}
-            stack = nn.scan(Turn, variable_axes=axes, split_rngs=rngs, length=self.layers)
+            turn = nn.remat(Turn, prevent_cse=False) if self.remat else Turn
+            stack = nn.scan(turn, variable_axes=axes, split_rngs=rngs, length=self.layers)
             x, _ = stack(self.heads, name="stack")(x, None)
         else:
             for number in range(self.layers):

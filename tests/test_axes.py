@@ -45,9 +45,7 @@ CHAINS = {
     "lpg": lpa_jax.lpg(0.2),
     "isda": lpa_jax.isda("norm", 0.5, CLASSES),
     "drw": lpa_jax.drw(COUNTS, start=0),
-    "several": lpa_jax.chain(
-        lpa_jax.lpa("first", epsilon=0.3), lpa_jax.lpl(0.3), lpa_jax.lpg(0.1)
-    ),
+    "several": lpa_jax.chain(lpa_jax.lpa("first", epsilon=0.3), lpa_jax.lpl(0.3), lpa_jax.lpg(0.1)),
 }
 
 
@@ -90,9 +88,7 @@ def mapped_steps(perturbation, how, model=None, steps=2):
     def train(variables, state, x, y):
         results = []
         for _ in range(steps):
-            (loss, aux), grads, state = step(
-                variables, state, x, y, KEY, mutable=["batch_stats"]
-            )
+            (loss, aux), grads, state = step(variables, state, x, y, KEY, mutable=["batch_stats"])
             results.append((*jax.lax.pmean((loss, grads), AXIS), aux["updates"]))
         return results, state
 

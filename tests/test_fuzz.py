@@ -4,7 +4,6 @@ A network is drawn as a tree of parts, each a layer, a transformation or a plain
 From the tree alone follows what its sites must be.
 """
 
-import functools
 import random
 from typing import Any, NamedTuple
 
@@ -135,7 +134,8 @@ def own_rule(kind, call):
     else:
         ruled = jax.custom_vjp(call)
         ruled.defvjp(
-            lambda params, x: jax.vjp(call, params, x), lambda pullback, cotangent: pullback(cotangent)
+            lambda params, x: jax.vjp(call, params, x),
+            lambda pullback, cotangent: pullback(cotangent),
         )
     return ruled
 
@@ -366,7 +366,8 @@ class NnxPart(nnx.Module):
                 return nnx.switch(taken(), branches, self.a, self.b, x)
             case "custom_jvp" | "custom_vjp":
                 graph, params = nnx.split(self.a)
-                return own_rule(kind, lambda params, x: nnx.merge(graph, params, copy=True)(x))(params, x)
+                call = lambda params, x: nnx.merge(graph, params, copy=True)(x)  # noqa: E731
+                return own_rule(kind, call)(params, x)
         if self.a.spec[0] in LEAVES and kind != "raw while":
             return raw(kind, lambda x: self.a(x), x)
         # What NNX transforms is to be made inside of another transformation.
@@ -424,8 +425,8 @@ def numbers(path, leaf):
     values = 0.6 * rng.normal(size=leaf.shape)
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
         values = np.zeros(leaf.shape)
-    values = 1.0 + values**2 if name in ("var", "scale") else values
-    return jnp.asarray(values, np.float64 if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf.dtype)
+        return jnp.asarray(values, leaf.dtype)
+    return jnp.asarray(1.0 + values**2 if name in ("var", "scale") else values)
 
 
 class Opened(NamedTuple):
@@ -597,7 +598,7 @@ def in_double_precision():
         yield
 
 
-def noises(sites: dict[str, tuple[int, ...]], amounts: jax.Array) -> tuple[lpa_jax.Perturbation, ...]:
+def noises(sites: dict[str, tuple[int, ...]], amounts: jax.Array) -> Any:
     """Chain noise at each site, of the given amounts."""
 
     def noise(site, amount):
@@ -694,7 +695,7 @@ def check(library: str, spec: Spec, number: int, *, grads: bool) -> None:
     site = rng.choice([name for name in listed if name not in fixed])
 
     def all_at_once(variables, params, amount):
-        outcome, metrics, (steep,) = stepped(network, climb(site, amount), variables)
+        outcome, _, (steep,) = stepped(network, climb(site, amount), variables)
         return (
             plainly(network, params),
             stepped(network, lpa_jax.chain(), variables)[0],

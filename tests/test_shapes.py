@@ -239,7 +239,8 @@ def test_positions_are_what_examples_are_to_a_network_that_treats_each_alone(nam
     (expected, by_row), by_row_grads, by_row_state = rows
     close((loss, grads, state), (expected, by_row_grads, by_row_state))
     close(aux["metrics"], by_row["metrics"])
-    assert aux["logits"].shape == (3, 4, 3) and aux["labels"].shape == (3, 4)
+    assert aux["logits"].shape == (3, 4, 3)
+    assert aux["labels"].shape == (3, 4)
     close(aux["labels"].reshape(12), by_row["labels"])
     # The inputs of an example are kept where one of its positions counts.
     real = by_row["labels"] >= 0
@@ -288,7 +289,8 @@ def test_pixels_have_classes_and_what_is_not_one_value_a_pixel_is_no_site():
     assert "(3, 4), are not one for each label" in found.refused["whole"]
     (loss, aux), _, _ = run(model.apply, variables, lpa_jax.chain(), images, labels)
     (moved, aux), _, _ = run(model.apply, variables, lpa("pixels"), images, labels)
-    assert moved > loss and aux["metrics"]["pixels"]["count"].tolist() == [16.0, 16.0, 16.0]
+    assert moved > loss
+    assert aux["metrics"]["pixels"]["count"].tolist() == [16.0, 16.0, 16.0]
     with pytest.raises(lpa_jax.SiteError, match="'whole' is no site: its values"):
         run(model.apply, variables, lpa("whole"), images, labels)
 
@@ -312,9 +314,10 @@ class TwoInputs(nn.Module):
 
 def joined(variables, x):
     first = x @ variables["params"]["first"]["kernel"] + variables["params"]["first"]["bias"]
-    return jnp.tanh(first) @ variables["params"]["head"]["kernel"] + variables["params"]["head"][
-        "bias"
-    ]
+    return (
+        jnp.tanh(first) @ variables["params"]["head"]["kernel"]
+        + variables["params"]["head"]["bias"]
+    )
 
 
 TREE = {"image": X, "more": (2.0 * X[:, :2] + 1.0,)}
@@ -352,7 +355,7 @@ def test_a_tree_of_inputs_is_listed_by_its_paths():
 
 
 def test_a_perturbation_of_one_array_says_what_to_do_with_a_tree():
-    with pytest.raises(lpa_jax.SiteError, match="name the array in the network, by lpa_jax.tap"):
+    with pytest.raises(lpa_jax.SiteError, match=r"name the array in the network, by lpa_jax\.tap"):
         run(TWO.apply, TWO_VARIABLES, lpa("inputs"), TREE)
     (moved, _), _, _ = run(TWO.apply, TWO_VARIABLES, lpa("image"), TREE)
     (loss, _), _, _ = run(TWO.apply, TWO_VARIABLES, lpa_jax.chain(), TREE)
@@ -400,7 +403,10 @@ def test_a_keyword_input_of_each_example_is_cleaned_where_it_is_padding():
 
 
 def test_a_keyword_input_of_each_example_is_refused_by_mixing():
-    for perturbation in (lpa_jax.manifold_mixup("embed", 2.0), lpa_jax.manifold_mixup("inner", 2.0)):
+    for perturbation in (
+        lpa_jax.manifold_mixup("embed", 2.0),
+        lpa_jax.manifold_mixup("inner", 2.0),
+    ):
         with pytest.raises(lpa_jax.SiteError, match="'mask' would stay those of the first"):
             run(MASKED.apply, MASKED_VARIABLES, perturbation, IDS, given=GIVEN, mask=MASK)
 
@@ -411,9 +417,11 @@ def test_a_keyword_input_that_is_not_declared_leaves_training_alone_and_says_wha
     with pytest.raises(lpa_jax.SiteError, match="must be named in per_example"):
         run(MASKED.apply, MASKED_VARIABLES, lpa("inner"), IDS, mask=MASK)
     found = lpa_jax.list_sites(MASKED.apply, MASKED_VARIABLES, IDS, mask=MASK)
-    assert "inner" not in found and "per_example" in found.refused["inner"]
+    assert "inner" not in found
+    assert "per_example" in found.refused["inner"]
     found = lpa_jax.list_sites(MASKED.apply, MASKED_VARIABLES, IDS, per_example=["mask"], mask=MASK)
-    assert list(found)[2:-2] == ["embed", "inner", "head"] and not found.refused
+    assert list(found)[2:-2] == ["embed", "inner", "head"]
+    assert not found.refused
 
 
 class Colliding(nn.Module):
@@ -435,7 +443,8 @@ def test_keywords_of_the_network_may_have_any_names():
     (loss, _), grads, state = step(variables, state, X, Y, KEY, apply_kwargs=kwargs)
     close((loss, grads), plain(lambda v: model.apply(v, X, **kwargs), variables))
     finite, _ = step.diagnose(variables, state, X, Y, KEY, apply_kwargs=kwargs)
-    assert all(finite.values()) and "'first'" in finite
+    assert all(finite.values())
+    assert "'first'" in finite
 
 
 # ---------------------------------------------------------------- the axis of the batch
@@ -550,7 +559,8 @@ def test_a_pattern_serves_lpa_and_draws_anew_at_each_site():
     step(DEEP_VARIABLES, step.init(DEEP_VARIABLES, X, Y), X, Y, KEY)
     jax.effects_barrier()
     assert len(seen) == 3
-    assert np.abs(seen[0] - seen[1]).max() > 0.01 and np.abs(seen[1] - seen[2]).max() > 0.01
+    assert np.abs(seen[0] - seen[1]).max() > 0.01
+    assert np.abs(seen[1] - seen[2]).max() > 0.01
 
 
 @pytest.mark.parametrize(

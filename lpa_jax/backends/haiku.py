@@ -33,7 +33,9 @@ def open_haiku(transformed: Any, methods: tuple[str, ...], variables: PyTree) ->
                 return transformed.apply(params, rest, rng, inputs, **kwargs)
             return transformed.apply(params, rng, inputs, **kwargs), {}
 
-    return Network(params, rest, run, tuple(params))
+    # A stack of layers keeps parameters in a scope of its own, which is no part of their names.
+    layers = ("/".join(part for part in name.split("/") if part[:2] != "__") for name in params)
+    return Network(params, rest, run, tuple(layers))
 
 
 def _path_of(module: Any) -> str:

@@ -8,6 +8,8 @@ from jax.extend import core as jex
 
 MARK = "lpa_jax:"
 """What the names that `tap` gives begin with in a jaxpr; others are a model's own."""
+INLINED = ("jit", "pjit", "closed_call", "core_call")
+REMATERIALIZED = ("checkpoint", "remat", "remat2")
 # With its constants; jax 0.12 has one class for both.
 ClosedJaxpr: Any = jex.ClosedJaxpr  # pyright: ignore[reportPrivateImportUsage]
 Path = tuple[int, ...]

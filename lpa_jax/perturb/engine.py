@@ -16,8 +16,8 @@ import optax
 from lpa_jax.core import checks
 from lpa_jax.core.network import Backend, Call, Network, Place, Rows
 from lpa_jax.core.program import Program, Site
-from lpa_jax.perturb import meshes, sites, statistics
-from lpa_jax.perturb.walk import early, Walk
+from lpa_jax.perturb import meshes, mixing, sites, statistics
+from lpa_jax.perturb.walk import Walk
 
 Labels = Integer[Array, "batch ..."] | Float[Array, "batch ... classes"]
 """Of the examples, or of all positions of them."""
@@ -92,10 +92,13 @@ class Step:
         params, rest, abstract = jax.tree.map(
             checks.shape_of, (network.params, network.rest, inputs)
         )
-        traced = self._trace(network, params, rest, abstract, kwargs, labels)
+        shapes = network._replace(params=params, rest=rest)
+        traced = self._trace(shapes, abstract, kwargs, labels)
         by_class = jnp.zeros((traced.rows.number, self.num_classes), jnp.float32)
         values: dict[str, Any] = dict.fromkeys(FIXED, by_class)
-        values |= {sites.INPUTS: inputs, sites.PARAM_GRADS: network.params}
+        values[sites.PARAM_GRADS] = network.params
+        if any(sites.INPUTS in perturbation.sites for perturbation in self.chain):
+            values[sites.INPUTS] = jax.tree.map(traced.rows.of, inputs)
         for place in traced.places:
             shape = (traced.rows.number, *place.shape[len(traced.rows.shape) :])
             values |= dict.fromkeys(place.names, jnp.zeros(shape, place.site.dtype))
@@ -166,33 +169,19 @@ class Step:
         """Return `((loss, aux), grads, state)`; see `lpa_jax.value_and_grad`."""
         kwargs = {**(apply_kwargs or {}), **more_apply_kwargs}
         network = self.backend(variables)
-        run = functools.partial(self._step, network.run, network.layers)
-        given = (
-            network.params,
-            network.rest,
-            state,
-            inputs,
-            labels,
-            key,
-            weights,
-            examples,
-            kwargs,
-        )
+        given = (network, state, inputs, labels, key, weights, examples, kwargs)
         mesh = meshes.explicit(given)
         if mesh is None:
-            return run(*given)
+            return self._step(*given)
         on = functools.partial(meshes.on, mesh)
         by_example = NamedSharding(mesh, PartitionSpec(*on(jax.tree.leaves(inputs)[0]).spec[:1]))
         aux = {"logits": by_example, "labels": by_example, "updates": on(), "metrics": on()}
         kept = jax.tree.map(on, (network.params, state))
-        return meshes.run_automatic(run, mesh, ((on(), aux), *kept), *given)
+        return meshes.run_automatic(self._step, mesh, ((on(), aux), *kept), *given)
 
     def _step(
         self,
-        run: Any,
-        layers: Any,
-        params: PyTree,
-        rest: PyTree,
+        network: Network,
         state: StepState,
         inputs: PyTree,
         labels: Labels,
@@ -221,9 +210,9 @@ class Step:
         if examples is not None:
             examples = rows.of(checks.check_examples(examples, rows.shape))
         if self.axis_name:
-            params = _varying(params, inputs)
-        network = Network(params, rest, run, layers)
-        traced = self._trace(network, params, rest, inputs, kwargs, labels)
+            network = network._replace(params=_varying(network.params, inputs))
+        params, rest = network.params, network.rest
+        traced = self._trace(network, inputs, kwargs, labels)
         labels, weights = rows.of(labels), rows.of(weights)
         start = Walk(
             chain=self.chain,
@@ -411,15 +400,13 @@ class Step:
     def _trace(
         self,
         network: Network,
-        params: PyTree,
-        rest: PyTree,
         inputs: PyTree,
         kwargs: Mapping[str, Any],
         labels: Labels,
     ) -> _Traced:
         """Trace the network, and find what to perturb in it."""
         call, given = self._call(network, kwargs)
-        args = (params, rest, inputs, given)
+        args = (network.params, network.rest, inputs, given)
         program, rows = call.trace(*args), _rows_of(labels)
         checks.check_logits(program.shapes[0].shape, rows.shape, self.num_classes)
         wanted = {site for perturbation in self.chain for site in perturbation.sites}
@@ -427,7 +414,7 @@ class Step:
             _check_inputs(inputs, rows)
         wanted -= set(FIXED)
         if given or len(rows.shape) > 1:
-            _check_unmixed(self.chain, given)
+            mixing.check_unmixed(self.chain, given)
         found, refused = call.places(program, rows, *args) if wanted else ([], {})
         patterns = [site for site in wanted if "*" in site]
         for number, place in enumerate(found):
@@ -442,65 +429,7 @@ class Step:
                 "lpa_jax.list_sites names them all."
             )
         places = [place for place in found if not wanted.isdisjoint(place.names)]
-        return _Traced(program, given, rows, places, _unmatched(self.chain, places))
-
-
-def _unmatched(chain: sites.Chain, found: list[Place]) -> tuple[tuple[tuple[str, int], str], ...]:
-    """Find what stands where the targets are mixed and the examples are not yet.
-
-    Returns:
-      The sites of the mixing, in words, for each name of a value and place in the chain.
-
-    Raises:
-      SiteError: If class-level work stands ahead of mixing, or something is mixed twice.
-    """
-    unmatched = {}
-    order = [sites.INPUTS, *(place.site.name for place in found)]
-    at: dict[str, list[int]] = {name: [order.index(name)] for name in order}
-    for place in found:
-        for name in place.names[1:]:
-            if name != place.site.name:
-                at.setdefault(name, []).append(order.index(place.site.name))
-
-    def places(rank):
-        # At one site the order of the chain decides.
-        return [(place, rank) for site in chain[rank].sites for place in at.get(site, [])]
-
-    for mixing_rank, mixing in enumerate(chain):
-        if not mixing.mixes:
-            continue
-        for site in mixing.sites:
-            if len(at.get(site, [])) > 1:
-                raise sites.SiteError(
-                    f"{site!r} is computed several times, and mixing more than once would not "
-                    f"fit the targets; name one, such as {order[at[site][0]]!r}."
-                )
-        mixed = (0, mixing_rank if sites.INPUTS in mixing.sites else len(chain))
-        last = max(places(mixing_rank), default=(0, 0))
-        for rank, other in enumerate(chain):
-            for place, _ in places(rank):
-                if rank == mixing_rank:
-                    continue
-                if other.class_level and (place, rank) < last:
-                    raise sites.SiteError(early(order[place], str(mixing.sites)))
-                if mixed < (place, rank) < last:
-                    unmatched[order[place], rank] = str(mixing.sites)
-    return tuple(unmatched.items())
-
-
-def _check_unmixed(chain: sites.Chain, given: Mapping[str, Any]) -> None:
-    """Raise `SiteError` if examples are mixed of which a part would stay as it is."""
-    for mixing in chain:
-        if mixing.mixes and given:
-            raise sites.SiteError(
-                f"{mixing!r} mixes examples, but {', '.join(map(repr, given))} would stay those of "
-                "the first of each pair: put what can be mixed into the inputs, a dictionary of "
-                "float arrays, or leave the mixing out."
-            )
-        if mixing.mixes:
-            raise sites.SiteError(
-                f"{mixing!r} mixes examples, which is not defined for a label at each position."
-            )
+        return _Traced(program, given, rows, places, mixing.unmatched(self.chain, places))
 
 
 def _check_inputs(inputs: PyTree, rows: Rows) -> None:

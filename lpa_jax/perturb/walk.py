@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from lpa_jax.core import checks
-from lpa_jax.perturb import membership, pgd, sites, statistics
+from lpa_jax.perturb import membership, mixing, pgd, sites, statistics
 
 
 @dataclasses.dataclass
@@ -167,8 +167,8 @@ class Walk:
             "class_stats": self.class_stats,
             "gradient_fn": gradient_fn,
         }
-        if (mixing := dict(self.unmatched).get((name or site, index))) is not None:
-            by_target = dict.fromkeys(by_target, _Unmatched(site, mixing))
+        if (others := dict(self.unmatched).get((name or site, index))) is not None:
+            by_target = dict.fromkeys(by_target, mixing.Unmatched(site, others))
         # The same key at all sites of a perturbation: its draws agree without a state.
         key = jax.random.fold_in(self.key, index)
         extra = by_target | {
@@ -197,33 +197,6 @@ class Walk:
                 f"{was!s:.200}, not {now!s:.200}."
             )
         return new, state
-
-
-class _Unmatched:
-    """Stands for what depends on the targets where they are mixed and the examples not yet."""
-
-    def __init__(self, site: str, mixing: str):
-        self._told = early(site, mixing)
-
-    def _refuse(self, *_: Any, **__: Any) -> Any:
-        raise sites.SiteError(self._told)
-
-    # Python looks these up on the class.
-    __call__ = __getattr__ = __getitem__ = __len__ = __iter__ = __bool__ = _refuse
-    __array__ = __jax_array__ = __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = _refuse
-    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = _refuse
-    __rtruediv__ = __floordiv__ = __mod__ = __pow__ = __matmul__ = __rmatmul__ = _refuse
-    __neg__ = __invert__ = __abs__ = __and__ = __or__ = __xor__ = _refuse
-    __hash__ = object.__hash__
-
-
-def early(site: str, mixing: str) -> str:
-    """Return what is wrong where class-level work sees targets mixed before the examples."""
-    return (
-        f"A perturbation at {site!r} that reads classes, targets or the gradient would see targets "
-        f"that are mixed before the examples are, at {mixing}; place it after the last of them. "
-        "(What an optax wrapper contains is not known, and is taken for one that does.)"
-    )
 
 
 class _Asked:

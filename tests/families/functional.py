@@ -93,8 +93,8 @@ def haiku_mobilenet():
         network,
         normal(BATCH, 8, 8, 3),
         stateful=True,
-        middle="mobile_net_v1/~/mobile_net_v1_block",
-        late="mobile_net_v1/~/mobile_net_v1_block_2",
+        middle="mobile_net_v1/mobile_net_v1_block",
+        late="mobile_net_v1/mobile_net_v1_block_2",
     )
 
 
@@ -105,7 +105,7 @@ def haiku_recurrent():
     def network(x):
         x = hk.Embed(11, WIDTH, name="embed")(x)
         core = hk.GRU(WIDTH, name="core")
-        hidden, _ = hk.dynamic_unroll(core, x, core.initial_state(BATCH), time_major=False)
+        hidden, _ = hk.dynamic_unroll(core, x, core.initial_state(x.shape[0]), time_major=False)
         attention = hk.MultiHeadAttention(
             2, 8, w_init=hk.initializers.VarianceScaling(), model_size=WIDTH, name="attention"
         )

@@ -230,7 +230,7 @@ def electra():
 
 @family("ALBERT, one layer shared", "Linen", "transformers")
 def albert():
-    layer = "albert/encoder/albert_layer_groups/layers/0"
+    layer = "albert/encoder/albert_layer_groups/0/albert_layers/0"
     return text(
         "AlbertForSequenceClassification",
         transformer("AlbertConfig", embedding_size=8, num_hidden_layers=3),
@@ -420,7 +420,7 @@ def flaxmodels_resnet():
     )
     return linen(
         model,
-        normal(2 * BATCH, 16, 16, 3)[:BATCH],
+        normal(BATCH, 32, 32, 3),
         {"train": False},
         kwargs={"train": True, **BATCH_STATS},
         middle="BasicBlock_3",
@@ -434,7 +434,7 @@ def lru():
 
     inner = long_range_models.LRULayer(feature_dim=WIDTH, state_dim=8)
     model = long_range_models.SequenceModel(inner, VOCABULARY, WIDTH, CLASSES, pool=True)
-    return linen(model, tokens(BATCH, LENGTH), middle="embed", late="module")
+    return linen(model, tokens(BATCH, LENGTH), middle="Embed_0", late="module")
 
 
 @family("Mamba-2 language model", "NNX", "mamba2-jax")
