@@ -46,7 +46,7 @@ def measured(families, only, rows, out):
         version = families.version_of(family.package) if family.package else ""
         made = {"library": family.library, "package": family.package, "version": version}
         kept[name] = {"family": name, **made, **families.measure(family.build())}
-        print(name, kept[name])
+        print(kept[name], flush=True)
         write(families, kept, out)
         # The programs of one family are of no use to the next.
         jax.clear_caches()
@@ -76,7 +76,8 @@ def table(rows):
         why = ", ".join(f"{number}{letters[reason]}" for reason, number in row["reasons"].items())
         figures = [f"{row[name]:.0e}" if row[name] else "0" for name in ("empty", "zero", "lpa")]
         cells = [row["family"] + whose, row["library"], str(row["sites"]), why or "0", *figures]
-        lines.append(f"| {' | '.join(cells)} | {row['flops']:.2f} | {row['tail']:.0%} |")
+        cells += ["loop" if row["loop"] else f"{row['flops']:.2f}", f"{row['tail']:.1%}"]
+        lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "Why layers were refused, and how many over all families:", ""]
     lines += [f"- {letter}: {reason} ({reasons[reason]})" for reason, letter in letters.items()]
     return "\n".join(lines) + "\n"

@@ -5,6 +5,7 @@ import functools
 import sys
 from typing import Any
 
+from flax import linen as nn
 from flax import nnx
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ from lpa_jax.perturb import engine, sites
 
 
 def value_and_grad(
-    model: Callable[..., Any],
+    model: Any,
     perturbation: sites.Perturbation | sites.Chain,
     *,
     num_classes: int,
@@ -39,10 +40,10 @@ def value_and_grad(
     `(loss, aux), grads, state = step(variables, state, inputs, labels, key, weights=w, examples=i,
     **kwargs)`
 
-    - `variables`: of a Linen model what `model.init` returned, of an NNX model the model, which is
-      not mutated, of a Haiku function its parameters or `(params, state)`, of a plain function its
-      parameters. `grads` is of the form of the parameters: Linen's `"params"`, an `nnx.State` for
-      `optimizer.update`, a tree.
+    - `variables`: of a Linen model what `model.init` returned, a mapping with `"params"`; of an NNX
+      model the model, which is not mutated; of a Haiku function its parameters, or
+      `(params, state)`; of a plain function its parameters. `grads` is of the form of the
+      parameters: Linen's `"params"`, an `nnx.State` for `optimizer.update`, a tree.
     - `state`: from `step.init(variables, inputs, labels, **kwargs)`.
     - `inputs`: `[B, ...]`, an array or a tree of arrays, which the network takes as one argument.
     - `labels`: int `[B]` in `[0, C)`, or float `[B, C]`. The label -1 says that an example does not
@@ -118,17 +119,17 @@ def value_and_grad(
       >>> loss.shape, aux["logits"].shape, aux["metrics"]["layers_0"]["relative"].round(4).tolist()
       ((), (4, 3), [0.1, 0.1, 0.1])
     """
-    if num_classes < 2:
-        raise ValueError(f"num_classes must be at least 2, not {num_classes}.")
-    if isinstance(per_example, str) or isinstance(methods, str):
-        raise TypeError("per_example and methods take several names, as in ('mask',).")
+    sites.check_count("num_classes", num_classes, low=2)
+    for name, function in (("loss_fn", loss_fn), ("logits", logits)):
+        if function is not None and not callable(function):
+            raise TypeError(f"{name} must be a function, not {function!r}.")
     return engine.Step(
         backend_of(model, methods),
         sites.chain(perturbation),
         num_classes,
         optax.softmax_cross_entropy if loss_fn is None else loss_fn,
         logits,
-        tuple(per_example),
+        _several("per_example", per_example),
         _axes(axis_name),
     )
 
@@ -168,7 +169,7 @@ class Sites(dict[str, jax.ShapeDtypeStruct]):
 
 
 def list_sites(
-    model: Callable[..., Any],
+    model: Any,
     variables: PyTree,
     inputs: PyTree,
     *,
@@ -188,7 +189,9 @@ def list_sites(
     branches and functions with derivatives of their own are none, and neither are values without an
     axis that grows with the batch: `refused` tells why, for each. The site `"param_grads"`, whose
     value is a tree like the parameters, is not listed. A layer that has the name of another site,
-    such as `"logits"`, is no site of its own. Nothing is computed.
+    such as `"logits"`, is no site of its own. Layers of the same name, as of two models called in
+    one function, are numbered on, and so are layers without parameters under `nn.jit` that are
+    alike. The model is traced twice, and nothing is computed.
 
     Args:
       model: As in `value_and_grad`.
@@ -221,8 +224,9 @@ def list_sites(
       {'layers_0': 0.36, 'layers_1': 0.0}
     """
     network = backend_of(model, methods)(variables)
-    kwargs = {**(apply_kwargs or {}), **more_apply_kwargs}
-    given = {name: value for name, value in kwargs.items() if name in per_example}
+    kwargs = checks.merged(apply_kwargs, more_apply_kwargs)
+    names = _several("per_example", per_example)
+    given = {name: value for name, value in kwargs.items() if name in names}
     held = {name: value for name, value in kwargs.items() if name not in given}
     call = Call(network, held, logits, _axes(axis_name))
     checks.batch_of(inputs)
@@ -230,17 +234,19 @@ def list_sites(
     params, rest, abstract = jax.tree.map(checks.shape_of, whole)
     args = (params, rest, abstract, given)
     program = call.trace(*args)
-    raw = program.shapes[0].shape
+    if not (raw := program.shapes[0].shape):
+        raise ValueError("The network returns a single number, not logits [batch, num_classes].")
     # Of two classes there may be one logit.
     rows, classes = (raw[:1], 2) if len(raw) == 1 else (raw[:-1], max(raw[-1], 2))
-    places, refused = call.places(program, Rows(rows), *args)
-    for name in {place.site.given for place in places}.intersection(engine.FIXED):
-        refused[f"layer {name!r}"] = "its name is that of another site"
+    places, refused = call.places(program, call.trace_larger(*args), Rows(rows))
+    for place in places:
+        if not set(engine.FIXED).isdisjoint(place.names):
+            refused[place.site.name] = "the layer of this name has the name of another site"
+    places = [place for place in places if set(engine.FIXED).isdisjoint(place.names)]
     found = {
         name: jax.ShapeDtypeStruct(place.site.shape, place.site.dtype)
         for place in places
         for name in (place.site.given, place.site.name)
-        if name not in engine.FIXED
     }
     ends = jax.ShapeDtypeStruct((*rows, classes), jnp.float32)
     first = {
@@ -256,13 +262,15 @@ def list_sites(
     return Sites({**first, sites.LABELS: ends, **found, **last}, refused, count)
 
 
-def backend_of(model: Callable[..., Any], methods: Sequence[str] = ()) -> Backend:
+def backend_of(model: Any, methods: Sequence[str] = ()) -> Backend:
     """Return what opens the variables of a model, by the kind of the model.
 
     Raises:
       TypeError: If it is of no known kind.
     """
-    named = (CALL, *methods)
+    named = (CALL, *_several("methods", methods))
+    if isinstance(model, nn.Module):
+        raise TypeError("Give value_and_grad model.apply, not the Linen model itself.")
     if isinstance(model, nnx.Module):
         return functools.partial(open_nnx, named)
     if (haiku := sys.modules.get("haiku")) is not None and isinstance(
@@ -281,9 +289,20 @@ def backend_of(model: Callable[..., Any], methods: Sequence[str] = ()) -> Backen
             return open_linen(model, named, variables)
         if isinstance(variables, nnx.Module):
             raise TypeError("Give value_and_grad the NNX model itself, not a function.")
+        if isinstance(getattr(model, "__self__", None), nn.Module):
+            raise ValueError(
+                "The variables must be what model.init returned, a mapping with 'params': give "
+                "{'params': params}."
+            )
         return open_function(model, variables)
 
     return open_callable
+
+
+def _several(name: str, names: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(names, str) or not all(isinstance(one, str) for one in names):
+        raise TypeError(f"{name} takes several names, as in ({names!r},), not {names!r}.")
+    return tuple(names)
 
 
 def _axes(axis_name: str | Sequence[str] | None) -> tuple[str, ...]:

@@ -161,3 +161,26 @@ def test_sam_moves_on_each_device_by_its_own_gradient(how):
         return jax.lax.pmean(grads, AXIS)
 
     close(MAPPED[how](train, params, state, X, Y), expected)
+
+
+def test_an_axis_that_is_not_named_is_refused():
+    """The gradient would be the sum of the devices'."""
+    step = lpa_jax.value_and_grad(Net(AXIS).apply, lpa_jax.chain(), num_classes=CLASSES)
+
+    def train(variables, state, x, y):
+        return step(variables, state, x, y, KEY, mutable=["batch_stats"])[0][0]
+
+    state = lpa_jax.value_and_grad(
+        Net(AXIS).apply, lpa_jax.chain(), num_classes=CLASSES, axis_name=AXIS
+    ).init(VARIABLES, X, Y, mutable=["batch_stats"])
+    with pytest.raises(ValueError, match="axis_name='data'"):
+        MAPPED["shard_map"](train, VARIABLES, state, X, Y)
+
+
+def test_an_axis_that_is_not_in_force_is_refused():
+    step = lpa_jax.value_and_grad(
+        Net(AXIS).apply, lpa_jax.chain(), num_classes=CLASSES, axis_name=AXIS
+    )
+    state = step.init(VARIABLES, X, Y, mutable=["batch_stats"])
+    with pytest.raises(ValueError, match="not mapped over axis_name"):
+        step(VARIABLES, state, X, Y, KEY, mutable=["batch_stats"])

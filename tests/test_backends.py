@@ -577,7 +577,10 @@ def test_lpa_within_an_equinox_model_is_what_one_would_write_by_hand():
 # ---------------------------------------------------------------- rematerialization by names
 
 
-ONLY_MINE = jax.checkpoint_policies.save_only_these_names("mine")
+POLICIES = {
+    "only mine": jax.checkpoint_policies.save_only_these_names("mine"),
+    "any but mine": jax.checkpoint_policies.save_any_names_but_these("mine"),
+}
 
 
 def chosen(layer, x):
@@ -593,9 +596,11 @@ class LinenChosen(linen.Module):
 
 
 class LinenRemat(linen.Module):
+    policy: str
+
     @linen.compact
     def __call__(self, x):
-        x = linen.remat(LinenChosen, policy=ONLY_MINE)(name="chosen")(x)
+        x = linen.remat(LinenChosen, policy=POLICIES[self.policy])(name="chosen")(x)
         return linen.Dense(CLASSES, name="head")(x.mean(1))
 
 
@@ -608,23 +613,24 @@ class NnxChosen(nnx.Module):
 
 
 class NnxRemat(Classifier):
-    def __init__(self):
+    def __init__(self, policy):
         super().__init__()
+        self.policy = policy
         self.chosen = NnxChosen()
 
     def __call__(self, x):
-        remat = nnx.remat(lambda chosen, x: chosen(x), policy=ONLY_MINE)
+        remat = nnx.remat(lambda chosen, x: chosen(x), policy=POLICIES[self.policy])
         return self.classify(remat(self.chosen, x))
 
 
-def remat_network(library):
+def remat_network(library, policy):
     """Return a network, its variables, and the network without the library."""
     if library == "linen":
-        model = LinenRemat()
+        model = LinenRemat(policy)
         variables = model.init(jax.random.key(0), X)
         return model.apply, variables, lambda params: model.apply({"params": params}, X)
     if library == "nnx":
-        model = NnxRemat()
+        model = NnxRemat(policy)
         graph, _, rest = nnx.split(model, nnx.Param, ...)
         return model, model, lambda params: nnx.merge(graph, params, rest, copy=True)(X)
     if library == "haiku":
@@ -632,31 +638,29 @@ def remat_network(library):
 
         def network(x):
             layer = hk.Linear(WIDTH, name="layer")
-            x = hk.remat(functools.partial(chosen, layer), policy=ONLY_MINE)(x)
+            x = hk.remat(functools.partial(chosen, layer), policy=POLICIES[policy])(x)
             return hk.Linear(CLASSES, name="head")(x.mean(1))
 
         model = hk.transform(network)
         params = model.init(jax.random.key(0), X)
         return model, params, lambda params: model.apply(params, None, X)
 
-    def function(params, x):
-        layer = lambda x: lpa_jax.tap("layer", x @ params["first"])  # noqa: E731
-        x = jax.checkpoint(functools.partial(chosen, layer), policy=ONLY_MINE)(x)
+    def function(name, params, x):
+        layer = lambda x: name("layer", x @ params["first"])  # noqa: E731
+        x = jax.checkpoint(functools.partial(chosen, layer), policy=POLICIES[policy])(x)
         return x.mean(1) @ params["second"]
 
-    return function, plain_params(), None
+    unnamed = functools.partial(function, lambda name, value: value)
+    named = functools.partial(function, lpa_jax.tap)
+    return named, plain_params(), lambda params: unnamed(params, X)
 
 
-def without_taps(params):
-    layer = lambda x: x @ params["first"]  # noqa: E731
-    x = jax.checkpoint(functools.partial(chosen, layer), policy=ONLY_MINE)(X)
-    return x.mean(1) @ params["second"]
-
-
+@pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("library", ["linen", "nnx", "haiku", "function"])
-def test_a_policy_of_rematerialization_keeps_what_the_user_names_and_nothing_of_ours(library):
-    model, variables, plain = remat_network(library)
-    plain = without_taps if plain is None else plain
+def test_a_policy_of_rematerialization_keeps_what_the_user_names_and_nothing_of_ours(
+    library, policy
+):
+    model, variables, plain = remat_network(library, policy)
     network = api.backend_of(model)(variables)
     inputs = (network.rest, X, {})
 
@@ -667,12 +671,13 @@ def test_a_policy_of_rematerialization_keeps_what_the_user_names_and_nothing_of_
         return program.walk(args, wanted, lambda site, value, tail: value)[0].sum()
 
     expected = residuals(lambda params: plain(params).sum(), network.params)
-    assert f"f32[{BATCH},{POSITIONS},{WIDTH}] named 'mine'" in expected
+    kept = policy == "only mine"
+    assert sum("'mine'" in line for line in expected) == kept
     assert residuals(walk, network.params) == expected
     # A region that is cut at a site keeps the value there besides, and still what the user named.
     (site,) = {"layer[0]", "chosen/layer[0]"} & set(names_of(model, variables)[0])
     cut = residuals(functools.partial(walk, wanted=[site]), network.params)
-    assert sum("'mine'" in line for line in cut) == 1
+    assert sum("'mine'" in line for line in cut) == kept
     assert len(cut) <= len(expected) + 1
 
 

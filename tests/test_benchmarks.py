@@ -58,6 +58,8 @@ def test_what_is_differentiated_is_the_perturbation_of_the_library():
         ("growth", ["--sites", "group3", "--sweeps", "steps"], 5),
         ("own_work", ["--batch=8", "--classes", "10"], 38),
         ("collectives", ["--model=wrn_10_1", "--batch=16"], 18),
+        ("trace_time", ["--layers=3", "--repeats=1"], 4),
+        ("scan_cost", ["--layers=4", "--batch=4", "--rounds=1"], 15),
         ("startup", ["--configs", "digits", "--repeats=1"], 1),
         (
             "throughput",

@@ -754,7 +754,7 @@ def test_weights_that_do_not_fit_are_refused():
     ("apply_fn", "num_classes", "message"),
     [
         (MODEL.apply, CLASSES + 1, r"num_classes is 5.*logits \[batch, num_classes\]"),
-        (networks.Pair().apply, CLASSES, "no array of logits, but tuple: tell which part"),
+        (networks.Pair().apply, CLASSES, "no array of float logits, but tuple: say which part"),
         (networks.Block().apply, networks.WIDTH, r"returns \(8, 3, 6\)"),
     ],
     ids=["other number of classes", "two outputs", "not one row for each example"],

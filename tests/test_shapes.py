@@ -4,6 +4,7 @@ import functools
 
 import chex
 from flax import linen as nn
+from flax import nnx
 import jax
 from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
@@ -414,7 +415,9 @@ def test_a_keyword_input_of_each_example_is_refused_by_mixing():
 def test_a_keyword_input_that_is_not_declared_leaves_training_alone_and_says_what_to_do():
     (loss, _), grads, _ = run(MASKED.apply, MASKED_VARIABLES, lpa_jax.chain(), IDS, mask=MASK)
     close((loss, grads), plain(lambda v: MASKED.apply(v, IDS, MASK), MASKED_VARIABLES))
-    with pytest.raises(lpa_jax.SiteError, match="must be named in per_example"):
+    with pytest.raises(
+        lpa_jax.SiteError, match="if mask hold a value for each example, name them in per_example"
+    ):
         run(MASKED.apply, MASKED_VARIABLES, lpa("inner"), IDS, mask=MASK)
     found = lpa_jax.list_sites(MASKED.apply, MASKED_VARIABLES, IDS, mask=MASK)
     assert "inner" not in found
@@ -676,7 +679,7 @@ def test_costs_are_those_of_the_rest_of_the_network():
                 MLP.apply, lpa_jax.chain(), num_classes=3, per_example="mask"
             ),
             TypeError,
-            "take several names",
+            "takes several names",
         ),
         (
             lambda: run(MLP.apply, VARIABLES, lpa_jax.chain(), TOKENS, TAGS, weights=jnp.ones(4)),
@@ -693,4 +696,113 @@ def test_costs_are_those_of_the_rest_of_the_network():
 )
 def test_what_does_not_fit_is_refused(call, error, message):
     with pytest.raises(error, match=message):
+        call()
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+def test_a_layer_with_the_name_of_another_site_is_no_site_by_a_pattern_either():
+    class Taken(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(3, name="logits")(jnp.tanh(nn.Dense(7, name="inputs")(x)))
+
+    model = Taken()
+    variables = networks.fill(model, X)
+    found = lpa_jax.list_sites(model.apply, variables, X)
+    assert set(found.refused) == {"inputs", "logits"}
+    with pytest.raises(lpa_jax.SiteError, match="pattern matches none of the layers"):
+        run(model.apply, variables, lpa_jax.chain(shift("logits"), shift("*")))
+
+
+def test_a_value_that_is_not_used_is_no_site():
+    def network(params, x):
+        lpa_jax.tap("unused", x @ params["a"])
+        turns = jax.lax.scan(turn, (x, x), jnp.arange(2.0))[0]
+        return lpa_jax.tap("hidden", turns[0] @ params["a"]) @ params["b"]
+
+    def turn(carry, _):
+        kept, dropped = carry
+        return (lpa_jax.tap("kept", jnp.tanh(kept)), lpa_jax.tap("dropped", dropped + kept)), None
+
+    params = {"a": jnp.eye(5), "b": jnp.ones((5, 3))}
+    found = lpa_jax.list_sites(network, params, X)
+    assert list(found)[2:-2] == ["kept", "kept[0]", "kept[1]", "hidden"]
+    reason = "the network's output does not depend on it"
+    assert found.refused == {"unused": reason, "dropped": reason}
+    with pytest.raises(lpa_jax.SiteError, match="'unused' is no site: the network's output"):
+        run(network, params, lpa("unused"))
+
+
+def test_values_in_a_loop_over_the_examples_do_not_hide_those_outside():
+    def network(params, x):
+        inner = jax.lax.map(lambda row: lpa_jax.tap("a", jnp.tanh(row @ params["a"])), x)
+        return lpa_jax.tap("a", jnp.tanh(inner @ params["a"])) @ params["b"]
+
+    params = {"a": jnp.eye(5), "b": jnp.ones((5, 3))}
+    found = lpa_jax.list_sites(network, params, X)
+    assert list(found)[2:-2] == ["a", "a[6]"]
+    assert found.refused["a[0]"] == "no axis of its shape, (5,), grows with the batch"
+
+
+def test_a_mask_that_is_not_declared_is_refused_by_mixing():
+    step = lpa_jax.value_and_grad(MASKED.apply, lpa_jax.manifold_mixup("embed", 1.0), num_classes=3)
+    with pytest.raises(lpa_jax.SiteError, match=r"Examples cannot be mixed.*name them"):
+        step.init(MASKED_VARIABLES, IDS, Y, mask=MASK)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("given", "kwargs", "message"),
+    [
+        ({"per_example": ("maks",)}, {"mask": MASK}, "names {'maks'}, which are not among"),
+        (GIVEN, {"mask": MASK[:1]}, "a value for each of the 6 examples along its first axis"),
+        (GIVEN, {"mask": 1.0}, "a value for each of the 6 examples"),
+        (GIVEN, {"mask": MASK, "apply_kwargs": {"mask": MASK}}, "given twice"),
+        ({}, {"mask": MASK, "mutable": True, "wrapped": True}, "must return what model.apply does"),
+    ],
+)
+def test_keyword_arguments_that_do_not_fit_are_refused(given, kwargs, message):
+    kwargs = dict(kwargs)
+    wrapped = kwargs.pop("wrapped", False)
+    apply = (lambda *args, **kw: MASKED.apply(*args, **kw)[0]) if wrapped else MASKED.apply
+    step = lpa_jax.value_and_grad(apply, lpa_jax.chain(), num_classes=3, **given)
+    with pytest.raises(ValueError, match=message):
+        step.init(MASKED_VARIABLES, IDS, Y, **kwargs)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("model", "variables", "message"),
+    [
+        (MLP, VARIABLES, "Give value_and_grad model.apply"),
+        (MLP.apply, VARIABLES["params"], "give {'params': params}"),
+        (MLP.apply, nnx.Linear(5, 3, rngs=nnx.Rngs(0)), "Give value_and_grad the NNX model itself"),
+        (nnx.Linear(5, 3, rngs=nnx.Rngs(0)), VARIABLES, "are the model itself, not dict"),
+        (
+            lambda p, x: x @ p["w"],
+            {"w": X.T @ X, "act": "relu"},
+            "there is a str: take the arrays",
+        ),
+    ],
+)
+def test_variables_of_another_kind_than_the_model_are_refused(model, variables, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        lpa_jax.list_sites(model, variables, X)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_the_state_of_another_step_is_refused():
+    step = lpa_jax.value_and_grad(MLP.apply, lpa("first"), num_classes=3)
+    other = lpa_jax.value_and_grad(MLP.apply, lpa_jax.chain(), num_classes=3)
+    for state in (other.init(VARIABLES, X, Y), None):
+        with pytest.raises(ValueError, match=r"must be what step\.init returned, of 1 pert"):
+            step(VARIABLES, state, X, Y, KEY)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("call", [lambda: lpa_jax.tap("", X), lambda: lpa_jax.tap(X, "hidden")])
+def test_a_tap_needs_a_name(call):
+    with pytest.raises(TypeError, match="tap takes a name and a value"):
         call()

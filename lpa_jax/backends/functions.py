@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import jax
 from jaxtyping import PyTree
 
 from lpa_jax.core.network import Network
@@ -10,6 +11,13 @@ from lpa_jax.core.network import Network
 
 def open_function(function: Callable[..., Any], params: PyTree) -> Network:
     """Open the parameters of `function(params, inputs, **kwargs)`, a tree of arrays."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if not hasattr(leaf, "dtype"):
+            raise TypeError(
+                "The parameters must be a tree of arrays, but at params"
+                f"{jax.tree_util.keystr(path)} there is a {type(leaf).__name__}: take the arrays "
+                "apart, as eqx.partition does, and close over the rest."
+            )
 
     def run(params, rest, inputs, kwargs):
         return function(params, inputs, **kwargs), {}

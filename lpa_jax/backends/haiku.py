@@ -23,6 +23,9 @@ def open_haiku(transformed: Any, methods: tuple[str, ...], variables: PyTree) ->
     import haiku as hk
 
     stateful = isinstance(transformed, hk.TransformedWithState)
+    if stateful != isinstance(variables, tuple):
+        what = "(params, state), as of" if stateful else "the parameters alone, without a state, of"
+        raise ValueError(f"The variables must be {what} what hk.transform made.")
     params, rest = variables if stateful else (variables, {})
 
     def run(params, rest, inputs, kwargs):

@@ -33,7 +33,14 @@ def open_linen(
         told = {**rest, "params": params, COLLECTION: _paths(params)}
         with nn.intercept_methods(interceptor(_path_of, methods)):
             result = apply_fn(told, inputs, **kwargs)
-        output, updates = result if kwargs.get("mutable", False) else (result, {})
+        if not kwargs.get("mutable", False):
+            return result, {}
+        if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], Mapping)):
+            raise ValueError(
+                "As mutable= is given, the function that calls the model must return what "
+                "model.apply does: the output, and the mutated collections."
+            )
+        output, updates = result
         ours = ("params", COLLECTION)
         return output, {name: new for name, new in updates.items() if name not in ours}
 

@@ -23,6 +23,11 @@ def open_nnx(methods: tuple[str, ...], model: nnx.Module) -> Network:
       The network. Parameters, and so the gradient, are the `nnx.State` of all `nnx.Param`; what it
       mutates is the state of all other variables, ready for `nnx.update(model, state)`.
     """
+    if not isinstance(model, nnx.Module):
+        raise TypeError(
+            f"The variables of an NNX model are the model itself, not {type(model).__name__}: give "
+            "it, or nnx.merge(graphdef, state)."
+        )
     graph, params, rest = nnx.split(model, nnx.Param, ...)
 
     def run(params, rest, inputs, kwargs):

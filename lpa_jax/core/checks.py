@@ -1,5 +1,6 @@
 """Labels, weights and examples as a step is given them: checked, and put into one form."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -28,6 +29,8 @@ def batch_of(inputs: PyTree) -> int:
     Raises:
       ValueError: If the inputs hold no array, or arrays that do not agree in their first axis.
     """
+    if any(not hasattr(leaf, "dtype") for leaf in jax.tree.leaves(inputs)):
+        raise ValueError("The inputs must be an array, or a tree of arrays: use numpy.asarray.")
     shapes = [leaf.shape for leaf in jax.tree.leaves(inputs)]
     sizes = {shape[:1] for shape in shapes}
     if len(sizes) != 1 or () in sizes:
@@ -35,11 +38,22 @@ def batch_of(inputs: PyTree) -> int:
             f"The first axis of all inputs must be that of the batch, but their shapes are "
             f"{shapes}; what is the same for all examples is a keyword argument."
         )
+    if not shapes[0][0]:
+        raise ValueError(f"The batch is empty: the shapes of the inputs are {shapes}.")
     return shapes[0][0]
+
+
+def merged(apply_kwargs: Mapping[str, Any] | None, more: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keyword arguments of the network, given in a mapping and by their names."""
+    if twice := set(apply_kwargs or {}).intersection(more):
+        raise ValueError(f"Keyword arguments are given twice, in apply_kwargs too: {twice}.")
+    return {**(apply_kwargs or {}), **more}
 
 
 def check_labels(labels: Any, batch: int, num_classes: int) -> None:
     """Raise `ValueError` unless the labels fit; values are checked where they are known."""
+    if not hasattr(labels, "dtype"):
+        raise ValueError(f"labels must be an array, not {type(labels).__name__}: numpy.asarray.")
     if are_classes(labels):
         if labels.shape[:1] != (batch,):
             raise ValueError(f"Integer labels must have shape ({batch},), not {labels.shape}.")
@@ -66,8 +80,8 @@ def check_logits(shape: tuple[int, ...], rows: tuple[int, ...], num_classes: int
         one = ", or one logit [batch] or [batch, 1]" if num_classes == 2 else ""
         raise ValueError(
             f"The network returns {shape}, but num_classes is {num_classes}: its output must be "
-            f"logits [batch, num_classes]{one}, or such at each position, [batch, positions, "
-            "num_classes]."
+            f"logits [batch, num_classes]{one}, or logits at each position, [batch, "
+            "positions, num_classes]."
         )
     raise ValueError(
         f"The network returns {shape}: integer labels must have shape {shape[:-1]}, not {rows}, "

@@ -8,7 +8,15 @@ import jax
 from jax.extend import core as jex
 import jax.numpy as jnp
 
-from lpa_jax.core.jaxprs import ClosedJaxpr, inside, opened, Path, REMATERIALIZED, without_names
+from lpa_jax.core.jaxprs import (
+    ClosedJaxpr,
+    inside,
+    num_constant_and_carried,
+    opened,
+    Path,
+    REMATERIALIZED,
+    without_names,
+)
 
 
 class Value:
@@ -180,13 +188,7 @@ def _cut_remat(ops: list[Op], results: list[Any], params: Mapping[str, Any]) -> 
 def _cut_scan(eqn, body, consts, ins, outs, wanted, path) -> Iterator[Op]:
     """Cut a scan at the turns that are wanted: a scan up to each, the turn by itself, the rest."""
     length, reverse = eqn.params["length"], eqn.params["reverse"]
-
-    def unstacked(outer, inner):
-        # What is scanned over has one axis more outside than inside.
-        return sum(a.aval.shape == b.aval.shape for a, b in zip(outer, inner, strict=True))
-
-    num_carry = unstacked(eqn.outvars, body.outvars)
-    num_consts = unstacked(eqn.invars, body.invars) - num_carry
+    num_consts, num_carry = num_constant_and_carried(eqn, body)
     fixed, carry = ins[:num_consts], ins[num_consts : num_consts + num_carry]
     stacked = ins[num_consts + num_carry :]
     once = jex.jaxpr_as_fun(ClosedJaxpr(without_names(body), consts))

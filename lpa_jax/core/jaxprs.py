@@ -71,3 +71,47 @@ def without_names(sub: Any) -> Any:
     if isinstance(sub, jex.Jaxpr):
         return sub.replace(**changes)
     return sub.replace(jaxpr=jaxpr.replace(**changes))
+
+
+def num_constant_and_carried(eqn: Any, body: Any) -> tuple[int, int]:
+    """Return how many inputs of a scan are the same at all turns, and how many it carries on."""
+
+    def unstacked(outer, inner):
+        # What is scanned over has one axis more outside than inside.
+        return sum(a.aval.shape == b.aval.shape for a, b in zip(outer, inner, strict=True))
+
+    carried = unstacked(eqn.outvars, body.outvars)
+    return unstacked(eqn.invars, body.invars) - carried, carried
+
+
+def needed_by(jaxpr: Any, wanted: Sequence[bool]) -> set[Any]:
+    """Return the variables on which the wanted results of a jaxpr depend."""
+    results = zip(jaxpr.outvars, wanted, strict=True)
+    alive = {var for var, want in results if want and not isinstance(var, jex.Literal)}
+    for eqn in reversed(jaxpr.eqns):
+        if alive.isdisjoint(eqn.outvars):
+            continue
+        needs = eqn.invars
+        if eqn.primitive.name in (*INLINED, *REMATERIALIZED, "scan"):
+            body, _ = opened(inside(eqn)[0])
+            within = needed_by(body, wanted_within(eqn, body, alive))
+            pairs = zip(eqn.invars, body.invars, strict=True)
+            needs = [outer for outer, inner in pairs if inner in within]
+        alive.update(var for var in needs if not isinstance(var, jex.Literal))
+    return alive
+
+
+def wanted_within(eqn: Any, body: Any, alive: set[Any]) -> list[bool]:
+    """Return which results of the body of an equation are needed, given those of the equation."""
+    wanted = [var in alive for var in eqn.outvars]
+    if eqn.primitive.name != "scan":
+        return wanted
+    constant, carried = num_constant_and_carried(eqn, body)
+    while True:
+        within = needed_by(body, wanted)
+        # What a turn takes in is what the one before has carried on.
+        taken = [var in within for var in body.invars[constant : constant + carried]]
+        more = [*map(max, wanted, taken), *wanted[carried:]]
+        if more == wanted:
+            return wanted
+        wanted = more

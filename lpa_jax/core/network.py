@@ -106,36 +106,69 @@ class Call:
     axis_names: Sequence[str]
 
     def trace(self, params: PyTree, rest: PyTree, inputs: PyTree, given: Mapping) -> Program:
-        """Trace `(params, rest, inputs, given) -> (logits, mutated state)` by the shapes alone."""
+        """Trace `(params, rest, inputs, given) -> (logits, mutated state)` by the shapes alone.
+
+        Raises:
+          ValueError: If a keyword argument that is given has no axis of the batch, or the network
+            returns no logits.
+        """
+        batch = jax.tree.leaves(inputs)[0].shape[:1]
+        for name, value in given.items():
+            shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(value)]
+            if any(shape[:1] != batch for shape in shapes):
+                raise ValueError(
+                    f"per_example names {name!r}, which must hold a value for each of the "
+                    f"{batch[0]} examples along its first axis, but its shape is {shapes}."
+                )
         return self._trace(1, params, rest, inputs, given)
 
+    def trace_larger(self, *args: PyTree) -> Program | str:
+        """Trace with more examples, by which the axis of the batch is found.
+
+        Args:
+          *args: What `trace` was given.
+
+        Returns:
+          The program, or why there is none.
+        """
+        try:
+            return self._trace(COPIES, *args)
+        except Exception as error:  # The network's own code may raise anything.
+            told = f"{type(error).__name__}: {error}".split("\n")[0]
+            arrays = [n for n, v in self.kwargs.items() if any(map(jnp.ndim, jax.tree.leaves(v)))]
+            advice = (
+                f"if {', '.join(arrays)} hold a value for each example, name them in per_example"
+                if arrays
+                else "write no size of the batch into the network"
+            )
+            return (
+                "the axis of its examples is not known, as the network cannot be traced with "
+                f"{COPIES} times as many of them ({told:.200}); {advice}"
+            )
+
     def places(
-        self, program: Program, rows: Rows, *args: PyTree
+        self, program: Program, larger: Program | str, rows: Rows
     ) -> tuple[list[Place], dict[str, str]]:
-        """Find the values that grow with the batch, by a second trace with more examples.
+        """Find the values that grow with the batch.
 
         Args:
           program: What `trace` returned.
+          larger: What `trace_larger` returned.
           rows: Of the labels.
-          *args: What `trace` was given.
 
         Returns:
           The sites with a batch axis, and why each other layer or named value is none, by its name.
         """
         refused = dict(program.unreachable)
-        try:
-            larger = {site.name: site.shape for site in self._trace(COPIES, *args).sites}
-        except Exception as error:  # The network's own code may raise anything.
-            told = f"{type(error).__name__}: {error}".split("\n")[0]
-            why = (
-                "the axis of its examples is not known, as the network cannot be traced with "
-                f"{COPIES} times as many of them ({told:.200}); keyword arguments that hold a "
-                "value for each example must be named in per_example"
-            )
-            return [], refused | {site.given: why for site in program.sites}
+        if isinstance(larger, str):
+            return [], refused | {site.given: larger for site in program.sites}
+        # What makes the examples more comes first in it.
+        shift = len(larger.equations) - len(program.equations)
+        shapes = {(s.given, s.path[0] - shift, s.path[1:]): s.shape for s in larger.sites}
         found, reasons = [], {}
         for site in program.sites:
-            axis = _batch_axis(site.shape, larger.get(site.name, site.shape), rows.shape[0])
+            again = shapes.get((site.given, site.path[0], site.path[1:]))
+            axis = _batch_axis(site.shape, again, rows.shape[0])
             if not isinstance(axis, int):
                 reasons[site] = axis
             elif not rows.fit((place := Place(site, axis, site.names)).shape):
@@ -161,8 +194,8 @@ class Call:
             output, updates = self.network.run(params, rest, inputs, {**self.kwargs, **given})
             return self._logits(output), updates
 
-        unbound = [name for name in self.axis_names if not _bound(name)]
-        return Program.trace(run, *args, axis_names=unbound)
+        unbound = [name for name in self.axis_names if not is_bound(name)]
+        return Program.trace(run, *args, axis_names=unbound, results=1)
 
     def _logits(self, output: Any) -> Array:
         logits = output if self.pick is None else self.pick(output)
@@ -170,14 +203,17 @@ class Call:
             return logits
         kind = getattr(logits, "dtype", None) or f"{type(logits).__name__}"
         raise ValueError(
-            f"The network returns no array of logits, but {kind}: tell which part they are, as in "
-            "value_and_grad(..., logits=lambda output: output[0]). Where a Linen model returns "
-            "mutated collections beside them, give mutable= to the step and not to the model."
+            f"The network returns no array of float logits, but {kind}: say which part of its "
+            "output they are, as in value_and_grad(..., logits=lambda output: output[0]). Where a "
+            "Linen model returns mutated collections beside them, give mutable= to the step and "
+            "not to the model."
         )
 
 
-def _batch_axis(shape: tuple[int, ...], larger: tuple[int, ...], batch: int) -> int | str:
+def _batch_axis(shape: tuple[int, ...], larger: tuple[int, ...] | None, batch: int) -> int | str:
     """Return the axis that grows with the batch, or why there is none."""
+    if larger is None:
+        return "the network computes it in another way where the batch has another size"
     if len(shape) == len(larger):
         grown = [axis for axis in range(len(shape)) if shape[axis] != larger[axis]]
         if len(grown) == 1 and shape[grown[0]] == batch:
@@ -192,7 +228,7 @@ def _batch_axis(shape: tuple[int, ...], larger: tuple[int, ...], batch: int) -> 
     return f"no axis of its shape, {shape}, grows with the batch"
 
 
-def _bound(axis_name: str) -> bool:
+def is_bound(axis_name: str) -> bool:
     """Return whether the step is mapped over an axis of this name."""
     try:
         jax.lax.axis_size(axis_name)

@@ -23,9 +23,11 @@ from lpa_jax.core.jaxprs import (
     is_named,
     MARK,
     name_of,
+    needed_by,
     opened,
     Path,
     REMATERIALIZED,
+    wanted_within,
 )
 
 REASONS = {
@@ -74,6 +76,8 @@ def tap(name: str, value: PyTree) -> PyTree:
       >>> Program.trace(network, jnp.eye(2), jnp.ones((3, 2))).sites[0].name
       'hidden'
     """
+    if not isinstance(name, str) or not name:
+        raise TypeError(f"tap takes a name and a value, as in tap('hidden', value), not {name!r}.")
     leaves, tree = jax.tree.flatten(value)
     names = [name] if len(leaves) == 1 else [f"{name}:{place}" for place in range(len(leaves))]
     return tree.unflatten(
@@ -100,7 +104,11 @@ class Program:
 
     @classmethod
     def trace(
-        cls, function: Callable[..., PyTree], *args: PyTree, axis_names: Sequence[str] = ()
+        cls,
+        function: Callable[..., PyTree],
+        *args: PyTree,
+        axis_names: Sequence[str] = (),
+        results: int | None = None,
     ) -> "Program":
         """Trace a function of trees of arrays; nothing is computed.
 
@@ -108,6 +116,8 @@ class Program:
           function: The function.
           *args: Its arguments, of which the shapes count.
           axis_names: Axes over which it may reduce (`jax.lax.psum`) though they are not in force.
+          results: How many of the arrays that it returns count, all if not told; a value on which
+            none of them depends is no site.
 
         Example:
           >>> import jax.numpy as jnp
@@ -120,7 +130,10 @@ class Program:
         axes = [(name, 1) for name in axis_names]
         make = jax.make_jaxpr(function, axis_env=axes or None, return_shape=True)
         closed, shapes = make(*args)
-        sites, unreachable = _named(opened(closed)[0])
+        jaxpr, _ = opened(closed)
+        counts = range(len(jaxpr.outvars))[:results]
+        wanted = [place in counts for place in range(len(jaxpr.outvars))]
+        sites, unreachable = _named(jaxpr, wanted)
         return cls(closed, shapes, sites, unreachable)
 
     def walk(self, args: Sequence[PyTree], wanted: Iterable[str], visit: Visit) -> PyTree:
@@ -163,6 +176,11 @@ class Program:
             env[out] = visit(site, env[out], tail)
         return finish(env)
 
+    @property
+    def equations(self) -> Sequence[Any]:
+        """Its equations, in their order; each may have others inside."""
+        return opened(self.closed)[0].eqns
+
     def costs(self) -> dict[str, float]:
         """Return what comes after each site, as a share of the FLOPs of the program."""
         jaxpr, _ = opened(self.closed)
@@ -170,37 +188,38 @@ class Program:
         return {site.name: flops(jaxpr, site.path) / total for site in self.sites}
 
 
-def _named(jaxpr: Any) -> tuple[tuple[Site, ...], dict[str, str]]:
+def _named(jaxpr: Any, wanted: Sequence[bool]) -> tuple[tuple[Site, ...], dict[str, str]]:
     """Find the sites, in order, and why other named values are none."""
     found: list[tuple[tuple[Any, ...], Site]] = []
     unreachable: dict[str, str] = {}
 
-    def search(jaxpr, path, order, reason):
+    def search(jaxpr, path, order, reason, wanted):
+        alive = needed_by(jaxpr, wanted)
         for place, eqn in enumerate(jaxpr.eqns):
             kind, at, then = eqn.primitive.name, (*path, place), (*order, place)
             if (given := name_of(eqn)) is not None:
                 aval = eqn.outvars[0].aval
-                if reason is None and not jnp.issubdtype(aval.dtype, jnp.floating):
-                    unreachable[given] = f"it is {aval.dtype}, and perturbations need floats"
-                elif reason is None:
+                if (why := reason or _useless(aval, eqn.outvars[0] in alive)) is None:
                     found.append((then, Site(given, given, aval.shape, aval.dtype, at)))
                 else:
-                    unreachable.setdefault(given, reason)
+                    unreachable.setdefault(given, why)
             for sub in inside(eqn):
                 body, _ = opened(sub)
                 if reason is not None or kind not in (*INLINED, *REMATERIALIZED, "scan"):
                     why = REASONS.get(kind, f"it lies in a {kind}, which is not opened")
-                    search(body, at, then, reason or why)
-                elif kind == "scan":
+                    search(body, at, then, reason or why, [True] * len(body.outvars))
+                    continue
+                within = wanted_within(eqn, body, alive)
+                if kind == "scan":
                     # Without a name inside there is no need to go through all turns.
                     for turn in range(eqn.params["length"] if is_named(body) else 0):
                         length, reverse = eqn.params["length"], eqn.params["reverse"]
                         when = length - 1 - turn if reverse else turn
-                        search(body, (*at, turn), (*then, when), reason)
+                        search(body, (*at, turn), (*then, when), reason, within)
                 else:
-                    search(body, at, then, reason)
+                    search(body, at, then, reason, within)
 
-    search(jaxpr, (), (), None)
+    search(jaxpr, (), (), None, wanted)
     counts, seen = collections.Counter(site.given for _, site in found), collections.Counter()
     numbered = []
     for order, site in found:
@@ -208,3 +227,12 @@ def _named(jaxpr: Any) -> tuple[tuple[Site, ...], dict[str, str]]:
         seen[site.given] += 1
         numbered.append((order, site._replace(name=site.given + number)))
     return tuple(site for _, site in sorted(numbered, key=lambda pair: pair[0])), unreachable
+
+
+def _useless(aval: Any, used: bool) -> str | None:
+    """Return why a value that can be replaced is no site, if it is none."""
+    if not jnp.issubdtype(aval.dtype, jnp.floating):
+        return f"it is {aval.dtype}, and perturbations need floats"
+    if 0 in aval.shape:
+        return f"it is empty, {aval.shape}"
+    return None if used else "the network's output does not depend on it"

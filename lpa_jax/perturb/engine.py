@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int, Integer, PyTree
 import optax
 
 from lpa_jax.core import checks
-from lpa_jax.core.network import Backend, Call, Network, Place, Rows
+from lpa_jax.core.network import Backend, Call, is_bound, Network, Place, Rows
 from lpa_jax.core.program import Program, Site
 from lpa_jax.perturb import meshes, mixing, sites, statistics
 from lpa_jax.perturb.walk import Walk
@@ -76,17 +76,20 @@ class Step:
         inputs: PyTree,
         labels: Labels,
         *,
+        weights: Float[Array, "batch ..."] | None = None,
+        examples: Int[Array, "batch ..."] | None = None,
         apply_kwargs: Mapping[str, Any] | None = None,
         **more_apply_kwargs: Any,
     ) -> StepState:
-        """Return the first state; the batch given counts for its shapes alone.
+        """Return the first state; the batch given, as for a step, counts for its shapes alone.
 
         Raises:
           SiteError: If a perturbation stands at a site the network does not have.
           ValueError: If the labels or the logits do not fit `num_classes`.
         """
+        del weights, examples
         checks.check_labels(labels, checks.batch_of(inputs), self.num_classes)
-        kwargs = {**(apply_kwargs or {}), **more_apply_kwargs}
+        kwargs = checks.merged(apply_kwargs, more_apply_kwargs)
         # Shapes alone count: arrays may lie on a mesh with explicit axes.
         network = self.backend(variables)
         params, rest, abstract = jax.tree.map(
@@ -120,6 +123,7 @@ class Step:
         labels: Labels,
         key: Array,
         *,
+        weights: Float[Array, "batch ..."] | None = None,
         examples: Int[Array, "batch ..."] | None = None,
         apply_kwargs: Mapping[str, Any] | None = None,
         **more_apply_kwargs: Any,
@@ -129,7 +133,7 @@ class Step:
         First come those of the network as it is, then what the perturbations make of them. The
         step's gradients are returned as well.
         """
-        kwargs = {**(apply_kwargs or {}), **more_apply_kwargs}
+        kwargs = checks.merged(apply_kwargs, more_apply_kwargs)
         network = self.backend(variables)
         call, given = self._call(network, kwargs)
         args = (network.params, network.rest, inputs, given)
@@ -142,7 +146,14 @@ class Step:
 
         logits, _ = program.walk(args, [site.name for site in program.sites], keep)
         (loss, aux), grads, _ = self(
-            variables, state, inputs, labels, key, examples=examples, apply_kwargs=kwargs
+            variables,
+            state,
+            inputs,
+            labels,
+            key,
+            weights=weights,
+            examples=examples,
+            apply_kwargs=kwargs,
         )
         parts = {"the parameters": (network.params, network.rest), "the inputs": inputs}
         parts |= {f"{name!r}": value for name, value in values.items()}
@@ -167,7 +178,8 @@ class Step:
         **more_apply_kwargs: Any,
     ) -> tuple[tuple[Array, dict[str, Any]], PyTree, StepState]:
         """Return `((loss, aux), grads, state)`; see `lpa_jax.value_and_grad`."""
-        kwargs = {**(apply_kwargs or {}), **more_apply_kwargs}
+        self._check_state(state)
+        kwargs = checks.merged(apply_kwargs, more_apply_kwargs)
         network = self.backend(variables)
         given = (network, state, inputs, labels, key, weights, examples, kwargs)
         mesh = meshes.explicit(given)
@@ -178,6 +190,17 @@ class Step:
         aux = {"logits": by_example, "labels": by_example, "updates": on(), "metrics": on()}
         kept = jax.tree.map(on, (network.params, state))
         return meshes.run_automatic(self._step, mesh, ((on(), aux), *kept), *given)
+
+    def _check_state(self, state: StepState) -> None:
+        """Raise `ValueError` if a state is not one of this step."""
+        if isinstance(state, StepState):
+            number, classes = len(state.perturbations), state.class_stats.frequency.shape[0]
+            if (number, classes) == (len(self.chain), self.num_classes):
+                return
+        raise ValueError(
+            f"state must be what step.init returned, of {len(self.chain)} perturbations and "
+            f"{self.num_classes} classes."
+        )
 
     def _step(
         self,
@@ -209,8 +232,7 @@ class Step:
             labels = _cleaned(labels, weights > 0)
         if examples is not None:
             examples = rows.of(checks.check_examples(examples, rows.shape))
-        if self.axis_name:
-            network = network._replace(params=_varying(network.params, inputs))
+        network = network._replace(params=self._varying(network.params, inputs))
         params, rest = network.params, network.rest
         traced = self._trace(network, inputs, kwargs, labels)
         labels, weights = rows.of(labels), rows.of(weights)
@@ -258,6 +280,33 @@ class Step:
             labels = jnp.where(weights > 0, labels, checks.IGNORE)
         aux = {"logits": raw, "labels": rows.back(labels), "updates": updates}
         return (loss, aux | {"metrics": walk.metrics}), grads, state
+
+    def _varying(self, params: PyTree, inputs: PyTree) -> PyTree:
+        """Return parameters of which each device has a gradient of its own.
+
+        Within `shard_map`, the gradient at a value that is the same everywhere would be summed.
+
+        Raises:
+          ValueError: If the axes over which the step is mapped are others than `axis_name` says.
+        """
+        if unbound := [name for name in self.axis_name if not is_bound(name)]:
+            raise ValueError(
+                f"The step is not mapped over axis_name {unbound}: call it within shard_map or "
+                "pmap over an axis of this name, or leave axis_name out."
+            )
+        kinds = [jax.typeof(leaf).manual_axis_type for leaf in jax.tree.leaves(inputs)]
+        axes = frozenset[str]().union(*(kind.varying for kind in kinds))
+        if others := axes.difference(self.axis_name):
+            raise ValueError(
+                f"The examples are divided over the axes {set(others)} of shard_map: name them, as "
+                f"in value_and_grad(..., axis_name={min(others)!r})."
+            )
+
+        def vary(leaf):
+            missing = tuple(axes - jax.typeof(leaf).manual_axis_type.varying)
+            return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
+
+        return jax.tree.map(vary, params)
 
     def _forward(
         self, start: Walk, traced: _Traced, params: PyTree, rest: PyTree, inputs: PyTree
@@ -393,6 +442,11 @@ class Step:
         return jnp.concatenate([jnp.zeros_like(one), one], axis=1)
 
     def _call(self, network: Network, kwargs: Mapping[str, Any]) -> tuple[Call, dict[str, Any]]:
+        if missing := set(self.per_example).difference(kwargs):
+            raise ValueError(
+                f"per_example names {missing}, which are not among the keyword arguments "
+                f"{[*kwargs]}; give None where an example has no such value."
+            )
         given = {name: value for name, value in kwargs.items() if name in self.per_example}
         held = {name: value for name, value in kwargs.items() if name not in given}
         return Call(network, held, self.pick, self.axis_name), given
@@ -415,7 +469,15 @@ class Step:
         wanted -= set(FIXED)
         if given or len(rows.shape) > 1:
             mixing.check_unmixed(self.chain, given)
-        found, refused = call.places(program, rows, *args) if wanted else ([], {})
+        found, refused = [], {}
+        mixes = any(perturbation.mixes for perturbation in self.chain)
+        if wanted or mixes:
+            larger = call.trace_larger(*args)
+            if mixes and isinstance(larger, str):
+                raise sites.SiteError(f"Examples cannot be mixed: {larger}.")
+            found, refused = call.places(program, larger, rows)
+        # A layer that has the name of another site is none of its own.
+        found = [place for place in found if set(FIXED).isdisjoint(place.names)]
         patterns = [site for site in wanted if "*" in site]
         for number, place in enumerate(found):
             also = (pattern for pattern in patterns if sites.matches(pattern, place.names))
@@ -424,6 +486,17 @@ class Step:
         for site in sorted(wanted - set(known)):
             if site in refused:
                 raise sites.SiteError(f"{site!r} is no site: {refused[site]}.")
+            if not program.sites and not refused:
+                raise sites.SiteError(
+                    f"There is no site {site!r}, as no value of the network has a name: name "
+                    "values by lpa_jax.tap; of a Linen model give all variables, with 'params'."
+                )
+            if "*" in site:
+                layers = [name for name in known if name not in FIXED]
+                raise sites.SiteError(
+                    f"There is no site {site!r}: the pattern matches none of the layers "
+                    f"{', '.join(layers)}."
+                )
             raise sites.SiteError(
                 f"There is no site {site!r}; {sites.near(site, list(known))}. "
                 "lpa_jax.list_sites names them all."
@@ -454,25 +527,12 @@ def _cleaned(values: PyTree, real: Array) -> PyTree:
     """Return values with zeros where the example is no real one."""
 
     def clean(value):
-        return jnp.where(real.reshape(real.shape + (1,) * (value.ndim - real.ndim)), value, 0)
+        if jnp.issubdtype(value.dtype, jax.dtypes.extended):
+            return value
+        rows = real.reshape(real.shape + (1,) * (value.ndim - real.ndim))
+        return jnp.where(rows, value, jnp.zeros_like(value))
 
-    return jax.tree.map(lambda value: clean(value).astype(value.dtype), values)
-
-
-def _varying(params: PyTree, inputs: PyTree) -> PyTree:
-    """Return parameters of which each device has a gradient of its own.
-
-    Within `shard_map`, the gradient at a value that is the same everywhere would be summed.
-    """
-    axes = frozenset[str]().union(
-        *(jax.typeof(leaf).manual_axis_type.varying for leaf in jax.tree.leaves(inputs))
-    )
-
-    def vary(leaf):
-        missing = tuple(axes - jax.typeof(leaf).manual_axis_type.varying)
-        return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
-
-    return jax.tree.map(vary, params)
+    return jax.tree.map(clean, values)
 
 
 def _keep(site: Site, value: Array, tail: Any) -> Array:

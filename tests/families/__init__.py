@@ -348,8 +348,15 @@ def difference(actual: Any, expected: Any) -> float:
 
 
 def kind_of(reason: str) -> str:
-    """Return a reason why a layer is no site without what is its own."""
-    return re.sub(r"\s+", " ", re.sub(r"[\[(][^()\[\]]*\d[^()\[\]]*[\])]|\d+", "", reason)).strip()
+    """Return a reason why a layer is no site without the numbers and shapes that are its own."""
+    general = re.sub(r",? ?[\[(][^()\[\]]*\d[^()\[\]]*[\])],?| \d+,| of \d+,", "", reason)
+    return re.sub(r",? of \d+|\s\d+", "", general).strip()
+
+
+def has_loop(case: Case) -> bool:
+    """Return whether there is a loop in the model, of which XLA counts the FLOPs of one turn."""
+    jaxpr = str(jax.make_jaxpr(plain(case))(case.params, case.inputs, case.labels))
+    return "scan[" in jaxpr or "while[" in jaxpr
 
 
 def measure(case: Case, hand_steps: int = STEPS) -> dict[str, Any]:
@@ -366,8 +373,7 @@ def measure(case: Case, hand_steps: int = STEPS) -> dict[str, Any]:
 
     def compiled(function, variables):
         # The parameters are arguments, so that nothing is computed while compiling.
-        lowered = jax.jit(function).lower(variables, *data)
-        program = lowered.compile(compiler_options=QUICK)
+        program = jax.jit(function).lower(variables, *data).compile(compiler_options=QUICK)
         return program(variables, *data), program.cost_analysis()["flops"]
 
     expected, plain_flops = compiled(plain(case), case.params)
@@ -378,6 +384,7 @@ def measure(case: Case, hand_steps: int = STEPS) -> dict[str, Any]:
         "middle": case.middle,
         "late": case.late,
         "loss": float(expected[0]),
+        "loop": has_loop(case),
     }
     at_all = lpa_jax.chain(*map(same, names), lpa(case.middle, 0.0))
     for name, perturbation in (("empty", lpa_jax.chain()), ("zero", at_all)):

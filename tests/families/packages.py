@@ -351,18 +351,6 @@ def bart():
     return language_model("BartForConditionalGeneration", config, call, **places)
 
 
-@family("T5, encoder and decoder", "Linen", "transformers")
-def t5():
-    import transformers
-
-    config = transformers.T5Config(
-        vocab_size=VOCABULARY, d_model=WIDTH, d_kv=8, d_ff=2 * WIDTH, num_layers=2, num_heads=2
-    )
-    places = {"middle": "encoder/block/1", "late": "decoder/block/1"}
-    call = lambda ids: (ids, ones(ids), ids, ones(ids))  # noqa: E731
-    return language_model("T5ForConditionalGeneration", config, call, **places)
-
-
 @family("Wav2Vec 2.0, frames", "Linen", "transformers")
 def wav2vec2():
     config = transformer(
@@ -378,8 +366,8 @@ def wav2vec2():
         mask_time_prob=0.0,
     )
     places = {
-        "middle": "wav2vec2/encoder/layers/layers/0",
-        "late": "wav2vec2/encoder/layers/layers/1",
+        "middle": "wav2vec2/encoder/layers/0",
+        "late": "wav2vec2/encoder/layers/1",
     }
     return hugging_face(
         "Wav2Vec2ForCTC",
@@ -420,7 +408,7 @@ def flaxmodels_resnet():
     )
     return linen(
         model,
-        normal(BATCH, 32, 32, 3),
+        normal(BATCH, 64, 64, 3),
         {"train": False},
         kwargs={"train": True, **BATCH_STATS},
         middle="BasicBlock_3",
