@@ -5,8 +5,8 @@
 That is `jax.jit(step).trace(...).lower()`, without compiling, of a transformer encoder. Every step
 is traced anew (`jax.clear_caches`), all of them once a round, in turn; ratios are medians of those
 within a round. Seconds are of processor time, which other programs on the machine disturb less; the
-wall clock is in the file. A part of it finds the axis of the batch at the sites, by a second trace
-of the network (`Call.places`), which is timed by itself.
+wall clock is in the file. A part of it is the second trace of the network, by which the axis of the
+batch is found at the sites (`Call.trace_larger`); it is timed by itself.
 """
 
 import argparse
@@ -159,14 +159,14 @@ def main():
         run, init = perturbed_step(model, perturbation)
         variants[name] = run, init(variables, patches, labels)
 
-    places = []
-    Call.places = timed(Call.places, places)
-    rows = {name: {"step": name, "wall_seconds": [], "seconds": [], "places_seconds": []}
+    again = []
+    Call.trace_larger = timed(Call.trace_larger, again)
+    rows = {name: {"step": name, "wall_seconds": [], "seconds": [], "second_trace_seconds": []}
             for name in variants}  # fmt: skip
     for round_ in range(args.repeats + 1):
         for name, (run, state) in variants.items():
             jax.clear_caches()
-            places.clear()
+            again.clear()
             wall, began = time.perf_counter(), time.process_time()
             lowered = jax.jit(run).trace(variables, state, patches, labels, key).lower()
             spent, wall = time.process_time() - began, time.perf_counter() - wall
@@ -174,7 +174,7 @@ def main():
             if round_ > 0:  # The first warms up.
                 row["seconds"].append(spent)
                 row["wall_seconds"].append(wall)
-                row["places_seconds"].append(sum(places))
+                row["second_trace_seconds"].append(sum(again))
             row["operations"] = lowered.as_text().count(" = ")
 
     plain = rows["plain"]["seconds"]
@@ -182,15 +182,17 @@ def main():
         row["ratios"] = [a / b for a, b in zip(row["seconds"], plain, strict=True)]
 
     table = Table(title=f"Tracing and lowering, {args.layers} layers, T = 3")
-    for column in ("step", "seconds", "x plain", "batch axis", "operations"):
+    for column in ("step", "seconds", "x plain", "second trace", "operations"):
         table.add_column(column, justify="left" if column == "step" else "right")
     for row in rows.values():
-        median = {name: statistics.median(row[name]) for name in ("seconds", "places_seconds")}
+        median = {
+            name: statistics.median(row[name]) for name in ("seconds", "second_trace_seconds")
+        }
         table.add_row(
             row["step"],
             f"{median['seconds']:.2f}",
             f"{statistics.median(row['ratios']):.2f}",
-            f"{median['places_seconds'] / median['seconds']:.0%}",
+            f"{median['second_trace_seconds'] / median['seconds']:.0%}",
             str(row["operations"]),
         )
     Console().print(table)

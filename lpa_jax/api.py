@@ -92,11 +92,13 @@ def value_and_grad(
       logits: Which part of the network's output is the logits, as in `lambda output: output[0]`;
         None if that is all it returns.
       per_example: Names of keyword arguments that hold a value for each example, `[B, ...]`, as
-        attention masks do. They are taken as 0 where an example is padding, and refused by mixing.
+        attention masks do. Where an example is padding, those of a real one stand in. Mixing is
+        refused.
       methods: Names of methods of layers that make sites beside `__call__`: `"layer.encode"`.
       axis_name: Names of axes over which the step is mapped by `shard_map` or `pmap`: the means of
         classes are then those of the batches of all devices. Loss and gradient are each device's
-        own, to be averaged by `jax.lax.pmean`; SAM moves by it.
+        own, to be averaged by `jax.lax.pmean`, which gives the weighted mean over all examples; SAM
+        moves by it, and draws differ.
 
     Returns:
       The step.
@@ -141,24 +143,22 @@ class Sites(dict[str, jax.ShapeDtypeStruct]):
       refused: Why each other layer or named value is no site, by its name.
       costs: What a gradient step at each site within the network costs: the FLOPs of what comes
         after it, as a share of the FLOPs of the whole network, counted by the shapes of the traced
-        program and, in a scan, by its turns.
+        program and, in a scan, by its turns. Of several calls it is the sum.
     """
 
     def __init__(
         self,
         found: Mapping[str, jax.ShapeDtypeStruct],
         refused: Mapping[str, str],
-        count: Callable[[], Mapping[str, float]],
+        costs: Mapping[str, float],
     ):
-        """Keep what was found; costs are counted when they are asked for."""
+        """Keep what was found."""
         super().__init__(found)
-        self.refused = dict(refused)
-        self._count = count
+        self.refused, self.costs = dict(refused), dict(costs)
 
-    @functools.cached_property
-    def costs(self) -> dict[str, float]:
-        """What a gradient step at each site within the network costs, of the whole network."""
-        return dict(self._count())
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Tell how to copy and pickle it."""
+        return Sites, (dict(self), self.refused, self.costs)
 
     def __str__(self) -> str:
         """Return a table of the sites, and why others are none."""
@@ -226,8 +226,7 @@ def list_sites(
     network = backend_of(model, methods)(variables)
     kwargs = checks.merged(apply_kwargs, more_apply_kwargs)
     names = _several("per_example", per_example)
-    given = {name: value for name, value in kwargs.items() if name in names}
-    held = {name: value for name, value in kwargs.items() if name not in given}
+    held, given = checks.divided(kwargs, names)
     call = Call(network, held, logits, _axes(axis_name))
     checks.batch_of(inputs)
     whole = (network.params, network.rest, inputs)
@@ -255,11 +254,11 @@ def list_sites(
     }
     last = {sites.LOGITS: ends, sites.LOGIT_GRADS: ends}
 
-    def count():
-        costs = program.costs()
-        return {place.site.name: costs[place.site.name] for place in places}
-
-    return Sites({**first, sites.LABELS: ends, **found, **last}, refused, count)
+    each, costs = program.costs(), dict.fromkeys(found, 0.0)
+    for place in places:
+        for name in dict.fromkeys(place.names):
+            costs[name] += each[place.site.name]
+    return Sites({**first, sites.LABELS: ends, **found, **last}, refused, costs)
 
 
 def backend_of(model: Any, methods: Sequence[str] = ()) -> Backend:

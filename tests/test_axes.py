@@ -45,6 +45,7 @@ CHAINS = {
     "lpg": lpa_jax.lpg(0.2),
     "isda": lpa_jax.isda("norm", 0.5, CLASSES),
     "drw": lpa_jax.drw(COUNTS, start=0),
+    "adversarial": lpa_jax.adversarial("first", 0.1, steps=10),
     "several": lpa_jax.chain(lpa_jax.lpa("first", epsilon=0.3), lpa_jax.lpl(0.3), lpa_jax.lpg(0.1)),
 }
 
@@ -95,6 +96,66 @@ def mapped_steps(perturbation, how, model=None, steps=2):
     return MAPPED[how](train, VARIABLES, state, X, Y)
 
 
+def test_padding_that_is_not_even_counts_by_its_weight():
+    """The mean over the devices is the weighted mean of all examples."""
+    weights = jnp.ones(BATCH).at[jnp.array([0, 1, 2, 7])].set(0.0)
+
+    def train(variables, state, packed, y):
+        x, w = packed[:, :5], packed[:, 5]
+        (loss, _), grads, _ = step(variables, state, x, y, KEY, weights=w)
+        return jax.lax.pmean((loss, grads), AXIS)
+
+    options = {"num_classes": CLASSES}
+    model = Mlp()
+    variables = {"params": {n: VARIABLES["params"][n] for n in ("first", "head")}}
+    chain = lpa_jax.chain(lpa_jax.lpa("first", epsilon=0.3), lpa_jax.lpl(0.3))
+    step = lpa_jax.value_and_grad(model.apply, chain, axis_name=AXIS, **options)
+    state = step.init(variables, X, Y)
+    packed = jnp.concatenate([X, weights[:, None]], 1)
+    got = MAPPED["shard_map"](train, variables, state, packed, Y)
+    whole = lpa_jax.value_and_grad(model.apply, chain, **options)
+    (loss, _), grads, _ = quick_jit(whole)(variables, state, X, Y, KEY, weights=weights)
+    close(got, (loss, grads))
+
+
+class Mlp(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(CLASSES, name="head")(jnp.tanh(nn.Dense(7, name="first")(x)))
+
+
+def test_devices_draw_for_their_own_examples():
+    def keep(value, *, key, **_):
+        return value + jax.random.normal(key, value.shape)
+
+    chain = lpa_jax.stateless("first", keep)
+    step = lpa_jax.value_and_grad(Mlp().apply, chain, num_classes=CLASSES, axis_name=AXIS)
+    variables = {"params": {n: VARIABLES["params"][n] for n in ("first", "head")}}
+    same = jnp.tile(X[:4], (4, 1))
+    logits = quick_jit(
+        jax.vmap(
+            lambda x, y: step(variables, step.init(variables, x, y), x, y, KEY)[0][1]["logits"],
+            axis_name=AXIS,
+        )
+    )(same.reshape(4, 4, 5), jnp.zeros((4, 4), jnp.int32))
+    for one in range(3):
+        assert jnp.abs(logits[one] - logits[one + 1]).max() > 0.1
+
+
+def test_elr_is_refused_over_an_axis():
+    step = lpa_jax.value_and_grad(
+        Mlp().apply, lpa_jax.elr(BATCH, 1.0), num_classes=CLASSES, axis_name=AXIS
+    )
+    variables = {"params": {n: VARIABLES["params"][n] for n in ("first", "head")}}
+    state = step.init(variables, X, Y)
+
+    def train(variables, state, x, y):
+        return step(variables, state, x, y, KEY, examples=jnp.arange(4))[0][0]
+
+    with pytest.raises(lpa_jax.SiteError, match="shard the arrays of a jitted step"):
+        MAPPED["vmap"](train, variables, state, X, Y)
+
+
 def steps_of_one(perturbation, steps=2):
     """Take steps with the whole batch at once."""
     step = lpa_jax.value_and_grad(Net().apply, perturbation, num_classes=CLASSES)
@@ -132,15 +193,10 @@ def test_sites_are_listed_outside_of_the_axis():
 
 @pytest.mark.parametrize("how", ["shard_map", "pmap"])
 def test_sam_moves_on_each_device_by_its_own_gradient(how):
-    class Plain(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            return nn.Dense(CLASSES, name="head")(jnp.tanh(nn.Dense(7, name="first")(x)))
-
     params = {name: VARIABLES["params"][name] for name in ("first", "head")}
 
     def loss(params, x, y):
-        logits = Plain().apply({"params": params}, x)
+        logits = Mlp().apply({"params": params}, x)
         return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
 
     def by_hand(x, y):
@@ -152,7 +208,7 @@ def test_sam_moves_on_each_device_by_its_own_gradient(how):
     each = [by_hand(x, y) for x, y in zip(X.reshape(4, 4, 5), Y.reshape(4, 4), strict=True)]
     expected = jax.tree.map(lambda *grads: sum(grads) / 4, *each)
     step = lpa_jax.value_and_grad(
-        Plain().apply, lpa_jax.sam(0.3), num_classes=CLASSES, axis_name=AXIS
+        Mlp().apply, lpa_jax.sam(0.3), num_classes=CLASSES, axis_name=AXIS
     )
     state = step.init({"params": params}, X, Y)
 

@@ -1,6 +1,7 @@
 """What networks take in and return: trees, several inputs, positions, one logit, other layouts."""
 
 import functools
+import pickle
 
 import chex
 from flax import linen as nn
@@ -806,3 +807,72 @@ def test_the_state_of_another_step_is_refused():
 def test_a_tap_needs_a_name(call):
     with pytest.raises(TypeError, match="tap takes a name and a value"):
         call()
+
+
+def test_a_mask_of_zeros_is_never_made_for_padding():
+    """Its mean over no position would be 0 / 0."""
+
+    def network(params, x, mask):
+        pooled = (x @ params["w"] * mask[..., None]).sum(1) / mask.sum(1, keepdims=True)
+        return jnp.tanh(pooled) @ params["v"]
+
+    params = {"w": jnp.ones((5, 4)), "v": jnp.ones((4, 3))}
+    weights = jnp.array([1.0, 0.0, 1.0])
+    mask = jnp.array([[1.0, 1.0, 0.0, 0.0]] * 3).at[1].set(jnp.nan)
+    kwargs = {"given": GIVEN, "weights": weights, "mask": mask}
+    (loss, _), grads, _ = run(network, params, lpa_jax.lpl(0.1), TOKENS, Y[:3], **kwargs)
+    assert jnp.isfinite(loss)
+    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
+
+
+def test_state_of_the_size_of_the_batch_grows_with_it():
+    class Carried(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            carry = self.variable("carry", "h", jnp.zeros, (6, 7))
+            x = nn.Dense(7, name="first")(x) + carry.value
+            carry.value = x
+            return nn.Dense(3, name="head")(jnp.tanh(x))
+
+    model = Carried()
+    variables = model.init(KEY, X)
+    for perturbation in (lpa("first"), lpa_jax.mixup(1.0)):
+        (_, aux), _, _ = run(model.apply, variables, perturbation, mutable=["carry"])
+        assert aux["updates"]["carry"]["h"].shape == (6, 7)
+
+
+def test_what_comes_after_a_site_may_depend_on_the_size_of_the_batch():
+    def network(params, x):
+        hidden = lpa_jax.tap("hidden", jnp.tanh(x @ params["a"]))
+        chunks = [hidden[i : i + 3] @ params["b"] for i in range(0, x.shape[0], 3)]
+        return jnp.concatenate(chunks)
+
+    params = {"a": jnp.eye(5), "b": jnp.ones((5, 3))}
+    assert "hidden" in lpa_jax.list_sites(network, params, X)
+
+
+def test_a_value_written_to_a_reference_is_used():
+    def network(params, x):
+        place = jax.new_ref(jnp.zeros(x.shape))
+        place[...] = lpa_jax.tap("hidden", jnp.tanh(x @ params["a"]))
+        return place[...] @ params["b"]
+
+    params = {"a": jnp.eye(5), "b": jnp.ones((5, 3))}
+    assert "hidden" in lpa_jax.list_sites(network, params, X)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_one_hot_labels_of_integers_are_refused():
+    model = Mlp(classes=2)
+    variables = networks.fill(model, X)
+    with pytest.raises(ValueError, match="one-hot labels must be floats"):
+        run(
+            model.apply, variables, lpa_jax.chain(), labels=jnp.eye(2, dtype=int)[BINARY], classes=2
+        )
+
+
+def test_the_list_of_sites_is_copied_with_all_it_tells():
+    found = lpa_jax.list_sites(DEEP.apply, DEEP_VARIABLES, X)
+    again = pickle.loads(pickle.dumps(found))
+    assert again == found
+    assert (again.refused, again.costs) == (found.refused, found.costs)

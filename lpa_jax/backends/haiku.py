@@ -1,5 +1,6 @@
 """Names the values of Haiku models; the only file that knows Haiku's interceptors."""
 
+import inspect
 from typing import Any
 
 from jaxtyping import PyTree
@@ -28,13 +29,18 @@ def open_haiku(transformed: Any, methods: tuple[str, ...], variables: PyTree) ->
         raise ValueError(f"The variables must be {what} what hk.transform made.")
     params, rest = variables if stateful else (variables, {})
 
+    # Not after hk.without_apply_rng.
+    takes_rng = "rng" in inspect.signature(transformed.apply).parameters
+
     def run(params, rest, inputs, kwargs):
-        kwargs = dict(kwargs)
-        rng = kwargs.pop("rng", None)
+        rng = (None,) if takes_rng else ()
+        if "rng" in kwargs and takes_rng:
+            kwargs = dict(kwargs)
+            rng = (kwargs.pop("rng"),)
         with hk.intercept_methods(interceptor(_path_of, methods)):
             if stateful:
-                return transformed.apply(params, rest, rng, inputs, **kwargs)
-            return transformed.apply(params, rng, inputs, **kwargs), {}
+                return transformed.apply(params, rest, *rng, inputs, **kwargs)
+            return transformed.apply(params, *rng, inputs, **kwargs), {}
 
     # A stack of layers keeps parameters in a scope of its own, which is no part of their names.
     layers = ("/".join(part for part in name.split("/") if part[:2] != "__") for name in params)

@@ -33,7 +33,7 @@ def open_linen(
         told = {**rest, "params": params, COLLECTION: _paths(params)}
         with nn.intercept_methods(interceptor(_path_of, methods)):
             result = apply_fn(told, inputs, **kwargs)
-        if not kwargs.get("mutable", False):
+        if kwargs.get("mutable", False) is False:
             return result, {}
         if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], Mapping)):
             raise ValueError(

@@ -54,9 +54,17 @@ def _name_modules(model: nnx.Module, methods: tuple[str, ...]) -> None:
 
 @functools.cache
 def _named_class(kind: type[nnx.Module], methods: tuple[str, ...]) -> type[nnx.Module]:
-    """Make the subclass of a module class whose methods name what they return."""
-    own = {m: _named_method(m, getattr(kind, m)) for m in methods if hasattr(kind, m)}
-    return type(kind.__name__, (kind,), {**own, "__module__": kind.__module__})
+    """Make the subclass of a module class whose methods name what they return.
+
+    A class that cannot be inherited from in this way is returned as it is.
+    """
+    # Every class has a `__call__`, which makes an instance; what counts is one of its own.
+    own = (m for m in methods if any(m in vars(base) for base in kind.__mro__))
+    named_methods = {method: _named_method(method, getattr(kind, method)) for method in own}
+    try:
+        return type(kind.__name__, (kind,), {**named_methods, "__module__": kind.__module__})
+    except TypeError:
+        return kind
 
 
 def _named_method(method: str, function: Callable[..., Any]) -> Callable[..., Any]:

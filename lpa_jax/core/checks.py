@@ -1,6 +1,6 @@
 """Labels, weights and examples as a step is given them: checked, and put into one form."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -50,6 +50,19 @@ def merged(apply_kwargs: Mapping[str, Any] | None, more: Mapping[str, Any]) -> d
     return {**(apply_kwargs or {}), **more}
 
 
+def divided(
+    kwargs: Mapping[str, Any], per_example: Sequence[str]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return keyword arguments that are the same for all examples, and those of each example."""
+    if missing := set(per_example).difference(kwargs):
+        raise ValueError(
+            f"per_example names {missing}, which are not among the keyword arguments {[*kwargs]}; "
+            "give None where there is no such value."
+        )
+    given = {name: value for name, value in kwargs.items() if name in per_example}
+    return {name: value for name, value in kwargs.items() if name not in given}, given
+
+
 def check_labels(labels: Any, batch: int, num_classes: int) -> None:
     """Raise `ValueError` unless the labels fit; values are checked where they are known."""
     if not hasattr(labels, "dtype"):
@@ -74,6 +87,12 @@ def check_labels(labels: Any, batch: int, num_classes: int) -> None:
 
 def check_logits(shape: tuple[int, ...], rows: tuple[int, ...], num_classes: int) -> None:
     """Raise `ValueError` unless logits of a shape are those of as many labels."""
+    one_hot = shape == rows and len(rows) > 1 and shape[-1] == num_classes
+    if one_hot:
+        raise ValueError(
+            f"Labels {rows} of integers, for logits {shape}: one-hot labels must be floats. (Of "
+            f"one logit at each of {num_classes} positions the shape is {(*rows, 1)}.)"
+        )
     if shape == (*rows, num_classes) or (num_classes == 2 and shape in (rows, (*rows, 1))):
         return
     if shape[-1:] != (num_classes,) or len(shape) < 2:

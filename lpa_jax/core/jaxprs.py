@@ -89,7 +89,7 @@ def needed_by(jaxpr: Any, wanted: Sequence[bool]) -> set[Any]:
     results = zip(jaxpr.outvars, wanted, strict=True)
     alive = {var for var, want in results if want and not isinstance(var, jex.Literal)}
     for eqn in reversed(jaxpr.eqns):
-        if alive.isdisjoint(eqn.outvars):
+        if alive.isdisjoint(eqn.outvars) and not eqn.effects:
             continue
         needs = eqn.invars
         if eqn.primitive.name in (*INLINED, *REMATERIALIZED, "scan"):
@@ -103,7 +103,8 @@ def needed_by(jaxpr: Any, wanted: Sequence[bool]) -> set[Any]:
 
 def wanted_within(eqn: Any, body: Any, alive: set[Any]) -> list[bool]:
     """Return which results of the body of an equation are needed, given those of the equation."""
-    wanted = [var in alive for var in eqn.outvars]
+    # What has an effect, such as writing to a reference, may be needed without a result.
+    wanted = [bool(eqn.effects) or var in alive for var in eqn.outvars]
     if eqn.primitive.name != "scan":
         return wanted
     constant, carried = num_constant_and_carried(eqn, body)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
+from lpa_jax.core.jaxprs import Path
 from lpa_jax.core.program import Program, Site
 
 COPIES = 2
@@ -120,25 +121,51 @@ class Call:
                     f"per_example names {name!r}, which must hold a value for each of the "
                     f"{batch[0]} examples along its first axis, but its shape is {shapes}."
                 )
-        return self._trace(1, params, rest, inputs, given)
+        return self._trace(params, rest, inputs, given)
 
-    def trace_larger(self, *args: PyTree) -> Program | str:
+    @property
+    def arrays(self) -> list[str]:
+        """Names of the arrays among the keyword arguments that are the same for all examples."""
+        values = self.kwargs.items()
+        return [name for name, value in values if any(map(jnp.ndim, jax.tree.leaves(value)))]
+
+    def trace_larger(
+        self, params: PyTree, rest: PyTree, inputs: PyTree, given: Mapping
+    ) -> "Larger | str":
         """Trace with more examples, by which the axis of the batch is found.
 
         Args:
-          *args: What `trace` was given.
+          params: As in `trace`.
+          rest: As in `trace`. Where it holds values of each example, there are more of them too.
+          inputs: As in `trace`.
+          given: As in `trace`.
 
         Returns:
           The program, or why there is none.
         """
+        args = (params, rest, inputs, given)
+        batch = jax.tree.leaves(inputs)[0].shape[:1]
+
+        def trace(rest_too):
+            marks = [lambda leaf: False, lambda leaf: rest_too and leaf.shape[:1] == batch]
+            marks += [lambda leaf: True] * 2
+            several = tuple(map(jax.tree.map, marks, args))
+            program = self._trace(*args, several=several)
+            # Each is made by one equation, ahead of those of the network.
+            return Larger(program, sum(jax.tree.leaves(several)))
+
         try:
-            return self._trace(COPIES, *args)
+            return trace(rest_too=False)
         except Exception as error:  # The network's own code may raise anything.
-            told = f"{type(error).__name__}: {error}".split("\n")[0]
-            arrays = [n for n, v in self.kwargs.items() if any(map(jnp.ndim, jax.tree.leaves(v)))]
+            first = error
+        try:
+            return trace(rest_too=True)
+        except Exception:
+            told = f"{type(first).__name__}: {first}".split("\n")[0]
             advice = (
-                f"if {', '.join(arrays)} hold a value for each example, name them in per_example"
-                if arrays
+                f"if {', '.join(self.arrays)} hold a value for each example, name them in "
+                "per_example"
+                if self.arrays
                 else "write no size of the batch into the network"
             )
             return (
@@ -147,7 +174,7 @@ class Call:
             )
 
     def places(
-        self, program: Program, larger: Program | str, rows: Rows
+        self, program: Program, larger: "Larger | str", rows: Rows
     ) -> tuple[list[Place], dict[str, str]]:
         """Find the values that grow with the batch.
 
@@ -162,12 +189,12 @@ class Call:
         refused = dict(program.unreachable)
         if isinstance(larger, str):
             return [], refused | {site.given: larger for site in program.sites}
-        # What makes the examples more comes first in it.
-        shift = len(larger.equations) - len(program.equations)
-        shapes = {(s.given, s.path[0] - shift, s.path[1:]): s.shape for s in larger.sites}
+        paths = ((s, (s.path[0] - larger.shift, *s.path[1:])) for s in larger.program.sites)
+        shapes: dict[tuple[str, Path], tuple[int, ...]]
+        shapes = {(s.given, path): s.shape for s, path in paths}
         found, reasons = [], {}
         for site in program.sites:
-            again = shapes.get((site.given, site.path[0], site.path[1:]))
+            again = shapes.get((site.given, site.path))
             axis = _batch_axis(site.shape, again, rows.shape[0])
             if not isinstance(axis, int):
                 reasons[site] = axis
@@ -183,14 +210,17 @@ class Call:
         never = "no call of it was seen: it is not called here, or by another method than __call__"
         return found, refused | {name: never for name in self.network.layers if name not in seen}
 
-    def _trace(self, copies: int, *args: PyTree) -> Program:
-        def run(params, rest, inputs, given):
-            if copies > 1:
+    def _trace(self, *args: PyTree, several: PyTree = None) -> Program:
+        """Trace, with several copies of the arguments that are marked, if any is."""
 
-                def larger(leaf):
-                    return jnp.concatenate([leaf] * copies)
+        def run(*args):
+            if several is not None:
 
-                inputs, given = jax.tree.map(larger, (inputs, given))
+                def larger(marked, leaf):
+                    return jnp.concatenate([leaf] * COPIES) if marked else leaf
+
+                args = jax.tree.map(larger, several, args)
+            params, rest, inputs, given = args
             output, updates = self.network.run(params, rest, inputs, {**self.kwargs, **given})
             return self._logits(output), updates
 
@@ -208,6 +238,18 @@ class Call:
             "Linen model returns mutated collections beside them, give mutable= to the step and "
             "not to the model."
         )
+
+
+class Larger(NamedTuple):
+    """A trace with more examples.
+
+    Attributes:
+      program: The program.
+      shift: How many equations make the arguments larger, ahead of those of the network.
+    """
+
+    program: Program
+    shift: int
 
 
 def _batch_axis(shape: tuple[int, ...], larger: tuple[int, ...] | None, batch: int) -> int | str:

@@ -176,11 +176,6 @@ class Program:
             env[out] = visit(site, env[out], tail)
         return finish(env)
 
-    @property
-    def equations(self) -> Sequence[Any]:
-        """Its equations, in their order; each may have others inside."""
-        return opened(self.closed)[0].eqns
-
     def costs(self) -> dict[str, float]:
         """Return what comes after each site, as a share of the FLOPs of the program."""
         jaxpr, _ = opened(self.closed)

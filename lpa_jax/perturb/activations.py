@@ -47,7 +47,7 @@ def lpa(
     `splits.tail` was worse.
 
     Args:
-      site: Path of a Flax module (its output `[B, ..., channels]` is perturbed), `"inputs"` or
+      site: Path of a layer (its output `[B, ..., channels]` is perturbed), `"inputs"` or
         `"logits"`; or several of these, each perturbed within its own bound.
       epsilon: The bound on `||d_c||_2`, at least 0; a number or schedule for all sites, or a
         sequence with one for each (see `bounds.layer_scale`).

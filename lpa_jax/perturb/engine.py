@@ -97,18 +97,23 @@ class Step:
         )
         shapes = network._replace(params=params, rest=rest)
         traced = self._trace(shapes, abstract, kwargs, labels)
-        by_class = jnp.zeros((traced.rows.number, self.num_classes), jnp.float32)
-        values: dict[str, Any] = dict.fromkeys(FIXED, by_class)
-        values[sites.PARAM_GRADS] = network.params
-        if any(sites.INPUTS in perturbation.sites for perturbation in self.chain):
-            values[sites.INPUTS] = jax.tree.map(traced.rows.of, inputs)
-        for place in traced.places:
-            shape = (traced.rows.number, *place.shape[len(traced.rows.shape) :])
-            values |= dict.fromkeys(place.names, jnp.zeros(shape, place.site.dtype))
+        rows = traced.rows
+
+        def value_at(name):
+            if name == sites.INPUTS:
+                return jax.tree.map(rows.of, inputs)
+            if name == sites.PARAM_GRADS:
+                return network.params
+            for place in traced.places:
+                if name in place.names:
+                    shape = (rows.number, *place.shape[len(rows.shape) :])
+                    return jnp.zeros(shape, place.site.dtype)
+            return jnp.zeros((rows.number, self.num_classes), jnp.float32)
+
         return StepState(
             step=jnp.zeros((), jnp.int32),
             class_stats=statistics.init(self.num_classes),
-            perturbations=tuple(p.init(values[p.sites[0]]) for p in self.chain),
+            perturbations=tuple(p.init(value_at(p.sites[0])) for p in self.chain),
         )
 
     def end_epoch(self, state: StepState) -> StepState:
@@ -181,15 +186,15 @@ class Step:
         self._check_state(state)
         kwargs = checks.merged(apply_kwargs, more_apply_kwargs)
         network = self.backend(variables)
-        given = (network, state, inputs, labels, key, weights, examples, kwargs)
-        mesh = meshes.explicit(given)
+        arguments = (network, state, inputs, labels, key, weights, examples, kwargs)
+        mesh = meshes.explicit(arguments)
         if mesh is None:
-            return self._step(*given)
+            return self._step(*arguments)
         on = functools.partial(meshes.on, mesh)
         by_example = NamedSharding(mesh, PartitionSpec(*on(jax.tree.leaves(inputs)[0]).spec[:1]))
         aux = {"logits": by_example, "labels": by_example, "updates": on(), "metrics": on()}
         kept = jax.tree.map(on, (network.params, state))
-        return meshes.run_automatic(self._step, mesh, ((on(), aux), *kept), *given)
+        return meshes.run_automatic(self._step, mesh, ((on(), aux), *kept), *arguments)
 
     def _check_state(self, state: StepState) -> None:
         """Raise `ValueError` if a state is not one of this step."""
@@ -224,12 +229,11 @@ class Step:
         if padded:
             # Padding may hold anything, NaN included, which a weight of 0 would not keep out.
             example = jnp.any(weights.reshape(weights.shape[0], -1) > 0, axis=1)
-            inputs = _cleaned(inputs, example)
+            inputs, labels = _cleaned(inputs, example), _cleaned(labels, weights > 0)
             kwargs = {
-                name: _cleaned(value, example) if name in self.per_example else value
+                name: _filled(value, example) if name in self.per_example else value
                 for name, value in kwargs.items()
             }
-            labels = _cleaned(labels, weights > 0)
         if examples is not None:
             examples = rows.of(checks.check_examples(examples, rows.shape))
         network = network._replace(params=self._varying(network.params, inputs))
@@ -428,6 +432,9 @@ class Step:
         grads = walk.perturb((sites.LOGIT_GRADS,), grads, logits=logits)
         # The loss and gradient of a batch that is all padding are 0.
         total_weight = jnp.sum(walk.weights)
+        if self.axis_name:
+            # So that the mean over the devices is the weighted mean over all examples.
+            total_weight = jax.lax.pmean(total_weight, self.axis_name)
         share = walk.weights / jnp.where(total_weight == 0, 1.0, total_weight)
         real = walk.weights > 0
         loss = jnp.sum(jnp.where(real, losses * share, 0.0))
@@ -442,13 +449,7 @@ class Step:
         return jnp.concatenate([jnp.zeros_like(one), one], axis=1)
 
     def _call(self, network: Network, kwargs: Mapping[str, Any]) -> tuple[Call, dict[str, Any]]:
-        if missing := set(self.per_example).difference(kwargs):
-            raise ValueError(
-                f"per_example names {missing}, which are not among the keyword arguments "
-                f"{[*kwargs]}; give None where an example has no such value."
-            )
-        given = {name: value for name, value in kwargs.items() if name in self.per_example}
-        held = {name: value for name, value in kwargs.items() if name not in given}
+        held, given = checks.divided(kwargs, self.per_example)
         return Call(network, held, self.pick, self.axis_name), given
 
     def _trace(
@@ -473,7 +474,7 @@ class Step:
         mixes = any(perturbation.mixes for perturbation in self.chain)
         if wanted or mixes:
             larger = call.trace_larger(*args)
-            if mixes and isinstance(larger, str):
+            if mixes and isinstance(larger, str) and call.arrays:
                 raise sites.SiteError(f"Examples cannot be mixed: {larger}.")
             found, refused = call.places(program, larger, rows)
         # A layer that has the name of another site is none of its own.
@@ -533,6 +534,20 @@ def _cleaned(values: PyTree, real: Array) -> PyTree:
         return jnp.where(rows, value, jnp.zeros_like(value))
 
     return jax.tree.map(clean, values)
+
+
+def _filled(values: PyTree, real: Array) -> PyTree:
+    """Return values with those of a real example where there is none.
+
+    Of zeros, as in a mask, a network may make 0 / 0, whose gradient is NaN.
+    """
+    first = jnp.argmax(real)
+
+    def fill(value):
+        rows = real.reshape(real.shape + (1,) * (value.ndim - 1))
+        return jnp.where(rows, value, jax.lax.dynamic_index_in_dim(value, first))
+
+    return _cleaned(jax.tree.map(fill, values), real | jnp.any(real))
 
 
 def _keep(site: Site, value: Array, tail: Any) -> Array:

@@ -112,7 +112,7 @@ def adversarial(
         delta = pgd.climb_within(
             lambda moved: gradient_fn(moved)[1],
             start,
-            jnp.zeros(value.shape, jnp.float32),
+            jnp.zeros_like(start, jnp.float32),
             size,
             stride,
             steps,

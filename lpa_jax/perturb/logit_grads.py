@@ -217,8 +217,15 @@ def elr(num_examples: int, strength: sites.Number, beta: sites.Number = 0.7) -> 
     def init(value: Float[Array, "batch classes"]) -> Float[Array, "examples classes"]:
         return jnp.zeros((num_examples, value.shape[1]), jnp.float32)
 
-    def update(value, state, params=None, *, weights, logits, examples=None, step=0, **_):
+    def update(
+        value, state, params=None, *, weights, logits, examples=None, step=0, axis_name=(), **_
+    ):
         del params
+        if axis_name:
+            raise sites.SiteError(
+                "elr keeps a table of all training examples, of which each device of axis_name "
+                "would see its own alone: shard the arrays of a jitted step over the devices."
+            )
         if examples is None:
             raise ValueError(
                 "elr remembers every example of the training set: give the step examples=, the "

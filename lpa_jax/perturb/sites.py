@@ -120,7 +120,7 @@ def at(site: str | Sequence[str], transform: optax.GradientTransformation) -> Pe
     needs to be told what is not a number to inject: the arguments that count or choose.
 
     Args:
-      site: `"inputs"`, `"labels"`, the path of a Flax module, `"logits"`, `"logit_grads"` or
+      site: `"inputs"`, `"labels"`, the path of a layer, `"logits"`, `"logit_grads"` or
         `"param_grads"`. Of a perturbation that was wrapped: exactly its own sites, in its order
         (`("inputs", "labels")` of `mixup`), which the wrapper does not tell.
       transform: What to apply to the value at the site, taken as optax's *updates*. A perturbation

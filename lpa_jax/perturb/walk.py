@@ -171,6 +171,9 @@ class Walk:
             by_target = dict.fromkeys(by_target, mixing.Unmatched(site, others))
         # The same key at all sites of a perturbation: its draws agree without a state.
         key = jax.random.fold_in(self.key, index)
+        if self.axis_name and not self.chain[index].mixes and site != sites.PARAM_GRADS:
+            # Each device has other examples.
+            key = jax.random.fold_in(key, jax.lax.axis_index(self.axis_name))
         extra = by_target | {
             "site": site,
             # Several calls of one module draw anew.
