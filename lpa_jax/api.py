@@ -157,7 +157,7 @@ class Sites(dict[str, jax.ShapeDtypeStruct]):
         self.refused, self.costs = dict(refused), dict(costs)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Tell how to copy and pickle it."""
+        """Tell how to copy it."""
         return Sites, (dict(self), self.refused, self.costs)
 
     def __str__(self) -> str:

@@ -445,7 +445,8 @@ CASES = {
         npz(class_names=np.array(["a"], "S1")), "is no list of strings: save np.array(["
     ),
     "one class": (
-        npz(y_train=np.zeros(40, int), y_test=np.zeros(8, int)), "num_classes must be at least 2"
+        npz(y_train=np.zeros(40, int), y_test=np.zeros(8, int)),
+        "num_classes must be a whole number of at least 2",
     ),
     "no test images": (
         npz(x_test=np.zeros((0, 6, 5, 3), np.uint8), y_test=np.zeros(0, int)),

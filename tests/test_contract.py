@@ -781,6 +781,7 @@ def test_the_table_has_a_line_for_every_public_factory():
         "layer_scale",
         "list_sites",
         "stateless",
+        "tap",
         "value_and_grad",
     }
     public = {

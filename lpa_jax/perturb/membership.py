@@ -115,16 +115,18 @@ def by_class(
       (Array([5., 2., 0.], dtype=float32), Array([   2,    7, 1000], dtype=int32))
     """
     weights = weights.astype(jnp.float32)
-    rows, classes, batch = labels, jnp.arange(num_classes), labels.shape[0]
-    if labels.ndim == 1 and batch < num_classes and not axis_name:
-        classes, rows = jnp.unique(labels, size=batch, fill_value=num_classes, return_inverse=True)
-    elif labels.ndim == 2:
-        rows = labels.astype(jnp.float32)
-    # Of an example that does not count, the class may be none.
-    if labels.ndim == 1:
-        counts = jax.ops.segment_sum(weights, rows, classes.shape[0])
-    else:
+    batch = labels.shape[0]
+    if labels.ndim == 2:
+        rows, classes = labels.astype(jnp.float32), jnp.arange(num_classes)
         counts = jnp.where(weights > 0, weights, 0.0) @ rows
+    else:
+        if num_classes <= batch or axis_name:
+            rows, classes = labels, jnp.arange(num_classes)
+        else:
+            classes, rows = jnp.unique(
+                labels, size=batch, fill_value=num_classes, return_inverse=True
+            )
+        counts = jax.ops.segment_sum(weights, rows, classes.shape[0])
     counts = jax.lax.psum(counts, axis_name) if axis_name else counts
     return Membership(rows, classes, weights, counts, axis_name)
 
