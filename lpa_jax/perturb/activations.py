@@ -54,6 +54,7 @@ def lpa(
       delta_epsilon: Varied bound: `epsilon + delta_epsilon * split.spread` (eq 14).
       steps: Number of gradient steps T, at least 1; each costs one pass through the network's tail.
       split: Which classes are pushed out and which pulled in; default `splits.mean_threshold()`.
+        It goes by the batches before, and so nothing moves in the first step.
       direction: The class-mean gradient, scaled to l2 norm 1 (*ours*, default: with the step tied
         to epsilon a raw gradient never reaches the ball) or raw.
       sharing: One entry of `d_c` per channel, added at every position, or one per feature. The
