@@ -364,7 +364,8 @@ def measure(case: Case, hand_steps: int = STEPS) -> dict[str, Any]:
     found = lpa_jax.list_sites(
         case.model, case.variables, case.inputs, logits=case.logits, apply_kwargs=case.kwargs
     )
-    names = [name for name in found.costs if name in found]
+    # Without the names for all calls of a layer.
+    names = [name for name in found.costs if f"{name}[0]" not in found.costs]
     reasons: dict[str, int] = {}
     for reason in found.refused.values():
         reasons[kind_of(reason)] = reasons.get(kind_of(reason), 0) + 1
