@@ -237,11 +237,8 @@ def list_sites(
         raise ValueError("The network returns a single number, not logits [batch, num_classes].")
     # Of two classes there may be one logit.
     rows, classes = (raw[:1], 2) if len(raw) == 1 else (raw[:-1], max(raw[-1], 2))
-    places, refused = call.places(program, call.trace_larger(*args), Rows(rows))
-    for place in places:
-        if not set(engine.FIXED).isdisjoint(place.names):
-            refused[place.site.name] = "the layer of this name has the name of another site"
-    places = [place for place in places if set(engine.FIXED).isdisjoint(place.names)]
+    larger = call.trace_larger(*args)
+    places, refused = call.places(program, larger, Rows(rows), engine.FIXED)
     found = {
         name: jax.ShapeDtypeStruct(place.site.shape, place.site.dtype)
         for place in places

@@ -33,14 +33,18 @@ def _is_jaxpr(param: Any) -> bool:
 
 def name_of(eqn: Any) -> str | None:
     """Return the name that an equation gives its value, if it does so."""
-    return eqn.params["name"].removeprefix(MARK) if eqn.primitive.name == "name" else None
+    return eqn.params["name"].removeprefix(MARK) if _names(eqn) else None
+
+
+def _names(eqn: Any, begin: str = "") -> bool:
+    """Return whether an equation names its value, by a name that begins like this."""
+    return eqn.primitive.name == "name" and eqn.params["name"].startswith(begin)
 
 
 def is_named(jaxpr: Any, begin: str = "") -> bool:
     """Return whether a jaxpr names a value, by a name that begins like this."""
     return any(
-        (eqn.primitive.name == "name" and eqn.params["name"].startswith(begin))
-        or any(is_named(opened(sub)[0], begin) for sub in inside(eqn))
+        _names(eqn, begin) or any(is_named(opened(sub)[0], begin) for sub in inside(eqn))
         for eqn in jaxpr.eqns
     )
 
@@ -58,7 +62,7 @@ def without_names(sub: Any) -> Any:
     eqns = []
     for eqn in jaxpr.eqns:
         invars = [look(var) for var in eqn.invars]
-        if eqn.primitive.name == "name" and eqn.params["name"].startswith(MARK):
+        if _names(eqn, MARK):
             same[eqn.outvars[0]] = invars[0]
             continue
         params = jax.tree.map(

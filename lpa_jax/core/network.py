@@ -1,6 +1,6 @@
 """A network as a step has it: opened by a backend, traced, the batch axis of values found."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 import dataclasses
 import math
 from typing import Any, NamedTuple
@@ -52,7 +52,8 @@ class Place(NamedTuple):
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape, the batch first."""
-        return (self.site.shape[self.axis], *_without(self.site.shape, self.axis))
+        shape, axis = self.site.shape, self.axis
+        return (shape[axis], *shape[:axis], *shape[axis + 1 :])
 
 
 class Rows(NamedTuple):
@@ -174,7 +175,11 @@ class Call:
             )
 
     def places(
-        self, program: Program, larger: "Larger | str", rows: Rows
+        self,
+        program: Program,
+        larger: "Larger | str",
+        rows: Rows,
+        reserved: Collection[str] = (),
     ) -> tuple[list[Place], dict[str, str]]:
         """Find the values that grow with the batch.
 
@@ -182,6 +187,7 @@ class Call:
           program: What `trace` returned.
           larger: What `trace_larger` returned.
           rows: Of the labels.
+          reserved: Names that layers may have, but sites within the network may not.
 
         Returns:
           The sites with a batch axis, and why each other layer or named value is none, by its name.
@@ -202,6 +208,8 @@ class Call:
                 reasons[site] = (
                     f"its values, {place.shape}, are not one for each label, {rows.shape}"
                 )
+            elif site.given in reserved:
+                reasons[site] = "the layer of this name has the name of another site"
             else:
                 found.append(place)
         some = {place.site.given for place in found}
@@ -277,7 +285,3 @@ def is_bound(axis_name: str) -> bool:
     except NameError:
         return False
     return True
-
-
-def _without(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
-    return (*shape[:axis], *shape[axis + 1 :])

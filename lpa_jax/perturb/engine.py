@@ -16,7 +16,7 @@ import optax
 from lpa_jax.core import checks
 from lpa_jax.core.network import Backend, Call, is_bound, Network, Place, Rows
 from lpa_jax.core.program import Program, Site
-from lpa_jax.perturb import meshes, mixing, sites, statistics
+from lpa_jax.perturb import meshes, mixing, pgd, sites, statistics
 from lpa_jax.perturb.walk import Walk
 
 Labels = Integer[Array, "batch ..."] | Float[Array, "batch ... classes"]
@@ -96,8 +96,8 @@ class Step:
             checks.shape_of, (network.params, network.rest, inputs)
         )
         shapes = network._replace(params=params, rest=rest)
-        traced = self._trace(shapes, abstract, kwargs, labels)
-        rows = traced.rows
+        rows = _rows_of(labels)
+        traced = self._trace(shapes, abstract, kwargs, rows)
 
         def value_at(name):
             if name == sites.INPUTS:
@@ -222,13 +222,14 @@ class Step:
         labels, padded = jnp.asarray(labels), weights is not None
         rows = _rows_of(labels)
         weights = jnp.ones(rows.shape, jnp.float32) if weights is None else weights
-        weights = checks.check_weights(weights, rows.shape)
+        weights = rows.of(checks.check_weights(weights, rows.shape))
+        labels = rows.of(labels)
         if checks.are_classes(labels):
             labels, padded = labels.astype(jnp.int32), True
             weights = jnp.where(labels == checks.IGNORE, 0.0, weights)
         if padded:
             # Padding may hold anything, NaN included, which a weight of 0 would not keep out.
-            example = jnp.any(weights.reshape(weights.shape[0], -1) > 0, axis=1)
+            example = jnp.any(weights.reshape(rows.shape[0], -1) > 0, axis=1)
             inputs, labels = _cleaned(inputs, example), _cleaned(labels, weights > 0)
             kwargs = {
                 name: _filled(value, example) if name in self.per_example else value
@@ -238,8 +239,7 @@ class Step:
             examples = rows.of(checks.check_examples(examples, rows.shape))
         network = network._replace(params=self._varying(network.params, inputs))
         params, rest = network.params, network.rest
-        traced = self._trace(network, inputs, kwargs, labels)
-        labels, weights = rows.of(labels), rows.of(weights)
+        traced = self._trace(network, inputs, kwargs, rows)
         start = Walk(
             chain=self.chain,
             key=jax.random.fold_in(key, state.step),
@@ -457,12 +457,12 @@ class Step:
         network: Network,
         inputs: PyTree,
         kwargs: Mapping[str, Any],
-        labels: Labels,
+        rows: Rows,
     ) -> _Traced:
         """Trace the network, and find what to perturb in it."""
         call, given = self._call(network, kwargs)
         args = (network.params, network.rest, inputs, given)
-        program, rows = call.trace(*args), _rows_of(labels)
+        program = call.trace(*args)
         checks.check_logits(program.shapes[0].shape, rows.shape, self.num_classes)
         wanted = {site for perturbation in self.chain for site in perturbation.sites}
         if sites.INPUTS in wanted:
@@ -476,34 +476,37 @@ class Step:
             larger = call.trace_larger(*args)
             if mixes and isinstance(larger, str) and call.arrays:
                 raise sites.SiteError(f"Examples cannot be mixed: {larger}.")
-            found, refused = call.places(program, larger, rows)
-        # A layer that has the name of another site is none of its own.
-        found = [place for place in found if set(FIXED).isdisjoint(place.names)]
+            found, refused = call.places(program, larger, rows, FIXED)
         patterns = [site for site in wanted if "*" in site]
         for number, place in enumerate(found):
             also = (pattern for pattern in patterns if sites.matches(pattern, place.names))
             found[number] = place._replace(names=(*place.names, *also))
         known = dict.fromkeys([*FIXED, *(name for place in found for name in place.names)])
         for site in sorted(wanted - set(known)):
-            if site in refused:
-                raise sites.SiteError(f"{site!r} is no site: {refused[site]}.")
-            if not program.sites and not refused:
-                raise sites.SiteError(
-                    f"There is no site {site!r}, as no value of the network has a name: name "
-                    "values by lpa_jax.tap; of a Linen model give all variables, with 'params'."
-                )
-            if "*" in site:
-                layers = [name for name in known if name not in FIXED]
-                raise sites.SiteError(
-                    f"There is no site {site!r}: the pattern matches none of the layers "
-                    f"{', '.join(layers)}."
-                )
-            raise sites.SiteError(
-                f"There is no site {site!r}; {sites.near(site, list(known))}. "
-                "lpa_jax.list_sites names them all."
-            )
+            raise _no_site(site, list(known), refused, named=bool(program.sites))
         places = [place for place in found if not wanted.isdisjoint(place.names)]
         return _Traced(program, given, rows, places, mixing.unmatched(self.chain, places))
+
+
+def _no_site(
+    site: str, known: list[str], refused: Mapping[str, str], named: bool
+) -> sites.SiteError:
+    """Return what is wrong with the name of a site, `named` telling if the network names any."""
+    if site in refused:
+        return sites.SiteError(f"{site!r} is no site: {refused[site]}.")
+    if not named and not refused:
+        return sites.SiteError(
+            f"There is no site {site!r}, as no value of the network has a name: name values by "
+            "lpa_jax.tap; of a Linen model give all variables, with 'params'."
+        )
+    if "*" in site:
+        layers = ", ".join(name for name in known if name not in FIXED)
+        return sites.SiteError(
+            f"There is no site {site!r}: the pattern matches none of the layers {layers}."
+        )
+    return sites.SiteError(
+        f"There is no site {site!r}; {sites.near(site, known)}. lpa_jax.list_sites names them all."
+    )
 
 
 def _check_inputs(inputs: PyTree, rows: Rows) -> None:
@@ -530,8 +533,7 @@ def _cleaned(values: PyTree, real: Array) -> PyTree:
     def clean(value):
         if jnp.issubdtype(value.dtype, jax.dtypes.extended):
             return value
-        rows = real.reshape(real.shape + (1,) * (value.ndim - real.ndim))
-        return jnp.where(rows, value, jnp.zeros_like(value))
+        return jnp.where(pgd.column(real, value), value, jnp.zeros_like(value))
 
     return jax.tree.map(clean, values)
 
@@ -544,8 +546,7 @@ def _filled(values: PyTree, real: Array) -> PyTree:
     first = jnp.argmax(real)
 
     def fill(value):
-        rows = real.reshape(real.shape + (1,) * (value.ndim - 1))
-        return jnp.where(rows, value, jax.lax.dynamic_index_in_dim(value, first))
+        return jnp.where(pgd.column(real, value), value, jax.lax.dynamic_index_in_dim(value, first))
 
     return _cleaned(jax.tree.map(fill, values), real | jnp.any(real))
 

@@ -121,7 +121,7 @@ class Walk:
             self.states = (*self.states[:i], state, *self.states[i + 1 :])
             if (describe := self.chain[i].report) is not None:
                 report |= describe(site, self.class_stats, self.step)
-            if names == (sites.INPUTS,) and sites.LABELS in self.chain[i].sites:
+            if names == (sites.INPUTS,) and self.chain[i].mixes:
                 self._mix(i)
         if names == (sites.PARAM_GRADS,):
             self.metrics[names[0]] = {"norm": pgd.tree_norm(value)}
@@ -137,7 +137,7 @@ class Walk:
         for i, site in standing:
             if sites.INPUTS in self.chain[i].sites:
                 continue
-            if len(self.chain[i].sites) > 1:
+            if self.chain[i].mixes:
                 self._mix(i)
             else:
                 self.targets, state = self._update(i, site, self.targets)
