@@ -35,6 +35,7 @@ class Net(nn.Module):
 
 
 VARIABLES = networks.fill(Net(), X)
+MLP_VARIABLES = {"params": {n: VARIABLES["params"][n] for n in ("first", "head")}}
 SPLIT = lpa_jax.splits.all_positive()
 COUNTS = [4, 3, 5, 3, 2, 1]
 CHAINS = {
@@ -107,14 +108,13 @@ def test_padding_that_is_not_even_counts_by_its_weight():
 
     options = {"num_classes": CLASSES}
     model = Mlp()
-    variables = {"params": {n: VARIABLES["params"][n] for n in ("first", "head")}}
     chain = lpa_jax.chain(lpa_jax.lpa("first", epsilon=0.3), lpa_jax.lpl(0.3))
     step = lpa_jax.value_and_grad(model.apply, chain, axis_name=AXIS, **options)
-    state = step.init(variables, X, Y)
+    state = step.init(MLP_VARIABLES, X, Y)
     packed = jnp.concatenate([X, weights[:, None]], 1)
-    got = MAPPED["shard_map"](train, variables, state, packed, Y)
+    got = MAPPED["shard_map"](train, MLP_VARIABLES, state, packed, Y)
     whole = lpa_jax.value_and_grad(model.apply, chain, **options)
-    (loss, _), grads, _ = quick_jit(whole)(variables, state, X, Y, KEY, weights=weights)
+    (loss, _), grads, _ = quick_jit(whole)(MLP_VARIABLES, state, X, Y, KEY, weights=weights)
     close(got, (loss, grads))
 
 
@@ -130,11 +130,12 @@ def test_devices_draw_for_their_own_examples():
 
     chain = lpa_jax.stateless("first", keep)
     step = lpa_jax.value_and_grad(Mlp().apply, chain, num_classes=CLASSES, axis_name=AXIS)
-    variables = {"params": {n: VARIABLES["params"][n] for n in ("first", "head")}}
     same = jnp.tile(X[:4], (4, 1))
     logits = quick_jit(
         jax.vmap(
-            lambda x, y: step(variables, step.init(variables, x, y), x, y, KEY)[0][1]["logits"],
+            lambda x, y: step(MLP_VARIABLES, step.init(MLP_VARIABLES, x, y), x, y, KEY)[0][1][
+                "logits"
+            ],
             axis_name=AXIS,
         )
     )(same.reshape(4, 4, 5), jnp.zeros((4, 4), jnp.int32))
@@ -146,14 +147,13 @@ def test_elr_is_refused_over_an_axis():
     step = lpa_jax.value_and_grad(
         Mlp().apply, lpa_jax.elr(BATCH, 1.0), num_classes=CLASSES, axis_name=AXIS
     )
-    variables = {"params": {n: VARIABLES["params"][n] for n in ("first", "head")}}
-    state = step.init(variables, X, Y)
+    state = step.init(MLP_VARIABLES, X, Y)
 
     def train(variables, state, x, y):
         return step(variables, state, x, y, KEY, examples=jnp.arange(4))[0][0]
 
     with pytest.raises(lpa_jax.SiteError, match="shard the arrays of a jitted step"):
-        MAPPED["vmap"](train, variables, state, X, Y)
+        MAPPED["vmap"](train, MLP_VARIABLES, state, X, Y)
 
 
 def steps_of_one(perturbation, steps=2):

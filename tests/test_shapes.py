@@ -535,7 +535,6 @@ class DeepLayer(nn.Module):
 
 DEEP = Deep()
 DEEP_VARIABLES = networks.fill(DEEP, X)
-DROP = jax.random.key(7)
 
 
 def test_a_pattern_names_all_sites_that_it_matches():

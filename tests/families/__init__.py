@@ -169,6 +169,17 @@ class Adder:
                 self.used += 1
         return tree.unflatten(leaves)
 
+    def interceptor(self, path_of: Callable[[Any], str]) -> Callable[..., Any]:
+        """Return what adds to the outputs of layers, for a library that has interceptors."""
+
+        def intercept(next_fun, args, kwargs, context):
+            output = next_fun(*args, **kwargs)
+            if context.method_name != "__call__":
+                return output
+            return self(path_of(context.module), output)
+
+        return intercept
+
     def finish(self) -> None:
         assert self.used >= sum(map(len, self.wanted.values())), "a layer was never called"
 
@@ -184,14 +195,7 @@ def of_linen(apply_fn: Callable[..., Any], variables: Any, inputs: Any, **fields
 
     def forward(params, inputs, offsets):
         adder = Adder(offsets)
-
-        def intercept(next_fun, args, kwargs, context):
-            output = next_fun(*args, **kwargs)
-            if context.method_name != "__call__":
-                return output
-            return adder("/".join(context.module.path), output)
-
-        with nn.intercept_methods(intercept):
+        with nn.intercept_methods(adder.interceptor(lambda module: "/".join(module.path))):
             result = alone(params, inputs)
         adder.finish()
         return result

@@ -30,14 +30,7 @@ def haiku(network: Any, inputs: Any, stateful: bool = False, **fields: Any) -> C
 
     def forward(params, inputs, offsets):
         adder = Adder(offsets)
-
-        def intercept(next_fun, args, kwargs, context):
-            output = next_fun(*args, **kwargs)
-            if context.method_name != "__call__":
-                return output
-            return adder(context.module.module_name, output)
-
-        with hk.intercept_methods(intercept):
+        with hk.intercept_methods(adder.interceptor(lambda module: module.module_name)):
             logits = alone(params, inputs)
         adder.finish()
         return logits
