@@ -17,10 +17,10 @@ PerRow = Float[Array, "rows"]
 
 
 def column(
-    per_row: Shaped[Array, "rows"], like: Shaped[Array, "rows ..."]
+    per_row: Shaped[Array, "rows"], like: Shaped[ArrayLike, "rows ..."]
 ) -> Shaped[Array, "rows ..."]:
     """Reshape `[R]` so that it broadcasts against `like`, `[R, ...]`."""
-    return per_row.reshape(per_row.shape + (1,) * (like.ndim - 1))
+    return per_row.reshape(per_row.shape + (1,) * (jnp.ndim(like) - 1))
 
 
 def norms(rows: Rows) -> PerRow:
