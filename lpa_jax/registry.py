@@ -1,0 +1,91 @@
+"""Things by name: those of this package, those a user registers, and `package.module:attribute`."""
+
+from collections.abc import Iterator, Mapping
+import difflib
+import importlib
+from typing import Any, Generic, TypeVar
+
+Entry = TypeVar("Entry")
+
+
+class Registry(Mapping[str, Entry], Generic[Entry]):
+    """Entries of one kind by name, in the order in which they were registered.
+
+    Args:
+      kind: What an entry is, for messages: "method", "network".
+      entries: Those of this package.
+
+    Example:
+      >>> shapes = Registry("shape", {"square": 4})
+      >>> shapes.register("triangle", 3)
+      >>> shapes.find("triangle"), shapes.find("math:pi") > 3
+      (3, True)
+      >>> shapes.find("sqare")
+      Traceback (most recent call last):
+      ...
+      ValueError: There is no shape 'sqare'; did you mean square? Known: square, triangle.
+    """
+
+    def __init__(self, kind: str, entries: Mapping[str, Entry]):
+        """Start with the entries given."""
+        self.kind, self._entries = kind, dict(entries)
+
+    def register(self, name: str, entry: Entry) -> None:
+        """Add an entry.
+
+        Raises:
+          ValueError: If the name is taken by another entry.
+        """
+        if self._entries.get(name, entry) is not entry:
+            raise ValueError(f"There is a {self.kind} {name!r} already: choose another name.")
+        self._entries[name] = entry
+
+    def find(self, name: str) -> Entry | Any:
+        """Return an entry by name, or the object that `package.module:attribute` names.
+
+        Raises:
+          ValueError: If there is none, or the module cannot be imported.
+        """
+        if name in self._entries:
+            return self._entries[name]
+        if ":" in name:
+            return load_object(name)
+        raise ValueError(self.unknown(name))
+
+    def unknown(self, name: str) -> str:
+        """Return the sentence for a name that no entry has."""
+        close = difflib.get_close_matches(name, self._entries, n=3)
+        hint = f"did you mean {' or '.join(close)}? " if close else ""
+        return f"There is no {self.kind} {name!r}; {hint}Known: {', '.join(self._entries)}."
+
+    def __getitem__(self, name: str) -> Entry:
+        return self._entries[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+
+def load_object(name: str) -> Any:
+    """Return the object that `package.module:attribute` names.
+
+    Raises:
+      ValueError: If the module cannot be imported, or has no such attribute.
+
+    Example:
+      >>> load_object("math:pi")
+      3.14159...
+    """
+    module, _, attribute = name.partition(":")
+    try:
+        found: Any = importlib.import_module(module)
+        for part in attribute.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"{name!r} cannot be imported ({error}): give package.module:attribute, with the package "
+            "installed or in the current directory."
+        ) from error
+    return found
