@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 import lpa_jax
-from lpa_jax.perturb import statistics
+from lpa_jax.core import class_stats
 
 P, K, T = 64, 128, 3
 EXAMPLES = 50_000
@@ -90,7 +90,7 @@ def cost(
     state = jax.eval_shape(perturbation.init, begins or value)
     hard = jax.ShapeDtypeStruct((batch,), jnp.int32)
     labels = jax.ShapeDtypeStruct((batch, classes), jnp.float32) if soft else hard
-    stats = jax.eval_shape(lambda: statistics.init(classes))
+    stats = jax.eval_shape(lambda: class_stats.init(classes))
     key = jax.eval_shape(lambda: jax.random.key(0))
     arguments = (value, state, params, [value] * calls, value, labels, stats, key)
     # The state is donated, as in a training loop.

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 import lpa_jax
-from lpa_jax.perturb import classwise, membership, pgd
+from lpa_jax.core import class_plan, membership, pgd
 from lpa_jax.tables import catalogue, runs
 from lpa_jax.training import loop
 
@@ -40,7 +40,7 @@ def through(site, epsilon, *, radius, split, **_):
     Its other arguments are the defaults.
     """
     assert (site, radius) == ("features", "relative")
-    planner = classwise.planner(epsilon, 0.0, split)
+    planner = class_plan.planner(epsilon, 0.0, split)
 
     def update(value, *, params, labels, targets, weights, class_stats, step=0, **_):
         members = membership.by_class(labels, weights, targets.shape[1])

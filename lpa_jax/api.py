@@ -17,22 +17,31 @@ from lpa_jax.backends.haiku import open_haiku
 from lpa_jax.backends.linen import open_linen
 from lpa_jax.backends.naming import CALL
 from lpa_jax.backends.nnx import open_nnx
-from lpa_jax.core import checks
+from lpa_jax.core import arguments, checks
 from lpa_jax.core.network import Backend, Call, Network, Rows
-from lpa_jax.perturb import engine, sites
+from lpa_jax.core.perturbation import (
+    Chain,
+    chain,
+    INPUTS,
+    LABELS,
+    LOGIT_GRADS,
+    LOGITS,
+    Perturbation,
+)
+from lpa_jax.core.step import FIXED, LossFn, Step
 
 
 def value_and_grad(
     model: Any,
-    perturbation: sites.Perturbation | sites.Chain,
+    perturbation: Perturbation | Chain,
     *,
     num_classes: int,
-    loss_fn: engine.LossFn | None = None,
+    loss_fn: LossFn | None = None,
     logits: Callable[[Any], Array] | None = None,
     per_example: Sequence[str] = (),
     methods: Sequence[str] = (),
     axis_name: str | Sequence[str] | None = None,
-) -> engine.Step:
+) -> Step:
     """Build a training step's loss and gradient, with perturbations at their sites.
 
     The result is a pure function, to be used inside the caller's own `jax.jit` (outside of one,
@@ -71,7 +80,7 @@ def value_and_grad(
 
     A transform's `update` receives, keyword-only: `site`, `key`, `step`, `labels` (the class
     membership: int `[B]`, or float `[B, C]` after mixing), `targets` `[B, C]`, `weights`,
-    `examples` (None where the step was given none), `class_stats` (`statistics.ClassStats`),
+    `examples` (None where the step was given none), `class_stats` (`ClassStats`),
     `axis_name` (a tuple), and `gradient_fn(value)`, which returns per-example losses `[B]` and
     their gradient through the rest of the network (None where the site has none). At
     `"logit_grads"` there are also the `logits` at which the gradient was taken. At `"param_grads"`
@@ -121,13 +130,13 @@ def value_and_grad(
       >>> loss.shape, aux["logits"].shape, aux["metrics"]["layers_0"]["relative"].round(4).tolist()
       ((), (4, 3), [0.1, 0.1, 0.1])
     """
-    sites.check_count("num_classes", num_classes, low=2)
+    arguments.check_count("num_classes", num_classes, low=2)
     for name, function in (("loss_fn", loss_fn), ("logits", logits)):
         if function is not None and not callable(function):
             raise TypeError(f"{name} must be a function, not {function!r}.")
-    return engine.Step(
+    return Step(
         backend_of(model, methods),
-        sites.chain(perturbation),
+        chain(perturbation),
         num_classes,
         optax.softmax_cross_entropy if loss_fn is None else loss_fn,
         logits,
@@ -238,7 +247,7 @@ def list_sites(
     # Of two classes there may be one logit.
     rows, classes = (raw[:1], 2) if len(raw) == 1 else (raw[:-1], max(raw[-1], 2))
     larger = call.trace_larger(*args)
-    places, refused = call.places(program, larger, Rows(rows), engine.FIXED)
+    places, refused = call.places(program, larger, Rows(rows), FIXED)
     found = {
         name: jax.ShapeDtypeStruct(place.site.shape, place.site.dtype)
         for place in places
@@ -246,16 +255,16 @@ def list_sites(
     }
     ends = jax.ShapeDtypeStruct((*rows, classes), jnp.float32)
     first = {
-        f"{sites.INPUTS}{jax.tree_util.keystr(path)}": value
+        f"{INPUTS}{jax.tree_util.keystr(path)}": value
         for path, value in jax.tree_util.tree_leaves_with_path(abstract)
     }
-    last = {sites.LOGITS: ends, sites.LOGIT_GRADS: ends}
+    last = {LOGITS: ends, LOGIT_GRADS: ends}
 
     each, costs = program.costs(), dict.fromkeys(found, 0.0)
     for place in places:
         for name in dict.fromkeys(place.names):
             costs[name] += each[place.site.name]
-    return Sites({**first, sites.LABELS: ends, **found, **last}, refused, costs)
+    return Sites({**first, LABELS: ends, **found, **last}, refused, costs)
 
 
 def backend_of(model: Any, methods: Sequence[str] = ()) -> Backend:

@@ -85,7 +85,7 @@ def load_object(name: str) -> Any:
             found = getattr(found, part)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(
-            f"{name!r} cannot be imported ({error}): give package.module:attribute, with the package "
-            "installed or in the current directory."
+            f"{name!r} cannot be imported ({error}): give package.module:attribute, with the "
+            "package installed or in the current directory."
         ) from error
     return found

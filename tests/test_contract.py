@@ -19,7 +19,7 @@ from probes import absolute, avals, fading, Line, quick_jit, storable, watched
 import pytest
 
 import lpa_jax
-from lpa_jax.perturb import statistics
+from lpa_jax.core import class_stats
 
 NUM_CLASSES = 6
 BATCH = 16
@@ -195,9 +195,9 @@ def seen():
     """Return statistics in which classes lie on both sides of every threshold."""
     confidence = jnp.array([0.9, 0.2, 0.6, 0.7, 0.1, 0.0])
     weight = jnp.array([10.0] * 5 + [0.0])
-    means = statistics.Means(confidence, 0.8 * confidence, weight, num_seen=jnp.int32(5))
+    means = class_stats.Means(confidence, 0.8 * confidence, weight, num_seen=jnp.int32(5))
     frequency = jnp.array(COUNTS, jnp.float32)
-    return statistics.init(NUM_CLASSES)._replace(
+    return class_stats.init(NUM_CLASSES)._replace(
         frequency=frequency, ema=means, epoch=jax.tree.map(jnp.copy, means)
     )
 

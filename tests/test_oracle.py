@@ -16,7 +16,7 @@ import pytest
 
 import lpa_jax
 from lpa_jax import data
-from lpa_jax.perturb import statistics
+from lpa_jax.core import class_stats
 
 NUM_CLASSES, BATCH, POSITIONS, DEPTH, WIDTH = 4, 9, 3, 2, 4
 FREQUENCIES = [7, 30, 2, 11]
@@ -525,16 +525,16 @@ def test_lpl_takes_as_many_steps_as_the_bound_holds(epsilon, alpha, number):
         labels=jnp.zeros(1, jnp.int32),
         targets=jnp.array([[1.0, 0.0]]),
         weights=jnp.ones(1),
-        class_stats=statistics.init(2),
+        class_stats=class_stats.init(2),
         gradient_fn=lambda value: (jnp.zeros(1), jnp.ones_like(value)),
     )
     assert moved.tolist() == [pytest.approx([number * alpha] * 2)]
-    assert perturbation.report("logits", statistics.init(2), 0)["steps"].tolist() == [number] * 2
+    assert perturbation.report("logits", class_stats.init(2), 0)["steps"].tolist() == [number] * 2
 
 
 def steps_of(perturbation, num_classes):
     """Return the number of steps of each class: as reported, and as taken on logits of zero."""
-    stats, classes = statistics.init(num_classes), jnp.arange(num_classes)
+    stats, classes = class_stats.init(num_classes), jnp.arange(num_classes)
     value = jnp.zeros((num_classes, num_classes))
     moved, _ = perturbation.update(
         value,

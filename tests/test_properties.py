@@ -19,7 +19,7 @@ import pytest
 
 import lpa_jax
 from lpa_jax import losses
-from lpa_jax.perturb import pgd
+from lpa_jax.core import pgd
 from lpa_jax.training.config import TRANSFORMS
 
 # The same draws each time, however long they take, and no record of them in the tree. A chain that

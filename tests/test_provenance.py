@@ -105,19 +105,25 @@ def test_the_code_is_that_which_training_imports(tmp_path):
     package = shutil.copytree(provenance.PACKAGE, tmp_path / "lpa_jax")
     before = provenance.of_code.__wrapped__(package)
     assert before == provenance.of_code()
-    for name in ("main.py", "table.py", "tables/runs.py", "training/evaluate.py", "perturb/new.py"):
+    for name in (
+        "main.py",
+        "table.py",
+        "tables/runs.py",
+        "training/evaluate.py",
+        "transforms/new.py",
+    ):
         with (package / name).open("a") as file:
             file.write("\nEDITED = True\n")
         assert provenance.of_code.__wrapped__(package) == before, name
     codes = {before}
-    for name in ("__init__.py", "perturb/logits.py", "training/loop.py", "data/npz.py"):
+    for name in ("__init__.py", "transforms/ldam.py", "training/loop.py", "data/npz.py"):
         with (package / name).open("a") as file:
             file.write("\nEDITED = True\n")
         codes.add(provenance.of_code.__wrapped__(package))
     with (package / "losses.py").open("a") as file:
-        file.write("\nfrom .perturb import new\n")
+        file.write("\nfrom .transforms import new\n")
     codes.add(provenance.of_code.__wrapped__(package))
-    with (package / "perturb" / "new.py").open("a") as file:
+    with (package / "transforms" / "new.py").open("a") as file:
         file.write("\nEDITED = 2\n")
     codes.add(provenance.of_code.__wrapped__(package))
     assert len(codes) == 7

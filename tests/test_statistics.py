@@ -11,7 +11,7 @@ from probes import quick_jit, watched
 import pytest
 
 import lpa_jax
-from lpa_jax.perturb import classwise, membership, pgd, statistics
+from lpa_jax.core import class_plan, class_stats, membership, pgd
 
 close = functools.partial(chex.assert_trees_all_close, rtol=1e-5, atol=1e-6)
 
@@ -117,8 +117,8 @@ def known(confidence, weight):
     weight = jnp.array(weight)
     confidence = jnp.where(weight > 0, jnp.array(confidence), 0.0)
     num_seen = jnp.sum(weight > 0, dtype=jnp.int32)
-    means = statistics.Means(confidence, jnp.zeros_like(weight), weight, num_seen)
-    return statistics.init(len(weight))._replace(ema=means)
+    means = class_stats.Means(confidence, jnp.zeros_like(weight), weight, num_seen)
+    return class_stats.init(len(weight))._replace(ema=means)
 
 
 def test_a_class_at_the_mean_and_one_never_seen_are_left_alone():
@@ -150,24 +150,24 @@ def test_a_class_that_was_hard_long_ago_is_not(window):
     members = membership.by_class(labels, jnp.ones(20), 4)
 
     def batch(stats, logits):
-        stats = statistics.observe_batch(stats, logits, members)
-        return statistics.end_batch(stats, members), None
+        stats = class_stats.observe_batch(stats, logits, members)
+        return class_stats.end_batch(stats, members), None
 
     @quick_jit
     def learned():
         wrong = right.at[:5].set(jnp.roll(right[:5], 1, axis=1))
         # An epoch forgets nothing, and sees the class err in no batch.
         hard = jnp.broadcast_to(wrong, (300 if window == "ema" else 0, 20, 4))
-        stats, _ = jax.lax.scan(batch, statistics.init(4), hard)
+        stats, _ = jax.lax.scan(batch, class_stats.init(4), hard)
         stats, _ = jax.lax.scan(batch, stats, jnp.broadcast_to(right, (3000, 20, 4)))
-        return statistics.end_epoch(stats)
+        return class_stats.end_epoch(stats)
 
     split = lpa_jax.splits.mean_threshold("accuracy", window)
     assert split.signs(learned(), jnp.arange(4)).tolist() == [0, 0, 0, 0]
 
 
 def test_nothing_is_known_at_the_first_step():
-    stats = statistics.init(4)
+    stats = class_stats.init(4)
     for split in (
         lpa_jax.splits.mean_threshold(),
         lpa_jax.splits.threshold(0.5),
@@ -217,13 +217,13 @@ def test_with_an_inverted_split_lpg_dampens_the_class_with_the_highest_loss():
 
 
 def test_head_classes_of_the_tail_split_have_a_scale_of_their_own():
-    stats, classes = statistics.init(4), jnp.arange(4)
+    stats, classes = class_stats.init(4), jnp.arange(4)
     split = lpa_jax.splits.tail(2, [50, 100, 10, 5], head_scale=0.6)
     np.testing.assert_allclose(split.spread(stats, classes), [0.3, 0.6, 0.5, 1.0], rtol=1e-6)
 
 
 def test_constant_splits_have_one_bound():
-    stats = statistics.init(4)
+    stats = class_stats.init(4)
     for split, sign in ((lpa_jax.splits.all_positive(), 1), (lpa_jax.splits.all_negative(), -1)):
         assert split.signs(stats, jnp.arange(4)).tolist() == [sign] * 4
         assert split.spread(stats, jnp.arange(4)).tolist() == [0] * 4
@@ -231,9 +231,9 @@ def test_constant_splits_have_one_bound():
 
 @pytest.mark.parametrize("size", SIZES)
 def test_a_row_without_members_has_neither_sign_nor_bound(size):
-    planner = classwise.planner(0.5, 0.0, lpa_jax.splits.all_positive())
+    planner = class_plan.planner(0.5, 0.0, lpa_jax.splits.all_positive())
     members = membership.by_class(LABELS, WEIGHTS, size)
-    plan = planner.of(members, statistics.init(size), 0)
+    plan = planner.of(members, class_stats.init(size), 0)
     assert plan.sign.tolist() == (members.counts > 0).tolist()
     assert plan.radius.tolist() == (0.5 * (members.counts > 0)).tolist()
 
@@ -424,7 +424,7 @@ def test_padding_alone_teaches_nothing():
     (loss, _), grads, state = everything()(*DEGENERATE["padding alone"]())
     assert loss == 0
     chex.assert_trees_all_equal(grads, jax.tree.map(jnp.zeros_like, grads))
-    chex.assert_trees_all_equal(state.class_stats, statistics.init(3))
+    chex.assert_trees_all_equal(state.class_stats, class_stats.init(3))
 
 
 # ---------------------------------------------------------------- random draws

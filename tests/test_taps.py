@@ -16,7 +16,7 @@ from probes import quick_jit, watch
 import pytest
 
 import lpa_jax
-from lpa_jax.perturb import statistics
+from lpa_jax.core import class_stats
 
 BATCH, POSITIONS, FEATURES = 8, 3, 5
 INPUTS = jax.random.normal(jax.random.key(1), (BATCH, POSITIONS, FEATURES))
@@ -43,7 +43,7 @@ def run_step(model, perturbation, variables, inputs=INPUTS, keep=lambda result: 
     labels = jnp.asarray(LABELS)
     state = step.init(variables, inputs, labels, **kwargs)
     confidence, weight = jnp.array(CONFIDENCE), jnp.array(SEEN)
-    seen = statistics.Means(confidence, confidence, weight, jnp.sum(weight > 0, dtype=jnp.int32))
+    seen = class_stats.Means(confidence, confidence, weight, jnp.sum(weight > 0, dtype=jnp.int32))
     state = state._replace(class_stats=state.class_stats._replace(ema=seen))
     # What is not kept is not compiled.
     run = quick_jit(lambda *arguments: keep(step(*arguments, **kwargs)))

@@ -20,8 +20,9 @@ from rich.console import Console
 from configs import digits
 import lpa_jax
 from lpa_jax import data, losses, models
+from lpa_jax.core import class_stats
+from lpa_jax.core import step as step_module
 from lpa_jax.evaluation import metrics
-from lpa_jax.perturb import engine, statistics
 from lpa_jax.training import checkpoints, experiment, feed, loop, mesh, records, report, schedules
 from lpa_jax.training import config as configuration
 from lpa_jax.training.step import make_steps
@@ -48,17 +49,17 @@ def run(config, workdir):
 def finished(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("finished")
     traces = []
-    original = engine.Step.__call__
+    original = step_module.Step.__call__
 
     def counting(self, *args, **kwargs):
         traces.append(self)
         return original(self, *args, **kwargs)
 
-    engine.Step.__call__ = counting
+    step_module.Step.__call__ = counting
     try:
         summary, text = run(smoke("lpa+lpl+lpg", num_seeds=2, seed=3), workdir)
     finally:
-        engine.Step.__call__ = original
+        step_module.Step.__call__ = original
     return workdir, summary, text, traces
 
 
@@ -439,7 +440,7 @@ def test_the_split_of_a_configuration_is_scaled_and_inverted():
     config.perturbation.lpl.split.update({"name": "tail", "num_head": 4, "head_scale": 0.6})
     config.perturbation.lpg.split.update({"name": "tail", "num_head": 4, "inverted": True})
     chain = configuration.perturbation(config, counts, (0.5,), 20)
-    reports = [part.report(part.sites[0], statistics.init(10), 0) for part in chain]
+    reports = [part.report(part.sites[0], class_stats.init(10), 0) for part in chain]
     assert reports[0]["steps"].tolist() == [6, 4, 2, 1, 1, 1, 2, 4, 6, 10]
     assert reports[0]["sign"].tolist() == [-1] * 4 + [1] * 6
     assert reports[1]["sign"].tolist() == [1] * 4 + [-1] * 6

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lpa_jax.core.pgd import climb_within
 from lpa_jax.evaluation.metrics import Change
-from lpa_jax.perturb.pgd import climb_within
 
 EPSILON = 8 / 255
 BOUNDS = (0.0, 1.0)

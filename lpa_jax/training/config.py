@@ -9,8 +9,8 @@ from typing import Any
 from ml_collections import config_dict
 
 import lpa_jax
+from lpa_jax.core import splits
 from lpa_jax.data import batching, long_tail, tasks
-from lpa_jax.perturb import splits
 
 TRANSFORMS = (
     "additive_margin",

@@ -15,7 +15,7 @@ import optax
 
 import lpa_jax
 from lpa_jax import data, losses, models
-from lpa_jax.perturb.engine import LossFn, Step
+from lpa_jax.core.step import LossFn, Step
 from lpa_jax.training import config as configuration
 from lpa_jax.training import schedules
 from lpa_jax.training.config import Config, ConfigError

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 import numpy as np
 
-from lpa_jax.perturb.engine import StepState
+from lpa_jax.core.step import StepState
 
 
 class Totals(NamedTuple):

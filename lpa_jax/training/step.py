@@ -12,9 +12,9 @@ from jaxtyping import Array, Bool, PyTree
 import optax
 
 from lpa_jax import data
+from lpa_jax.core import membership
 from lpa_jax.core.checks import all_finite
-from lpa_jax.perturb import membership
-from lpa_jax.perturb.engine import Step
+from lpa_jax.core.step import Step
 from lpa_jax.training import mesh as meshes
 from lpa_jax.training.feed import Batch
 from lpa_jax.training.state import add_to_totals, empty_totals, TrainState

@@ -10,19 +10,27 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from lpa_jax.core import checks
-from lpa_jax.perturb import membership, mixing, pgd, sites, statistics
+from lpa_jax.core import checks, membership, mixing, pgd
+from lpa_jax.core.class_stats import ClassStats, end_batch, observe_batch
+from lpa_jax.core.perturbation import (
+    Chain,
+    INPUTS,
+    LABELS,
+    LOGITS,
+    PARAM_GRADS,
+    SiteError,
+)
 
 
 @dataclasses.dataclass
 class Walk:
     """What is handed from site to site during one pass; it lives no longer than the trace."""
 
-    chain: sites.Chain
+    chain: Chain
     key: Array
     states: tuple[PyTree, ...]
     step: Array
-    class_stats: statistics.ClassStats
+    class_stats: ClassStats
     labels: membership.Labels
     targets: Array
     weights: Array
@@ -38,16 +46,16 @@ class Walk:
         classes = self.targets.shape[1]
         return membership.by_class(self.labels, self.weights, classes, self.axis_name)
 
-    def measured_by(self, logits: Array) -> statistics.ClassStats:
+    def measured_by(self, logits: Array) -> ClassStats:
         """Return the statistics with the batch, of logits that no class-level work has moved."""
-        return statistics.observe_batch(self.class_stats, logits, self.members())
+        return observe_batch(self.class_stats, logits, self.members())
 
     def measure(self, logits: Array) -> None:
         """Take the batch's statistics, once."""
         if not self.measured:
             self.class_stats, self.measured = self.measured_by(logits), True
 
-    def standing(self, names: tuple[str, ...]) -> list[tuple[int, str]]:
+    def at_site(self, names: tuple[str, ...]) -> list[tuple[int, str]]:
         """Return index and site of each perturbation at a site; its own name comes first."""
         return [
             (i, next(name for name in names if name in perturbation.sites))
@@ -60,15 +68,15 @@ class Walk:
         """Whether anything of the chain may read the class statistics."""
         return any(perturbation.class_level for perturbation in self.chain)
 
-    def stats_after(self) -> statistics.ClassStats:
+    def stats_after(self) -> ClassStats:
         """Return the class statistics with the batch taken in, where anything reads them."""
         if not self.class_level:
             return self.class_stats
-        return statistics.end_batch(self.class_stats, self.members())
+        return end_batch(self.class_stats, self.members())
 
     def objective(self) -> "_Objective":
         """Return what the loss depends on besides the logits, as it is now."""
-        states = {i: self.states[i] for i, _ in self.standing((sites.LOGITS,))}
+        states = {i: self.states[i] for i, _ in self.at_site((LOGITS,))}
         params = self.params if states else None
         return _Objective(self.labels, self.targets, params, self.class_stats, states)
 
@@ -91,13 +99,13 @@ class Walk:
             if i > after:
                 walk.states = (*walk.states[:i], state, *walk.states[i + 1 :])
                 gradient_fn = _Asked()
-                changed, _ = walk._update(i, sites.LOGITS, logits, gradient_fn)
+                changed, _ = walk._update(i, LOGITS, logits, gradient_fn)
                 logits = logits if gradient_fn.asked else changed
         return logits
 
     def reads_statistics(self, names: tuple[str, ...]) -> bool:
         """Return whether class-level work is first met at a site."""
-        return not self.measured and any(self.chain[i].class_level for i, _ in self.standing(names))
+        return not self.measured and any(self.chain[i].class_level for i, _ in self.at_site(names))
 
     def perturb(
         self,
@@ -109,21 +117,21 @@ class Walk:
         times: Mapping[str, int] = types.MappingProxyType({}),
     ) -> PyTree:
         """Let the transforms at a site have its value, in the order of the chain."""
-        standing = self.standing(names)
-        if not standing:
+        found = self.at_site(names)
+        if not found:
             return value
         before, members, report = value, self.members(), {}
-        for i, site in standing:
+        for i, site in found:
             climb = gradient_fn
-            if climb is not None and names == (sites.LOGITS,):
+            if climb is not None and names == (LOGITS,):
                 climb = functools.partial(climb, after=i)
             value, state = self._update(i, site, value, climb, logits, times.get(site, 0), names[0])
             self.states = (*self.states[:i], state, *self.states[i + 1 :])
             if (describe := self.chain[i].report) is not None:
                 report |= describe(site, self.class_stats, self.step)
-            if names == (sites.INPUTS,) and self.chain[i].mixes:
+            if names == (INPUTS,) and self.chain[i].mixes:
                 self._mix(i)
-        if names == (sites.PARAM_GRADS,):
+        if names == (PARAM_GRADS,):
             self.metrics[names[0]] = {"norm": pgd.tree_norm(value)}
         else:
             change = _change(before, value, members, self.targets.shape[1])
@@ -133,18 +141,18 @@ class Walk:
     def perturb_targets(self) -> None:
         """Perturb the targets, unless that was done at the inputs."""
         before = self.targets
-        standing = self.standing((sites.LABELS,))
-        for i, site in standing:
-            if sites.INPUTS in self.chain[i].sites:
+        found = self.at_site((LABELS,))
+        for i, site in found:
+            if INPUTS in self.chain[i].sites:
                 continue
             if self.chain[i].mixes:
                 self._mix(i)
             else:
                 self.targets, state = self._update(i, site, self.targets)
                 self.states = (*self.states[:i], state, *self.states[i + 1 :])
-        if standing:
+        if found:
             change = _change(before, self.targets, self.members(), before.shape[1])
-            self.metrics[sites.LABELS] = change
+            self.metrics[LABELS] = change
 
     def _mix(self, index: int) -> None:
         """Move targets and membership with the examples.
@@ -153,8 +161,8 @@ class Walk:
         themselves between classes; one that stands at the labels alone (smoothing) does not.
         """
         labels = checks.soft(self.labels, self.targets.shape[1])
-        moved, _ = self._update(index, sites.LABELS, labels)
-        self.targets, state = self._update(index, sites.LABELS, self.targets)
+        moved, _ = self._update(index, LABELS, labels)
+        self.targets, state = self._update(index, LABELS, self.targets)
         self.labels = moved
         self.states = (*self.states[:index], state, *self.states[index + 1 :])
 
@@ -171,7 +179,7 @@ class Walk:
             by_target = dict.fromkeys(by_target, mixing.Unmatched(site, others))
         # The same key at all sites of a perturbation: its draws agree without a state.
         key = jax.random.fold_in(self.key, index)
-        if self.axis_name and not self.chain[index].mixes and site != sites.PARAM_GRADS:
+        if self.axis_name and not self.chain[index].mixes and site != PARAM_GRADS:
             # Each device has other examples.
             key = jax.random.fold_in(key, jax.lax.axis_index(self.axis_name))
         extra = by_target | {
@@ -187,15 +195,15 @@ class Walk:
         try:
             new, state = self.chain[index].update(value, self.states[index], self.params, **extra)
         except (AttributeError, TypeError) as error:
-            if site != sites.INPUTS or isinstance(value, jax.Array):
+            if site != INPUTS or isinstance(value, jax.Array):
                 raise
-            raise sites.SiteError(
+            raise SiteError(
                 "The inputs are a tree of arrays, and a perturbation there takes one array: name "
                 "the array in the network, by lpa_jax.tap(name, array), and perturb it there."
             ) from error
         was, now = (jax.tree.map(jnp.shape, tree) for tree in (value, new))
         if was != now:
-            raise sites.SiteError(
+            raise SiteError(
                 f"The perturbation at {site!r} must return a value of the shape that it is given, "
                 f"{was!s:.200}, not {now!s:.200}."
             )
@@ -226,7 +234,7 @@ class _Objective(NamedTuple):
     labels: membership.Labels
     targets: Array
     params: PyTree
-    class_stats: statistics.ClassStats
+    class_stats: ClassStats
     states: dict[int, PyTree]
 
     def same_as(self, other: "_Objective") -> bool:

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from lpa_jax.perturb import bounds, membership, sites, splits, statistics
+from lpa_jax.core import arguments, bounds, class_stats, membership, splits
 
 
 class Plan(NamedTuple):
@@ -29,15 +29,15 @@ class Planner(NamedTuple):
       split: Which classes are pushed out and which pulled in.
     """
 
-    epsilon: sites.Number
-    delta_epsilon: sites.Number
+    epsilon: arguments.Number
+    delta_epsilon: arguments.Number
     split: splits.Split
 
-    def of(self, members: membership.Membership, stats: statistics.ClassStats, step: Any) -> Plan:
+    def of(self, members: membership.Membership, stats: class_stats.ClassStats, step: Any) -> Plan:
         """Return the plan for each row; a row without members has sign and bound 0."""
         return self._plan(stats, step, members.classes, members.counts > 0)
 
-    def report(self, stats: statistics.ClassStats, step: Any) -> dict[str, Array]:
+    def report(self, stats: class_stats.ClassStats, step: Any) -> dict[str, Array]:
         """Return the plan for all classes, float32 `[C]` each."""
         classes = jnp.arange(stats.frequency.shape[0])
         return self._plan(stats, step, classes, jnp.ones_like(classes, bool))._asdict()
@@ -50,7 +50,7 @@ class Planner(NamedTuple):
 
 
 def planner(
-    epsilon: sites.Number, delta_epsilon: sites.Number, split: splits.Split | None
+    epsilon: arguments.Number, delta_epsilon: arguments.Number, split: splits.Split | None
 ) -> Planner:
     """Return the planner for these bounds, and by default for the mean threshold.
 
@@ -62,6 +62,6 @@ def planner(
             f"split must come from a function of lpa_jax.splits, as in splits.mean_threshold(), "
             f"not {split!r}."
         )
-    sites.check_number("epsilon", epsilon)
-    sites.check_number("delta_epsilon", delta_epsilon)
+    arguments.check_number("epsilon", epsilon)
+    arguments.check_number("delta_epsilon", delta_epsilon)
     return Planner(epsilon, delta_epsilon, splits.mean_threshold() if split is None else split)

@@ -4,10 +4,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from lpa_jax.core.network import Place
-from lpa_jax.perturb import sites
+from lpa_jax.core.perturbation import (
+    Chain,
+    INPUTS,
+    SiteError,
+)
 
 
-def unmatched(chain: sites.Chain, found: list[Place]) -> tuple[tuple[tuple[str, int], str], ...]:
+def unmatched(chain: Chain, found: list[Place]) -> tuple[tuple[tuple[str, int], str], ...]:
     """Find what stands where the targets are mixed and the examples are not yet.
 
     Returns:
@@ -17,7 +21,7 @@ def unmatched(chain: sites.Chain, found: list[Place]) -> tuple[tuple[tuple[str, 
       SiteError: If class-level work stands ahead of mixing, or something is mixed twice.
     """
     found_early = {}
-    order = [sites.INPUTS, *(place.site.name for place in found)]
+    order = [INPUTS, *(place.site.name for place in found)]
     at: dict[str, list[int]] = {name: [order.index(name)] for name in order}
     for place in found:
         for name in place.names[1:]:
@@ -33,34 +37,34 @@ def unmatched(chain: sites.Chain, found: list[Place]) -> tuple[tuple[tuple[str, 
             continue
         for site in mixing.sites:
             if len(at.get(site, [])) > 1:
-                raise sites.SiteError(
+                raise SiteError(
                     f"{site!r} is computed several times, and mixing more than once would not "
                     f"fit the targets; name one, such as {order[at[site][0]]!r}."
                 )
-        mixed = (0, mixing_rank if sites.INPUTS in mixing.sites else len(chain))
+        mixed = (0, mixing_rank if INPUTS in mixing.sites else len(chain))
         last = max(places(mixing_rank), default=(0, 0))
         for rank, other in enumerate(chain):
             for place, _ in places(rank):
                 if rank == mixing_rank:
                     continue
                 if other.class_level and (place, rank) < last:
-                    raise sites.SiteError(early(order[place], str(mixing.sites)))
+                    raise SiteError(early(order[place], str(mixing.sites)))
                 if mixed < (place, rank) < last:
                     found_early[order[place], rank] = str(mixing.sites)
     return tuple(found_early.items())
 
 
-def check_unmixed(chain: sites.Chain, given: Mapping[str, Any]) -> None:
+def check_unmixed(chain: Chain, given: Mapping[str, Any]) -> None:
     """Raise `SiteError` if examples are mixed of which a part would stay as it is."""
     for mixing in chain:
         if mixing.mixes and given:
-            raise sites.SiteError(
+            raise SiteError(
                 f"{mixing!r} mixes examples, but {', '.join(map(repr, given))} would stay those of "
                 "the first of each pair: put what can be mixed into the inputs, a dictionary of "
                 "float arrays, or leave the mixing out."
             )
         if mixing.mixes:
-            raise sites.SiteError(
+            raise SiteError(
                 f"{mixing!r} mixes examples, which is not defined for a label at each position."
             )
 
@@ -72,7 +76,7 @@ class Unmatched:
         self._told = early(site, mixing)
 
     def _refuse(self, *_: Any, **__: Any) -> Any:
-        raise sites.SiteError(self._told)
+        raise SiteError(self._told)
 
     # Python looks these up on the class.
     __call__ = __getattr__ = __getitem__ = __len__ = __iter__ = __bool__ = _refuse

@@ -13,16 +13,26 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, Integer, PyTree
 import optax
 
-from lpa_jax.core import checks
+from lpa_jax.core import checks, class_stats, meshes, mixing, pgd
 from lpa_jax.core.network import Backend, Call, is_bound, Network, Place, Rows
+from lpa_jax.core.perturbation import (
+    Chain,
+    INPUTS,
+    LABELS,
+    LOGIT_GRADS,
+    LOGITS,
+    matches,
+    near,
+    PARAM_GRADS,
+    SiteError,
+)
 from lpa_jax.core.program import Program, Site
-from lpa_jax.perturb import meshes, mixing, pgd, sites, statistics
-from lpa_jax.perturb.walk import Walk
+from lpa_jax.core.walk import Walk
 
 Labels = Integer[Array, "batch ..."] | Float[Array, "batch ... classes"]
 """Of the examples, or of all positions of them."""
 LossFn = Callable[[Float[Array, "batch classes"], Float[Array, "batch classes"]], Array]
-FIXED = (sites.INPUTS, sites.LABELS, sites.LOGITS, sites.LOGIT_GRADS, sites.PARAM_GRADS)
+FIXED = (INPUTS, LABELS, LOGITS, LOGIT_GRADS, PARAM_GRADS)
 Tail = Callable[[Any], Float[Array, "batch classes"]]
 
 
@@ -36,7 +46,7 @@ class StepState(NamedTuple):
     """
 
     step: Int[Array, ""]
-    class_stats: statistics.ClassStats
+    class_stats: class_stats.ClassStats
     perturbations: tuple[PyTree, ...]
 
 
@@ -63,7 +73,7 @@ class Step:
     """A perturbed `value_and_grad`; made and described by `lpa_jax.value_and_grad`."""
 
     backend: Backend
-    chain: sites.Chain
+    chain: Chain
     num_classes: int
     loss_fn: LossFn
     pick: Callable[[Any], Array] | None = None
@@ -100,9 +110,9 @@ class Step:
         traced = self._trace(shapes, abstract, kwargs, rows)
 
         def value_at(name):
-            if name == sites.INPUTS:
+            if name == INPUTS:
                 return jax.tree.map(rows.of, inputs)
-            if name == sites.PARAM_GRADS:
+            if name == PARAM_GRADS:
                 return network.params
             for place in traced.places:
                 if name in place.names:
@@ -112,13 +122,13 @@ class Step:
 
         return StepState(
             step=jnp.zeros((), jnp.int32),
-            class_stats=statistics.init(self.num_classes),
+            class_stats=class_stats.init(self.num_classes),
             perturbations=tuple(p.init(value_at(p.sites[0])) for p in self.chain),
         )
 
     def end_epoch(self, state: StepState) -> StepState:
         """Close the epoch for the splits with `window="epoch"`; others are unaffected."""
-        return state._replace(class_stats=statistics.end_epoch(state.class_stats))
+        return state._replace(class_stats=class_stats.end_epoch(state.class_stats))
 
     def diagnose(
         self,
@@ -265,7 +275,7 @@ class Step:
 
         def at_moved(moved):
             if jax.tree.structure(moved) != jax.tree.structure(params):
-                raise sites.SiteError(
+                raise SiteError(
                     "The gradient at moved parameters needs all of them: a perturbation that asks "
                     "for it cannot stand behind optax.masked or optax.partition. Give sam and asam "
                     "the mask instead, as in lpa_jax.sam(rho, mask=...)."
@@ -273,7 +283,7 @@ class Step:
             return loss_and_grads(moved)[:2]
 
         loss, grads, walk, raw, updates = loss_and_grads(params)
-        grads = walk.perturb((sites.PARAM_GRADS,), grads, at_moved)
+        grads = walk.perturb((PARAM_GRADS,), grads, at_moved)
         state = StepState(
             step=jnp.asarray(optax.safe_increment(state.step)),
             class_stats=walk.stats_after(),
@@ -323,7 +333,7 @@ class Step:
         def to_logits(result):
             return self._by_class(rows, result[0])
 
-        if walk.standing((sites.INPUTS,)):
+        if walk.at_site((INPUTS,)):
             frozen = jax.lax.stop_gradient((params, rest))
 
             def from_inputs(value):
@@ -331,7 +341,7 @@ class Step:
 
             from_rows = functools.partial(jax.tree.map, rows.back)
             value = jax.tree.map(rows.of, inputs)
-            inputs = from_rows(self._perturb(walk, (sites.INPUTS,), value, from_inputs))
+            inputs = from_rows(self._perturb(walk, (INPUTS,), value, from_inputs))
         walk.perturb_targets()
 
         places = {place.site: place for place in traced.places}
@@ -352,7 +362,7 @@ class Step:
         raw, updates = program.walk((params, rest, inputs, given), names, visit)
         raw = raw.astype(jnp.float32)
         by_class = self._by_class(rows, raw)
-        logits = self._perturb(walk, (sites.LOGITS,), by_class, lambda value: value)
+        logits = self._perturb(walk, (LOGITS,), by_class, lambda value: value)
         if walk.class_level:
             walk.measure(by_class)
         return logits, (walk, raw, updates)
@@ -366,7 +376,7 @@ class Step:
         times: Mapping[str, int] = types.MappingProxyType({}),
     ) -> PyTree:
         """Perturb the value at a site, the network beyond which is `tail`."""
-        if names == (sites.LOGITS,) and walk.reads_statistics(names):
+        if names == (LOGITS,) and walk.reads_statistics(names):
             walk.measure(value)
         # At other sites the statistics come with the first gradient.
         measures = walk.reads_statistics(names)
@@ -429,7 +439,7 @@ class Step:
     def _loss(self, walk: Walk, logits: Array) -> tuple[Array, Array]:
         """Return the weighted mean loss and its perturbed gradient at the logits."""
         losses, grads = self._losses_and_grads(logits, walk.targets)
-        grads = walk.perturb((sites.LOGIT_GRADS,), grads, logits=logits)
+        grads = walk.perturb((LOGIT_GRADS,), grads, logits=logits)
         # The loss and gradient of a batch that is all padding are 0.
         total_weight = jnp.sum(walk.weights)
         if self.axis_name:
@@ -465,7 +475,7 @@ class Step:
         program = call.trace(*args)
         checks.check_logits(program.shapes[0].shape, rows.shape, self.num_classes)
         wanted = {site for perturbation in self.chain for site in perturbation.sites}
-        if sites.INPUTS in wanted:
+        if INPUTS in wanted:
             _check_inputs(inputs, rows)
         wanted -= set(FIXED)
         if given or len(rows.shape) > 1:
@@ -475,11 +485,11 @@ class Step:
         if wanted or mixes:
             larger = call.trace_larger(*args)
             if mixes and isinstance(larger, str) and call.arrays:
-                raise sites.SiteError(f"Examples cannot be mixed: {larger}.")
+                raise SiteError(f"Examples cannot be mixed: {larger}.")
             found, refused = call.places(program, larger, rows, FIXED)
         patterns = [site for site in wanted if "*" in site]
         for number, place in enumerate(found):
-            also = (pattern for pattern in patterns if sites.matches(pattern, place.names))
+            also = (pattern for pattern in patterns if matches(pattern, place.names))
             found[number] = place._replace(names=(*place.names, *also))
         known = dict.fromkeys([*FIXED, *(name for place in found for name in place.names)])
         for site in sorted(wanted - set(known)):
@@ -488,24 +498,22 @@ class Step:
         return _Traced(program, given, rows, places, mixing.unmatched(self.chain, places))
 
 
-def _no_site(
-    site: str, known: list[str], refused: Mapping[str, str], named: bool
-) -> sites.SiteError:
+def _no_site(site: str, known: list[str], refused: Mapping[str, str], named: bool) -> SiteError:
     """Return what is wrong with the name of a site, `named` telling if the network names any."""
     if site in refused:
-        return sites.SiteError(f"{site!r} is no site: {refused[site]}.")
+        return SiteError(f"{site!r} is no site: {refused[site]}.")
     if not named and not refused:
-        return sites.SiteError(
+        return SiteError(
             f"There is no site {site!r}, as no value of the network has a name: name values by "
             "lpa_jax.tap; of a Linen model give all variables, with 'params'."
         )
     if "*" in site:
         layers = ", ".join(name for name in known if name not in FIXED)
-        return sites.SiteError(
+        return SiteError(
             f"There is no site {site!r}: the pattern matches none of the layers {layers}."
         )
-    return sites.SiteError(
-        f"There is no site {site!r}; {sites.near(site, known)}. lpa_jax.list_sites names them all."
+    return SiteError(
+        f"There is no site {site!r}; {near(site, known)}. lpa_jax.list_sites names them all."
     )
 
 
@@ -513,12 +521,12 @@ def _check_inputs(inputs: PyTree, rows: Rows) -> None:
     """Raise `SiteError` unless all inputs can be perturbed together."""
     for leaf in jax.tree.leaves(inputs):
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
-            raise sites.SiteError(
+            raise SiteError(
                 f"The inputs are {leaf.dtype}, and perturbations need floats: scale pixels "
                 "to [0, 1] first, or name a module."
             )
         if not rows.fit(leaf.shape):
-            raise sites.SiteError(
+            raise SiteError(
                 f"The inputs, {leaf.shape}, are not one for each label, {rows.shape}; name a layer."
             )
 

@@ -6,18 +6,21 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from lpa_jax.perturb import sites
+from lpa_jax.core import arguments
 
 
 def radii(
-    epsilon: sites.Number, delta_epsilon: sites.Number, spread: Float[Array, "rows"], step: Any
+    epsilon: arguments.Number,
+    delta_epsilon: arguments.Number,
+    spread: Float[Array, "rows"],
+    step: Any,
 ) -> Float[Array, "rows"]:
     """Return the bound of each class, `epsilon + delta_epsilon * spread_c`, at least 0.
 
     Fixed where `delta_epsilon` is 0; varied (LPL eq 13, LPA eq 14) with a threshold split; by
     frequency (LPL eq 14) with `splits.tail`.
     """
-    bound = sites.at_step(epsilon, step) + sites.at_step(delta_epsilon, step) * spread
+    bound = arguments.at_step(epsilon, step) + arguments.at_step(delta_epsilon, step) * spread
     return jnp.maximum(bound, 0.0)
 
 
@@ -33,15 +36,15 @@ def layer_scale(epsilon: float, num_sites: int, beta: float = 0.7) -> tuple[floa
       >>> layer_scale(0.2, 3, beta=0.5)
       (0.05, 0.1, 0.2)
     """
-    sites.check_number("epsilon", epsilon)
-    sites.check_count("num_sites", num_sites)
-    sites.check_number("beta", beta, 0.0, 1.0)
+    arguments.check_number("epsilon", epsilon)
+    arguments.check_count("num_sites", num_sites)
+    arguments.check_number("beta", beta, 0.0, 1.0)
     if beta == 0.0:
         raise ValueError("beta must be above 0.")
     return tuple(epsilon * beta**after for after in reversed(range(num_sites)))
 
 
-def per_site(number: Any, names: Sequence[str]) -> dict[str, sites.Number]:
+def per_site(number: Any, names: Sequence[str]) -> dict[str, arguments.Number]:
     """Give each site its own bound: one number for all of them, or a sequence with one each."""
     numbers = list(number) if isinstance(number, (tuple, list)) else [number] * len(names)
     if len(numbers) != len(names):

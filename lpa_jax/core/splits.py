@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from lpa_jax.perturb import membership, sites, statistics
+from lpa_jax.core import arguments, class_stats, membership
 
 Classes = Int[Array, "rows"]
 PerRow = Float[Array, "rows"]
@@ -26,8 +26,8 @@ class Split(NamedTuple):
         `epsilon + delta_epsilon * spread` (LPL eq 13 and 14, LPA eq 14).
     """
 
-    signs: Callable[[statistics.ClassStats, Classes], PerRow]
-    spread: Callable[[statistics.ClassStats, Classes], PerRow]
+    signs: Callable[[class_stats.ClassStats, Classes], PerRow]
+    spread: Callable[[class_stats.ClassStats, Classes], PerRow]
 
 
 Statistic = Literal["confidence", "accuracy"]
@@ -36,8 +36,8 @@ _NO_SCHEDULE = "{} must be a number: a split is a function of the statistics alo
 
 
 def _threshold(tau: float | None, statistic: Statistic, window: Window) -> Split:
-    sites.check_choice("statistic", statistic, ("confidence", "accuracy"))
-    sites.check_choice("window", window, ("ema", "epoch", "batch"))
+    arguments.check_choice("statistic", statistic, ("confidence", "accuracy"))
+    arguments.check_choice("window", window, ("ema", "epoch", "batch"))
 
     def offset(stats, classes):
         known = getattr(stats, window)
@@ -76,10 +76,10 @@ def mean_threshold(statistic: Statistic = "confidence", window: Window = "ema") 
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from lpa_jax.perturb import statistics
+      >>> from lpa_jax.core import class_stats
       >>> confidence, weight = jnp.array([.9, .2, 0.]), jnp.array([1., 1., 0.])
-      >>> seen = statistics.Means(confidence, jnp.zeros(3), weight, num_seen=jnp.int32(2))
-      >>> mean_threshold().signs(statistics.init(3)._replace(ema=seen), jnp.arange(3))
+      >>> seen = class_stats.Means(confidence, jnp.zeros(3), weight, num_seen=jnp.int32(2))
+      >>> mean_threshold().signs(class_stats.init(3)._replace(ema=seen), jnp.arange(3))
       Array([-1.,  1.,  0.], dtype=float32)
     """
     return _threshold(None, statistic, window)
@@ -92,7 +92,7 @@ def threshold(tau: float, statistic: Statistic = "confidence", window: Window = 
     """
     if callable(tau):
         raise ValueError(_NO_SCHEDULE.format("tau"))
-    sites.check_number("tau", tau, 0.0, 1.0)
+    arguments.check_number("tau", tau, 0.0, 1.0)
     return _threshold(tau, statistic, window)
 
 
@@ -118,16 +118,16 @@ def tail(
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from lpa_jax.perturb import statistics
+      >>> from lpa_jax.core import class_stats
       >>> split = tail(1, class_counts=[10, 40, 20])
-      >>> stats, classes = statistics.init(3), jnp.arange(3)
+      >>> stats, classes = class_stats.init(3), jnp.arange(3)
       >>> split.signs(stats, classes).tolist(), split.spread(stats, classes).tolist()
       ([1.0, -1.0, 1.0], [1.0, 1.0, 0.5])
     """
-    sites.check_count("num_head", num_head, low=0)
+    arguments.check_count("num_head", num_head, low=0)
     if callable(head_scale):
         raise ValueError(_NO_SCHEDULE.format("head_scale"))
-    sites.check_number("head_scale", head_scale)
+    arguments.check_number("head_scale", head_scale)
     if class_counts is not None:
         membership.counts_of(class_counts)
 
@@ -196,9 +196,9 @@ def inverted(split: Split) -> Split:
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from lpa_jax.perturb import statistics
+      >>> from lpa_jax.core import class_stats
       >>> split = inverted(tail(1, class_counts=[10, 40, 20]))
-      >>> split.signs(statistics.init(3), jnp.arange(3)).tolist()
+      >>> split.signs(class_stats.init(3), jnp.arange(3)).tolist()
       [-1.0, 1.0, -1.0]
     """
     if not isinstance(split, Split):

@@ -3,14 +3,10 @@
 from collections.abc import Callable, Sequence
 import difflib
 import inspect
-import math
-import numbers
 import re
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array
 import optax
 
 INPUTS = "inputs"
@@ -18,8 +14,6 @@ LABELS = "labels"
 LOGITS = "logits"
 LOGIT_GRADS = "logit_grads"
 PARAM_GRADS = "param_grads"
-
-Number = float | Float[Array, ""] | optax.Schedule
 
 
 class SiteError(ValueError):
@@ -207,11 +201,6 @@ def near(name: str, known: Sequence[str]) -> str:
     return f"near names: {', '.join(close)}" if close else f"known: {', '.join(known)}"
 
 
-def at_step(number: Number, step: Any) -> Float[Array, ""]:
-    """Return `number`, or its value at `step` where it is an optax schedule, as float32."""
-    return jnp.asarray(number(step) if callable(number) else number, jnp.float32)
-
-
 def check_climbable(name: str, sites: Sequence[str]) -> None:
     """Raise `SiteError` unless the loss of an example has a gradient at each of the sites."""
     for site in sites:
@@ -234,26 +223,3 @@ def require_gradient(name: str, site: str | None, gradient_fn: Any) -> Any:
             "place it at 'inputs', a module or 'logits'."
         )
     return gradient_fn
-
-
-def check_number(name: str, number: Number, low: float = 0.0, high: float = math.inf) -> None:
-    """Raise `ValueError` unless `number` lies in `[low, high]`; schedules and arrays pass."""
-    if callable(number) or isinstance(number, jax.Array):
-        return
-    if isinstance(number, bool) or not isinstance(number, numbers.Real):
-        raise ValueError(f"{name} must be a number or an optax schedule, not {number!r}.")
-    if not low <= number <= high or math.isinf(number):
-        span = f"at least {low:g}" if math.isinf(high) else f"between {low:g} and {high:g}"
-        raise ValueError(f"{name} must be {span}, not {number!r}.")
-
-
-def check_count(name: str, number: int, low: int = 1) -> None:
-    """Raise `ValueError` unless `number` is a whole number of at least `low`."""
-    if isinstance(number, bool) or not isinstance(number, numbers.Integral) or number < low:
-        raise ValueError(f"{name} must be a whole number of at least {low}, not {number!r}.")
-
-
-def check_choice(name: str, choice: str, choices: Sequence[str]) -> None:
-    """Raise `ValueError` unless `choice` is one of `choices`."""
-    if choice not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, not {choice!r}.")

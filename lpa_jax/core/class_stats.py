@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from lpa_jax.perturb import membership
+from lpa_jax.core import membership
 
 EMA_DECAY = 0.98
 """Decay of the moving average at each batch in which the class is present: some 50 batches."""

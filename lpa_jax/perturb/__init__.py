@@ -1,1 +1,0 @@
-"""The core: perturbations as optax transforms at sites; jax and optax only."""
