@@ -46,8 +46,8 @@ def value_and_grad(
 
     The result is a pure function, to be used inside the caller's own `jax.jit` (outside of one,
     parts of it are compiled anew at every call):
-    `(loss, aux), grads, state = step(variables, state, inputs, labels, key, weights=w, examples=i,
-    **kwargs)`
+    `(loss, aux), grads, state = step(variables, state, inputs, labels, key, weights=w,
+    extra={"examples": i}, **kwargs)`
 
     - `variables`: of a Linen model what `model.init` returned, a mapping with `"params"`; of an NNX
       model the model, which is not mutated; of a Haiku function its parameters, or
@@ -65,8 +65,10 @@ def value_and_grad(
     - `weights`: float like integer labels, or `[B]`, at least 0: 1 for real examples (default) and
       0 for padding, whose inputs and labels are taken as 0. Batch normalization sees padding all
       the same.
-    - `examples`: int `[B]`, which examples of the training set these are, for the perturbations
-      that remember each of them (`elr`); others do without.
+    - `extra`: a mapping of arrays `[B, ...]` that every transform is given by their names, such as
+      `{"examples": i}`, int `[B]`, for `elr`, which remembers each example of the training set by
+      its place, or `{"domains": d}` for `mixstyle`. Of labels `[B, T]` they are `[B, T, ...]`, or
+      `[B, ...]` where all positions of an example share an entry.
     - `kwargs`: passed on to the network, such as `train=True, mutable=["batch_stats"]` (Linen) or
       `rng=key` (Haiku). Those whose names are taken, such as `labels`, are given in the mapping
       `apply_kwargs`.
@@ -78,16 +80,7 @@ def value_and_grad(
       (`"norm"`, `"relative"` to the value, `"count"` of examples; `[C]`), and the `"sign"` and
       `"radius"` that LPA, LPL and LPG chose, and LPL's number of `"steps"`.
 
-    A transform's `update` receives, keyword-only: `site`, `key`, `step`, `labels` (the class
-    membership: int `[B]`, or float `[B, C]` after mixing), `targets` `[B, C]`, `weights`,
-    `examples` (None where the step was given none), `class_stats` (`ClassStats`),
-    `axis_name` (a tuple), and `gradient_fn(value)`, which returns per-example losses `[B]` and
-    their gradient through the rest of the network (None where the site has none). At
-    `"logit_grads"` there are also the `logits` at which the gradient was taken. At `"param_grads"`
-    the value is the gradient tree, and `gradient_fn(params)` returns loss and gradient. Optax's
-    third argument, `params`, is the network's parameters, through which gradients flow. With labels
-    `[B, T]`, B is the number of all positions here. The axis of the batch comes first, wherever it
-    is in the network.
+    What a transform's `update` receives is told by `lpa_jax.core.perturbation.Update`.
 
     Args:
       model: `model.apply` of a Flax Linen model, or a function that calls it; an NNX model; what
@@ -115,8 +108,8 @@ def value_and_grad(
     Raises:
       TypeError: If an entry of the chain has no site, or the model is of no known kind.
       ValueError: If `num_classes` is less than 2. The step raises `SiteError` (a ValueError) where
-        a perturbation cannot stand at its site, and ValueError where labels, weights, logits or
-        losses have the wrong shape.
+        a perturbation cannot stand at its site, and ValueError where labels, weights, what is
+        extra, logits or losses have the wrong shape or name.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp, lpa_jax

@@ -150,7 +150,7 @@ def test_elr_is_refused_over_an_axis():
     state = step.init(MLP_VARIABLES, X, Y)
 
     def train(variables, state, x, y):
-        return step(variables, state, x, y, KEY, examples=jnp.arange(4))[0][0]
+        return step(variables, state, x, y, KEY, extra={"examples": jnp.arange(4)})[0][0]
 
     with pytest.raises(lpa_jax.SiteError, match="shard the arrays of a jitted step"):
         MAPPED["vmap"](train, MLP_VARIABLES, state, X, Y)

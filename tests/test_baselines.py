@@ -653,7 +653,7 @@ def test_elr_holds_predictions_to_their_moving_average():
         def formula(params, i, x, t, examples=examples):
             return early_learning(params, x, t, table[examples[i]], 3.0)
 
-        result = call(state, batch, examples=jnp.array(examples))
+        result = call(state, batch, extra={"examples": jnp.array(examples)})
         state = result[2]
         close(state.perturbations[0], table)
         agree(result, mean_over(batch, formula), loss=mean_over(batch, plain_ce))
@@ -675,7 +675,7 @@ def test_elr_follows_the_logits_that_other_perturbations_made():
         return cross_entropy(u, t) + 2.0 * math.log(1 - inner)
 
     chain = lpa_jax.chain(lpa_jax.elr(12, 2.0, beta=0.5), lpa_jax.additive_margin(0.8))
-    result = one_step(chain, batch, examples=jnp.array(examples))
+    result = one_step(chain, batch, extra={"examples": jnp.array(examples)})
     agree(
         result,
         mean_over(batch, formula),
@@ -684,7 +684,7 @@ def test_elr_follows_the_logits_that_other_perturbations_made():
 
 
 def test_elr_that_is_not_told_the_examples_is_refused():
-    with pytest.raises(ValueError, match="give the step examples="):
+    with pytest.raises(ValueError, match="give the step extra="):
         one_step(lpa_jax.elr(12, 3.0), draw_batch(0))
 
 
@@ -709,7 +709,7 @@ def test_a_mask_that_is_none_of_sams_parameters_is_refused(mask):
 @pytest.mark.parametrize("first", [6, -1])
 def test_an_example_that_elr_does_not_know_is_not_finite(first):
     (_, _), grads, state = one_step(
-        lpa_jax.elr(12, 3.0), draw_batch(0), examples=first + jnp.arange(BATCH)
+        lpa_jax.elr(12, 3.0), draw_batch(0), extra={"examples": first + jnp.arange(BATCH)}
     )
     assert not any(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
     chex.assert_tree_all_finite(state.perturbations)
@@ -719,8 +719,8 @@ def test_an_example_that_elr_does_not_know_is_not_finite(first):
 def test_examples_that_do_not_fit_are_refused(examples):
     jaxtyping.config.update("jaxtyping_disable", True)
     try:
-        with pytest.raises(ValueError, match=r"examples must be integers \[7\]"):
-            one_step(lpa_jax.chain(), draw_batch(0), examples=examples)
+        with pytest.raises(ValueError, match=r"entry for each example|an integer for each label"):
+            one_step(lpa_jax.elr(12, 3.0), draw_batch(0), extra={"examples": examples})
     finally:
         jaxtyping.config.update("jaxtyping_disable", False)
 
@@ -741,7 +741,7 @@ def test_weights_scale_what_was_added_before_them(order):
 
     made = {"elr": lpa_jax.elr(12, 3.0), "reweight": lpa_jax.reweight(COUNTS, 0.9)}
     chain = lpa_jax.chain(*(made[name] for name in order.split("+")))
-    result = one_step(chain, batch, examples=jnp.array(examples))
+    result = one_step(chain, batch, extra={"examples": jnp.array(examples)})
     agree(result, mean_over(batch, formula), loss=mean_over(batch, plain_ce))
 
 

@@ -257,14 +257,15 @@ def plain(perturbation=()):
 
 def measured():
     """Return the state after a step that only reads the class statistics."""
-    return plain(lpa_jax.stateless("logits", lambda value, *, class_stats, **_: value))[2]
+    read = lpa_jax.stateless("logits", lambda value, **_: value, class_level=True)
+    return plain(read)[2]
 
 
 def jitted(make):
     @quick_jit
     def call(strength, variables, state, inputs, labels, weights):
         step = step_of(watched(make(strength)))
-        given = {"weights": weights, "examples": EXAMPLES}
+        given = {"weights": weights, "extra": {"examples": EXAMPLES}}
         return step(variables, state, inputs, labels, jax.random.key(7), **given)
 
     return call
@@ -539,7 +540,7 @@ def test_a_bfloat16_network_has_float32_losses_and_gradients(line):
     def run(variables, inputs, labels):
         state = step.init(variables, inputs, labels)
         key = jax.random.key(0)
-        return state, step(variables, state, inputs, labels, key, examples=EXAMPLES)
+        return state, step(variables, state, inputs, labels, key, extra={"examples": EXAMPLES})
 
     state, ((loss, _), grads, new) = jax.eval_shape(run, variables, *batch())
     assert loss.dtype == jnp.float32
@@ -557,7 +558,7 @@ def traced(line, model=NET):
 
     def run(variables, inputs, labels):
         state = step.init(variables, inputs, labels)
-        given = {"weights": jnp.ones(BATCH), "examples": EXAMPLES}
+        given = {"weights": jnp.ones(BATCH), "extra": {"examples": EXAMPLES}}
         return step(variables, state, inputs, labels, jax.random.key(0), **given)
 
     return jax.eval_shape(run, variables, *batch())

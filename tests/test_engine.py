@@ -383,7 +383,7 @@ def test_metrics_tell_how_far_each_class_was_moved_and_why():
 
 
 def test_class_statistics_are_those_of_the_logits_that_come_back():
-    read = lpa_jax.stateless("logits", lambda value, *, class_stats, **_: value)
+    read = lpa_jax.stateless("logits", lambda value, **_: value, class_level=True)
     perturbation = lpa_jax.chain(shift("group1"), scale("logits"), read)
     weights = jnp.array([1.0, 1.0, 0.5, 1.0, 1.0, 1.0, 0.0, 1.0])
     (_, aux), _, state = run_step(perturbation, weights=weights)
@@ -805,7 +805,9 @@ def test_what_climbs_the_loss_is_refused_where_there_is_none_to_climb(make_one, 
         step = make(make_one(site, 0.1))
         return step(VARIABLES, step.init(VARIABLES, INPUTS, LABELS), INPUTS, LABELS, KEY)
 
-    with pytest.raises(lpa_jax.SiteError, match=rf"needs the gradient.*'{site}' does not have"):
+    with pytest.raises(
+        lpa_jax.SiteError, match=rf"stands at 'inputs', a module or 'logits', not at '{site}'"
+    ):
         jax.eval_shape(run)
 
 

@@ -157,8 +157,8 @@ def test_class_statistics_are_those_of_the_batch_in_the_loss_that_is_climbed_too
         margins = 3.0 * class_stats.batch.confidence
         return value - jax.nn.one_hot(labels, CLASSES) * margins[labels][:, None]
 
-    margin = lpa_jax.stateless("logits", update)
-    plain = lpa_jax.stateless("logits", lambda value, *, class_stats, **_: value)
+    margin = lpa_jax.stateless("logits", update, class_level=True)
+    plain = lpa_jax.stateless("logits", lambda value, **_: value, class_level=True)
     own = jax.nn.softmax(MODEL.apply(VARIABLES, INPUTS))[jnp.arange(BATCH), LABELS]
     means = [own[c == LABELS].mean() if (c == LABELS).any() else 0.0 for c in range(CLASSES)]
     margins = 3.0 * jnp.array(means)

@@ -20,7 +20,6 @@ import pytest
 import lpa_jax
 from lpa_jax import losses
 from lpa_jax.core import pgd
-from lpa_jax.training.config import TRANSFORMS
 
 # The same draws each time, however long they take, and no record of them in the tree. A chain that
 # fails has few lines as it is; to make it smaller each trial would have to be compiled.
@@ -502,7 +501,9 @@ def watch(perturbation):
         lambda value: Watching(perturbation.init(value), {}),
         update,
         perturbation.report,
-        perturbation.class_level,
+        mixes=perturbation.mixes,
+        class_level=perturbation.class_level,
+        needs_gradient=perturbation.needs_gradient,
     )
 
 
@@ -545,7 +546,7 @@ def compiled(setting, lines, scheduled):
         state = state._replace(perturbations=tuple(Watching(state, {}) for state in inner))
         key = jax.random.key(5)
         given = batch.variables, state, batch.inputs, batch.labels, key
-        result, grads, new = step(*given, weights=batch.weights, examples=batch.examples)
+        result, grads, new = step(*given, weights=batch.weights, extra={"examples": batch.examples})
         states = new.perturbations
         new = new._replace(perturbations=tuple(state.inner for state in states))
         expected = jax.value_and_grad(plain)(batch.variables["params"], batch)

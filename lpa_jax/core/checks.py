@@ -6,7 +6,7 @@ from typing import Any
 import jax
 from jax import core
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PyTree, Shaped
+from jaxtyping import Array, Float, PyTree, Shaped
 import numpy as np
 
 IGNORE = -1
@@ -108,14 +108,45 @@ def check_logits(shape: tuple[int, ...], rows: tuple[int, ...], num_classes: int
     )
 
 
-def check_examples(examples: Any, shape: tuple[int, ...]) -> Int[Array, "..."]:
-    """Return `examples` as an array; raise `ValueError` unless they are integers of the shape."""
-    if examples.shape != shape or not jnp.issubdtype(examples.dtype, jnp.integer):
+def named_extra(extra: Mapping[str, Any] | None, taken: Sequence[str]) -> dict[str, Any]:
+    """Return the `extra` of a step as a dictionary.
+
+    Raises:
+      ValueError: If it is no mapping from names to arrays, or a name is one of those taken.
+    """
+    if extra is None:
+        return {}
+    if not isinstance(extra, Mapping) or not all(isinstance(name, str) for name in extra):
         raise ValueError(
-            f"examples must be integers {list(shape)}, the places of the batch's examples in the "
-            f"training set, not {examples.dtype} {examples.shape}."
+            f"extra must be a mapping from names to arrays [batch, ...], as in "
+            f"extra={{'examples': array}}, not {extra!r:.200}."
         )
-    return jnp.asarray(examples)
+    if both := sorted(set(extra).intersection(taken)):
+        raise ValueError(
+            f"extra names {', '.join(both)}, which every perturbation is given already: choose "
+            f"another name than {', '.join(taken)}."
+        )
+    return dict(extra)
+
+
+def for_each_label(name: str, values: Any, shape: tuple[int, ...]) -> Shaped[Array, "..."]:
+    """Return an array of `extra` with an entry for each label.
+
+    Raises:
+      ValueError: If it does not begin with the axes of the labels, or with that of the batch.
+    """
+    if not hasattr(values, "shape") or values.shape[:1] != shape[:1]:
+        found = f"shape {values.shape}" if hasattr(values, "shape") else repr(values)
+        raise ValueError(
+            f"extra[{name!r}] must be an array with an entry for each example, of shape "
+            f"({shape[0]}, ...), not {found:.200}."
+        )
+    values = jnp.asarray(values)
+    if values.shape[: len(shape)] == shape:
+        return values
+    # One for each example, whose positions share it.
+    spread = values.reshape(shape[:1] + (1,) * (len(shape) - 1) + values.shape[1:])
+    return jnp.broadcast_to(spread, shape + values.shape[1:])
 
 
 def check_weights(weights: Any, shape: tuple[int, ...]) -> Float[Array, "..."]:

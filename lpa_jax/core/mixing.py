@@ -69,24 +69,6 @@ def check_unmixed(chain: Chain, given: Mapping[str, Any]) -> None:
             )
 
 
-class Unmatched:
-    """Stands for what depends on the targets where they are mixed and the examples not yet."""
-
-    def __init__(self, site: str, mixing: str):
-        self._told = early(site, mixing)
-
-    def _refuse(self, *_: Any, **__: Any) -> Any:
-        raise SiteError(self._told)
-
-    # Python looks these up on the class.
-    __call__ = __getattr__ = __getitem__ = __len__ = __iter__ = __bool__ = _refuse
-    __array__ = __jax_array__ = __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = _refuse
-    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = _refuse
-    __rtruediv__ = __floordiv__ = __mod__ = __pow__ = __matmul__ = __rmatmul__ = _refuse
-    __neg__ = __invert__ = __abs__ = __and__ = __or__ = __xor__ = _refuse
-    __hash__ = object.__hash__
-
-
 def early(site: str, mixing: str) -> str:
     """Return what is wrong where class-level work sees targets mixed before the examples."""
     return (

@@ -2,12 +2,15 @@
 
 from collections.abc import Callable, Sequence
 import difflib
+import functools
 import inspect
 import re
-from typing import Any
+from typing import Any, cast, Protocol
 
 from jaxtyping import Array
 import optax
+
+from lpa_jax.core.class_stats import ClassStats
 
 INPUTS = "inputs"
 LABELS = "labels"
@@ -20,52 +23,194 @@ class SiteError(ValueError):
     """A perturbation stands at a site that does not exist or cannot serve it."""
 
 
+class Update(Protocol):
+    """What `update` of a perturbation is given, and what it returns: `(new value, new state)`.
+
+    Arguments after `params` are given by name; an update names those it uses and takes the others
+    as `**_`. B is the number of examples, of labels `[B, T]` that of all positions, `B * T`. The
+    axis of the batch comes first, wherever it is in the network.
+
+    Args:
+      value: The value at the site, optax's *updates*: `[B, ...]` at `"inputs"` (a tree of such
+        arrays if the inputs are one) and at layers, float32 `[B, C]` at `"labels"`, `"logits"` and
+        `"logit_grads"`, a tree like the parameters at `"param_grads"`.
+      state: From `init` or the update before, at any site of the perturbation.
+      params: Parameters of the network, through which gradients flow.
+      site: Name of the site, as the perturbation names it.
+      key: A PRNG key, the same at all sites of a perturbation in one step. Where a layer is called
+        several times, and on each device of `axis_name`, there is a key of its own.
+      step: Number of steps taken, int32 scalar; what schedules are evaluated at.
+      labels: The class membership: int `[B]` in `[0, C)`, or float32 `[B, C]` where labels are soft
+        or examples are mixed.
+      targets: What the loss is taken at, float32 `[B, C]`.
+      weights: Of the examples, float32 `[B]`, at least 0; 0 for padding, which may hold anything.
+      class_stats: What is known of each class, with the present batch as it was before class-level
+        work moved any value. Using it raises `SiteError` unless the perturbation is class-level.
+      gradient_fn: `gradient_fn(value)` returns the losses `[B]` of the examples and their gradient,
+        a value, through the rest of the network; at `"param_grads"` `gradient_fn(params)` returns
+        the mean loss and its gradient. Both are constants for back-propagation. Calling it raises
+        `SiteError` where the site has no gradient (`"labels"`, `"logit_grads"`), or the
+        perturbation declares that it needs none.
+      logits: At `"logit_grads"` the logits `[B, C]` at which the gradient was taken; else None.
+      axis_name: Axes of devices over which the step is mapped, each of which has a part of the
+        batch; usually `()`.
+      **extra: The arrays `[B, ...]` that the step was given in its `extra`, by their names.
+    """
+
+    def __call__(
+        self,
+        value: Any,
+        state: Any,
+        params: Any = None,
+        /,
+        *,
+        site: str,
+        key: Array,
+        step: Any,
+        labels: Array,
+        targets: Array,
+        weights: Array,
+        class_stats: ClassStats,
+        gradient_fn: Callable[[Any], tuple[Array, Any]],
+        logits: Array | None,
+        axis_name: tuple[str, ...],
+        **extra: Array,
+    ) -> tuple[Any, Any]:
+        """Return the perturbed value, of the same shape and dtype, and the new state."""
+        ...
+
+
+class StatelessUpdate(Protocol):
+    """An `Update` without a state; `params` is given by name, as the arguments of `Update` are."""
+
+    def __call__(
+        self,
+        value: Any,
+        /,
+        *,
+        params: Any,
+        site: str,
+        key: Array,
+        step: Any,
+        labels: Array,
+        targets: Array,
+        weights: Array,
+        class_stats: ClassStats,
+        gradient_fn: Callable[[Any], tuple[Array, Any]],
+        logits: Array | None,
+        axis_name: tuple[str, ...],
+        **extra: Array,
+    ) -> Any:
+        """Return the perturbed value, of the same shape and dtype."""
+        ...
+
+
+GIVEN = (*list(inspect.signature(Update.__call__).parameters)[1:-1], "updates")
+"""Names of what an update is given, optax's among them; no array of `extra` can have one."""
+
+
 class Perturbation(optax.GradientTransformationExtraArgs):
     """An optax transform together with the sites it stands at.
 
     It is an ordinary `optax.GradientTransformationExtraArgs`, whose *updates* are the value at the
-    site, so every optax wrapper accepts it. A wrapper forgets the site: give it back with `at`.
+    site, so every optax wrapper accepts it. A wrapper forgets the site and what was declared: give
+    it back with `at`.
 
     Attributes:
       sites: Names of the sites, at least one. A perturbation of several sites keeps one state,
         threaded through them in the order in which they are computed.
       report: What to show of the perturbation at a site, `report(site, class_stats, step)`, a dict
         of arrays; None if there is nothing beyond the change of the value.
-      class_level: Whether it may read the class statistics, which are then measured before it. They
-        are measured only where something may read them. If not told: whether `update` names
-        `class_stats`, or takes its extra arguments under a name other than `_`.
+      mixes: Whether it mixes examples with their targets. It stands at `"labels"` and elsewhere,
+        and the class membership moves with the targets.
+      class_level: Whether it reads the class statistics, which are then measured before it. They
+        are measured only where something reads them.
+      needs_gradient: Whether it calls `gradient_fn`; None where that is not known.
     """
 
     sites: tuple[str, ...]
     report: Callable[..., dict[str, Array]] | None
+    mixes: bool
     class_level: bool
+    needs_gradient: bool | None
 
     def __new__(
         cls,
         sites: str | Sequence[str],
         init: Callable[..., Any],
-        update: Callable[..., Any],
+        update: Update,
         report: Callable[..., dict[str, Array]] | None = None,
+        *,
+        mixes: bool | None = None,
         class_level: bool | None = None,
+        needs_gradient: bool | None = None,
     ) -> "Perturbation":
-        """Place the transform `(init, update)` at `sites`."""
-        self = super().__new__(cls, init, update)
-        self.report = report
-        self.class_level = _class_level(update, report) if class_level is None else class_level
+        """Place the transform `(init, update)` at `sites`.
+
+        Args:
+          sites: One or several names of sites.
+          init: `init(value)` returns the first state, of a value at the first of the sites.
+          update: See `Update`.
+          report: See the attributes.
+          mixes: Not declared: whether it stands at `"labels"` and elsewhere.
+          class_level: Not declared: whether there is a report, which is given the statistics. An
+            update that uses them undeclared raises `SiteError`.
+          needs_gradient: Not declared: not known.
+
+        Raises:
+          SiteError: If there is no site, one is named twice, or one cannot serve what is declared.
+        """
+        self = super().__new__(cls, init, cast(Any, update))
         self.sites = (sites,) if isinstance(sites, str) else tuple(sites)
+        self.report = report
+        mixing_sites = LABELS in self.sites and len(self.sites) > 1
+        self.mixes = mixing_sites if mixes is None else mixes
+        self.class_level = report is not None if class_level is None else class_level
+        self.needs_gradient = needs_gradient
         if not self.sites or not all(isinstance(site, str) and site for site in self.sites):
             raise SiteError(f"A perturbation needs the name of at least one site, not {sites!r}.")
         if len(set(self.sites)) < len(self.sites):
             raise SiteError(f"A perturbation names a site twice: {self.sites}.")
+        if self.mixes and not mixing_sites:
+            raise SiteError(
+                f"A perturbation that mixes examples stands at {LABELS!r} and at another site, not "
+                f"at {self.sites} alone."
+            )
+        without = [site for site in (LABELS, LOGIT_GRADS) if site in self.sites]
+        # What mixes may need it at its other sites.
+        if self.needs_gradient and without and not self.mixes:
+            raise SiteError(no_gradient(repr(self), without[0]))
         return self
 
-    @property
-    def mixes(self) -> bool:
-        """Whether examples are mixed with their targets, as a site of both tells."""
-        return LABELS in self.sites and len(self.sites) > 1
+    def _traits(self) -> dict[str, bool | None]:
+        names = ("mixes", "class_level", "needs_gradient")
+        return {name: getattr(self, name) for name in names}
 
-    def __getnewargs__(self) -> tuple[Any, ...]:
-        return (self.sites, *self, self.report, self.class_level)
+    # A tuple's own would lose the attributes.
+    def _replace(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, **changes: Any
+    ) -> "Perturbation":
+        """Return it with some of its parts and attributes changed."""
+        parts = {"sites": self.sites, "init": self.init, "update": self.update}
+        return type(self)(**{**parts, "report": self.report, **self._traits(), **changes})
+
+    __replace__ = _replace
+
+    def _all(self) -> tuple[Any, ...]:
+        return (self.sites, *self, self.report, *self._traits().values())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Perturbation) and self._all() == other._all()
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def __hash__(self) -> int:
+        return hash(self._all())
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        make = functools.partial(type(self), **self._traits())
+        return make, (self.sites, *self, self.report)
 
     def __repr__(self) -> str:
         return f"Perturbation(sites={self.sites})"
@@ -76,13 +221,26 @@ Chain = tuple[Perturbation, ...]
 
 def stateless(
     sites: str | Sequence[str],
-    update: Callable[..., Any],
+    update: StatelessUpdate,
     report: Callable[..., dict[str, Array]] | None = None,
+    *,
+    mixes: bool | None = None,
+    class_level: bool | None = None,
+    needs_gradient: bool | None = None,
 ) -> Perturbation:
-    """Place a function `update(value, **extra) -> value` at `sites`.
+    """Place a function `update(value, **given) -> value` at `sites`.
 
-    The extra arguments, all keyword-only, are those `value_and_grad` describes; name the ones used
-    and swallow the others with `**_`.
+    Args:
+      sites: One or several names of sites.
+      update: See `StatelessUpdate`: name what is used of `Update`'s arguments and swallow the
+        others with `**_`.
+      report: As of `Perturbation`.
+      mixes: As of `Perturbation`, like the others.
+      class_level: Whether `update` reads `class_stats`.
+      needs_gradient: Whether it calls `gradient_fn`.
+
+    Raises:
+      SiteError: As `Perturbation`.
 
     Example:
       >>> import lpa_jax
@@ -91,23 +249,28 @@ def stateless(
       (2.0, EmptyState())
     """
 
-    def stateful(value, state, params=None, **extra):
-        return update(value, params=params, **extra), state
+    def stateful(value, state, params=None, **given):
+        return update(value, params=params, **given), state
 
     return Perturbation(
-        sites, optax.init_empty_state, stateful, report, _class_level(update, report)
+        sites,
+        optax.init_empty_state,
+        stateful,
+        report,
+        mixes=mixes,
+        class_level=class_level,
+        needs_gradient=needs_gradient,
     )
 
 
-def _class_level(update: Callable[..., Any], report: Callable[..., Any] | None) -> bool:
-    if report is not None:
-        return True
-    parameters = inspect.signature(update).parameters
-    rest = [p.name for p in parameters.values() if p.kind is inspect.Parameter.VAR_KEYWORD]
-    return "class_stats" in parameters or rest not in ([], ["_"])
-
-
-def at(site: str | Sequence[str], transform: optax.GradientTransformation) -> Perturbation:
+def at(
+    site: str | Sequence[str],
+    transform: optax.GradientTransformation,
+    *,
+    mixes: bool | None = None,
+    class_level: bool | None = None,
+    needs_gradient: bool | None = None,
+) -> Perturbation:
     """Place any optax transform at a site.
 
     Optax's wrappers take perturbations as they take any transform. `optax.inject_hyperparams`
@@ -118,7 +281,15 @@ def at(site: str | Sequence[str], transform: optax.GradientTransformation) -> Pe
         `"param_grads"`. Of a perturbation that was wrapped: exactly its own sites, in its order
         (`("inputs", "labels")` of `mixup`), which the wrapper does not tell.
       transform: What to apply to the value at the site, taken as optax's *updates*. A perturbation
-        that is not wrapped has its sites already, and is returned as it is.
+        that is not wrapped has its sites already, and is returned as it is, but for what is
+        declared here.
+      mixes: Whether examples are mixed with their targets. Not declared: whether `"labels"` is one
+        of several sites.
+      class_level: Whether it reads the class statistics. A wrapper does not tell what it wraps:
+        not declared, it is taken to read them if it takes extra arguments. They are then measured,
+        which costs a pass through the rest of the network, and ahead of mixing it is refused.
+      needs_gradient: Whether it asks for the gradient. Not declared, that is found out where it
+        matters, from whether it calls `gradient_fn` at the logits.
 
     Returns:
       The perturbation, ready for `chain`.
@@ -137,16 +308,20 @@ def at(site: str | Sequence[str], transform: optax.GradientTransformation) -> Pe
     """
     if not isinstance(transform, optax.GradientTransformation):
         raise TypeError(f"at({site!r}, ...) takes an optax transform, not {transform!r}.")
+    declared = {"mixes": mixes, "class_level": class_level, "needs_gradient": needs_gradient}
+    declared = {name: trait for name, trait in declared.items() if trait is not None}
     if isinstance(transform, Perturbation):
         if transform.sites != ((site,) if isinstance(site, str) else tuple(site)):
             raise SiteError(
                 f"{transform!r} has sites of its own: name {site!r} where it is made, not in at()."
             )
-        return transform
-    # A wrapper does not tell what it wraps, but without extra arguments nothing is class-level.
-    class_level = isinstance(transform, optax.GradientTransformationExtraArgs)
+        return transform._replace(**declared) if declared else transform
+    known: dict[str, Any] = {"class_level": True}
+    if not isinstance(transform, optax.GradientTransformationExtraArgs):
+        # Without extra arguments there is nothing to read and nothing to ask.
+        known = {"class_level": False, "needs_gradient": False}
     update = optax.with_extra_args_support(transform).update
-    return Perturbation(site, transform.init, update, class_level=class_level)
+    return Perturbation(site, transform.init, update, **{**known, **declared})
 
 
 def chain(*perturbations: "Perturbation | Chain") -> Chain:
@@ -201,13 +376,6 @@ def near(name: str, known: Sequence[str]) -> str:
     return f"near names: {', '.join(close)}" if close else f"known: {', '.join(known)}"
 
 
-def check_climbable(name: str, sites: Sequence[str]) -> None:
-    """Raise `SiteError` unless the loss of an example has a gradient at each of the sites."""
-    for site in sites:
-        if site in (LABELS, LOGIT_GRADS, PARAM_GRADS):
-            require_gradient(name, site, None)
-
-
 def check_activations(name: str, sites: Sequence[str]) -> None:
     """Raise `SiteError` unless each of the sites holds activations `[B, ...]`."""
     for site in sites:
@@ -215,11 +383,9 @@ def check_activations(name: str, sites: Sequence[str]) -> None:
             raise SiteError(f"{name} stands at 'inputs', a module or 'logits', not at {site!r}.")
 
 
-def require_gradient(name: str, site: str | None, gradient_fn: Any) -> Any:
-    """Return `gradient_fn`, or raise `SiteError` where the site has none to offer."""
-    if gradient_fn is None:
-        raise SiteError(
-            f"{name} needs the gradient of the loss at its site, which {site!r} does not have; "
-            "place it at 'inputs', a module or 'logits'."
-        )
-    return gradient_fn
+def no_gradient(name: str, site: str) -> str:
+    """Return what is wrong where a perturbation needs the gradient at a site that has none."""
+    return (
+        f"{name} needs the gradient of the loss at its site, which {site!r} does not have; place "
+        "it at 'inputs', a module or 'logits'."
+    )

@@ -17,6 +17,7 @@ from lpa_jax.core import checks, class_stats, meshes, mixing, pgd
 from lpa_jax.core.network import Backend, Call, is_bound, Network, Place, Rows
 from lpa_jax.core.perturbation import (
     Chain,
+    GIVEN,
     INPUTS,
     LABELS,
     LOGIT_GRADS,
@@ -87,7 +88,7 @@ class Step:
         labels: Labels,
         *,
         weights: Float[Array, "batch ..."] | None = None,
-        examples: Int[Array, "batch ..."] | None = None,
+        extra: Mapping[str, Array] | None = None,
         apply_kwargs: Mapping[str, Any] | None = None,
         **more_apply_kwargs: Any,
     ) -> StepState:
@@ -97,7 +98,8 @@ class Step:
           SiteError: If a perturbation stands at a site the network does not have.
           ValueError: If the labels or the logits do not fit `num_classes`.
         """
-        del weights, examples
+        checks.named_extra(extra, GIVEN)
+        del weights
         checks.check_labels(labels, checks.batch_of(inputs), self.num_classes)
         kwargs = checks.merged(apply_kwargs, more_apply_kwargs)
         # Shapes alone count: arrays may lie on a mesh with explicit axes.
@@ -139,7 +141,7 @@ class Step:
         key: Array,
         *,
         weights: Float[Array, "batch ..."] | None = None,
-        examples: Int[Array, "batch ..."] | None = None,
+        extra: Mapping[str, Array] | None = None,
         apply_kwargs: Mapping[str, Any] | None = None,
         **more_apply_kwargs: Any,
     ) -> tuple[collections.OrderedDict[str, Array], PyTree]:
@@ -167,7 +169,7 @@ class Step:
             labels,
             key,
             weights=weights,
-            examples=examples,
+            extra=extra,
             apply_kwargs=kwargs,
         )
         parts = {"the parameters": (network.params, network.rest), "the inputs": inputs}
@@ -188,7 +190,7 @@ class Step:
         key: Array,
         *,
         weights: Float[Array, "batch ..."] | None = None,
-        examples: Int[Array, "batch ..."] | None = None,
+        extra: Mapping[str, Array] | None = None,
         apply_kwargs: Mapping[str, Any] | None = None,
         **more_apply_kwargs: Any,
     ) -> tuple[tuple[Array, dict[str, Any]], PyTree, StepState]:
@@ -196,7 +198,8 @@ class Step:
         self._check_state(state)
         kwargs = checks.merged(apply_kwargs, more_apply_kwargs)
         network = self.backend(variables)
-        arguments = (network, state, inputs, labels, key, weights, examples, kwargs)
+        extra = checks.named_extra(extra, GIVEN)
+        arguments = (network, state, inputs, labels, key, weights, extra, kwargs)
         mesh = meshes.explicit(arguments)
         if mesh is None:
             return self._step(*arguments)
@@ -225,7 +228,7 @@ class Step:
         labels: Labels,
         key: Array,
         weights: Float[Array, "batch ..."] | None,
-        examples: Int[Array, "batch ..."] | None,
+        extra: Mapping[str, Array],
         kwargs: Mapping[str, Any],
     ) -> tuple[tuple[Array, dict[str, Any]], PyTree, StepState]:
         checks.check_labels(labels, checks.batch_of(inputs), self.num_classes)
@@ -245,8 +248,10 @@ class Step:
                 name: _filled(value, example) if name in self.per_example else value
                 for name, value in kwargs.items()
             }
-        if examples is not None:
-            examples = rows.of(checks.check_examples(examples, rows.shape))
+        extra = {
+            name: rows.of(checks.for_each_label(name, array, rows.shape))
+            for name, array in extra.items()
+        }
         network = network._replace(params=self._varying(network.params, inputs))
         params, rest = network.params, network.rest
         traced = self._trace(network, inputs, kwargs, rows)
@@ -259,7 +264,7 @@ class Step:
             labels=labels,
             targets=checks.soft(labels, self.num_classes),
             weights=weights,
-            examples=examples,
+            extra=extra,
             params=params,
             axis_name=self.axis_name,
             unmatched=traced.unmatched,

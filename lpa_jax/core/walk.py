@@ -17,8 +17,15 @@ from lpa_jax.core.perturbation import (
     INPUTS,
     LABELS,
     LOGITS,
+    no_gradient,
     PARAM_GRADS,
     SiteError,
+)
+from lpa_jax.core.refusal import Refusal
+
+_UNDECLARED = (
+    "{!r} uses {}, which it does not declare: give {}=True where it is made, to stateless, "
+    "Perturbation or at."
 )
 
 
@@ -34,7 +41,7 @@ class Walk:
     labels: membership.Labels
     targets: Array
     weights: Array
-    examples: Array | None
+    extra: Mapping[str, Array]
     params: PyTree
     axis_name: tuple[str, ...] = ()
     unmatched: tuple[tuple[tuple[str, int], str], ...] = ()
@@ -96,10 +103,11 @@ class Walk:
             class_stats=objective.class_stats,
         )
         for i, state in objective.states.items():
-            if i > after:
+            if i > after and not self.chain[i].needs_gradient:
                 walk.states = (*walk.states[:i], state, *walk.states[i + 1 :])
                 gradient_fn = _Asked()
                 changed, _ = walk._update(i, LOGITS, logits, gradient_fn)
+                # Of a wrapper it is not known before it runs whether it asks for the gradient.
                 logits = logits if gradient_fn.asked else changed
         return logits
 
@@ -143,10 +151,9 @@ class Walk:
         before = self.targets
         found = self.at_site((LABELS,))
         for i, site in found:
-            if INPUTS in self.chain[i].sites:
-                continue
             if self.chain[i].mixes:
-                self._mix(i)
+                if INPUTS not in self.chain[i].sites:
+                    self._mix(i)
             else:
                 self.targets, state = self._update(i, site, self.targets)
                 self.states = (*self.states[:i], state, *self.states[i + 1 :])
@@ -157,8 +164,8 @@ class Walk:
     def _mix(self, index: int) -> None:
         """Move targets and membership with the examples.
 
-        A perturbation that stands at the labels and elsewhere (mixup) moves the examples
-        themselves between classes; one that stands at the labels alone (smoothing) does not.
+        A perturbation that mixes (mixup) moves the examples themselves between classes; another one
+        at the labels (smoothing) does not.
         """
         labels = checks.soft(self.labels, self.targets.shape[1])
         moved, _ = self._update(index, LABELS, labels)
@@ -169,31 +176,40 @@ class Walk:
     def _update(
         self, index, site, value, gradient_fn=None, logits=None, time=0, name=None
     ) -> tuple[Any, Any]:
+        perturbation = self.chain[index]
+        if perturbation.needs_gradient is False:
+            gradient_fn = Refusal(_UNDECLARED.format(perturbation, "gradient_fn", "needs_gradient"))
+        elif gradient_fn is None:
+            gradient_fn = Refusal(no_gradient(repr(perturbation), site))
+        class_stats: Any = self.class_stats
+        if not perturbation.class_level:
+            class_stats = Refusal(_UNDECLARED.format(perturbation, "class_stats", "class_level"))
         by_target = {
             "labels": self.labels,
             "targets": self.targets,
-            "class_stats": self.class_stats,
+            "class_stats": class_stats,
             "gradient_fn": gradient_fn,
         }
         if (others := dict(self.unmatched).get((name or site, index))) is not None:
-            by_target = dict.fromkeys(by_target, mixing.Unmatched(site, others))
+            by_target = dict.fromkeys(by_target, Refusal(mixing.early(site, others)))
         # The same key at all sites of a perturbation: its draws agree without a state.
         key = jax.random.fold_in(self.key, index)
-        if self.axis_name and not self.chain[index].mixes and site != PARAM_GRADS:
+        if self.axis_name and not perturbation.mixes and site != PARAM_GRADS:
             # Each device has other examples.
             key = jax.random.fold_in(key, jax.lax.axis_index(self.axis_name))
-        extra = by_target | {
+        given = by_target | {
             "site": site,
             # Several calls of one module draw anew.
             "key": jax.random.fold_in(key, time),
             "step": self.step,
             "weights": self.weights,
-            "examples": self.examples,
             "logits": logits,
             "axis_name": self.axis_name,
         }
         try:
-            new, state = self.chain[index].update(value, self.states[index], self.params, **extra)
+            new, state = perturbation.update(
+                value, self.states[index], self.params, **given, **self.extra
+            )
         except (AttributeError, TypeError) as error:
             if site != INPUTS or isinstance(value, jax.Array):
                 raise
@@ -246,7 +262,7 @@ class _Objective(NamedTuple):
 jax.tree_util.register_dataclass(
     Walk,
     data_fields=[
-        "key", "states", "step", "class_stats", "labels", "targets", "weights", "examples",
+        "key", "states", "step", "class_stats", "labels", "targets", "weights", "extra",
         "params", "metrics",
     ],
     meta_fields=["chain", "axis_name", "measured", "unmatched"],

@@ -100,7 +100,7 @@ def make_steps(
         # What is traced is shared only if the mesh is the same; values are not moved by this.
         given = (variables, state, images, labels, key, examples)
         *given, examples = jax.lax.with_sharding_constraint(given, whole)
-        (_, aux), _, _ = jax.eval_shape(run, *given, examples=examples)
+        (_, aux), _, _ = jax.eval_shape(run, *given, extra={"examples": examples})
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             variables=variables,
@@ -125,7 +125,7 @@ def make_steps(
             (state.variables, state.perturbation), whole
         )
         (loss, aux), grads, perturbation = run(
-            variables, perturbation, images, labels, key, examples=examples
+            variables, perturbation, images, labels, key, extra={"examples": examples}
         )
         grads = jax.lax.with_sharding_constraint(grads, shardings.variables["params"])
         params = state.variables["params"]
@@ -172,7 +172,7 @@ def make_steps(
     def diagnose(state, seed, *given):
         *batch, examples = batch_of(state, seed, *given)
         found, grads = perturbed.diagnose(
-            state.variables, state.perturbation, *batch, examples=examples, **APPLY
+            state.variables, state.perturbation, *batch, extra={"examples": examples}, **APPLY
         )
         updates, _ = tx.update(grads, state.opt_state, state.variables["params"])
         found["the update"] = all_finite(updates)

@@ -35,7 +35,7 @@ def sharpness_aware(name: str, rho: Number, mask: Mask, unit: Callable[[Any], An
 
         return gradient_fn(jax.tree.map(move, params, scaled))[1]
 
-    return stateless(PARAM_GRADS, update)
+    return stateless(PARAM_GRADS, update, needs_gradient=True)
 
 
 def _masked(name: str, mask: PyTree, grads: PyTree) -> PyTree:

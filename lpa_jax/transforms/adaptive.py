@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from lpa_jax.core import membership
 from lpa_jax.core.arguments import check_count
-from lpa_jax.core.perturbation import Perturbation, require_gradient
+from lpa_jax.core.perturbation import Perturbation
 
 
 class AdaptiveState(NamedTuple):
@@ -58,10 +58,20 @@ def adaptive(perturbation: Perturbation, every: int) -> Perturbation:
         return AdaptiveState(perturbation.init(value), *start)
 
     def update(
-        value, state, params=None, *, site, step, labels, targets, weights, axis_name=(), **extra
+        value,
+        state,
+        params=None,
+        *,
+        site,
+        step,
+        labels,
+        targets,
+        weights,
+        gradient_fn,
+        axis_name=(),
+        **extra,
     ):
         index = names.index(site)
-        gradient_fn = require_gradient("adaptive", site, extra.get("gradient_fn"))
         measuring = step % every == 0
         chosen = jnp.where(measuring, state.chosen, jnp.argmax(state.scores)).astype(jnp.int32)
         mine = ~measuring & (chosen == index)
@@ -76,6 +86,7 @@ def adaptive(perturbation: Perturbation, every: int) -> Perturbation:
                 labels=labels,
                 targets=targets,
                 weights=weights,
+                gradient_fn=gradient_fn,
                 axis_name=axis_name,
                 **extra,
             )
@@ -92,5 +103,10 @@ def adaptive(perturbation: Perturbation, every: int) -> Perturbation:
         return new, AdaptiveState(inner, chosen, state.scores.at[index].set(measured))
 
     return Perturbation(
-        names, init, update, perturbation.report, class_level=perturbation.class_level
+        names,
+        init,
+        update,
+        perturbation.report,
+        class_level=perturbation.class_level,
+        needs_gradient=True,
     )

@@ -43,4 +43,4 @@ def additive_margin(margin: Number, scale: Number = 1.0) -> Perturbation:
         size = at_step(scale, step) * at_step(margin, step)
         return with_margins(value, labels, jnp.full(value.shape[1], size))
 
-    return stateless(LOGITS, update)
+    return stateless(LOGITS, update, needs_gradient=False)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from lpa_jax.core import pgd
 from lpa_jax.core.arguments import at_step, check_choice, check_count, check_number, Number
-from lpa_jax.core.perturbation import check_climbable, Perturbation, require_gradient, stateless
+from lpa_jax.core.perturbation import check_activations, Perturbation, stateless
 
 
 def adversarial(
@@ -47,7 +47,7 @@ def adversarial(
     check_number("epsilon", epsilon)
     check_count("steps", steps)
     check_choice("norm", norm, ("linf", "l2"))
-    check_climbable("adversarial", [site])
+    check_activations("adversarial", [site])
     if step_size is not None:
         check_number("step_size", step_size)
     if bounds is not None:
@@ -56,8 +56,7 @@ def adversarial(
         check_number("bounds[0]", bounds[0], -math.inf)
         check_number("bounds[1]", bounds[1], bounds[0])
 
-    def update(value, *, gradient_fn=None, step=0, **_):
-        gradient_fn = require_gradient("adversarial", site, gradient_fn)
+    def update(value, *, gradient_fn, step=0, **_):
         start = jax.lax.stop_gradient(value)
         size = at_step(epsilon, step)
         default = size if steps == 1 else 2.5 * size / steps
@@ -75,4 +74,4 @@ def adversarial(
         )
         return value + delta.astype(value.dtype)
 
-    return stateless(site, update)
+    return stateless(site, update, needs_gradient=True)

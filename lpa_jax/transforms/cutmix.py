@@ -57,4 +57,10 @@ def cutmix(alpha: Number, probability: Number = 1.0) -> Perturbation:
         mixed = jnp.where(paired[:, None, None, None] & pasted, other, value)
         return mixed, 1.0 - jnp.mean(pasted.astype(jnp.float32))
 
-    return Perturbation((INPUTS, LABELS), lambda _: jnp.ones((), jnp.float32), update)
+    return Perturbation(
+        (INPUTS, LABELS),
+        lambda _: jnp.ones((), jnp.float32),
+        update,
+        mixes=True,
+        needs_gradient=False,
+    )

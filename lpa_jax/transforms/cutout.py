@@ -45,4 +45,4 @@ def cutout(size: Number, mean: float | Sequence[float] = 0.0) -> Perturbation:
         cover = jnp.broadcast_to(color.astype(value.dtype), value.shape)
         return jnp.where(square, cover, value)
 
-    return stateless(INPUTS, update)
+    return stateless(INPUTS, update, needs_gradient=False)

@@ -36,4 +36,4 @@ def disturb_label(rate: Number) -> Perturbation:
         other = jax.nn.one_hot(drawn, num_classes, dtype=value.dtype)
         return jnp.where(disturbed & known, other, value)
 
-    return stateless(LABELS, update)
+    return stateless(LABELS, update, needs_gradient=False)

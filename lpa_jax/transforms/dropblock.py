@@ -61,4 +61,4 @@ def dropblock(site: str, rate: Number, block_size: int) -> Perturbation:
         scale = kept / jnp.where(share > 0, share, 1.0)
         return value * scale.astype(value.dtype)
 
-    return stateless(site, update)
+    return stateless(site, update, needs_gradient=False)

@@ -38,4 +38,4 @@ def dropout(site: str, rate: Number) -> Perturbation:
         scale = jnp.where(keep > 0, keep, 1.0).astype(value.dtype)
         return jnp.where(kept, value / scale, 0)
 
-    return stateless(site, update)
+    return stateless(site, update, needs_gradient=False)

@@ -29,8 +29,8 @@ def elr(num_examples: int, strength: Number, beta: Number = 0.7) -> Perturbation
     once, with the mean of its predictions; after mixing, an example's average is of its mixtures.
 
     Raises:
-      ValueError: If an argument is outside its range. The step raises it if it is not told which
-        `examples` it is given; an example below 0 or of N or more makes the gradient NaN.
+      ValueError: If an argument is outside its range. The step raises it if its `extra` does not
+        hold the `examples`, int `[B]`; one below 0 or of N or more makes the gradient NaN.
 
     Example:
       >>> import lpa_jax
@@ -59,8 +59,13 @@ def elr(num_examples: int, strength: Number, beta: Number = 0.7) -> Perturbation
             )
         if examples is None:
             raise ValueError(
-                "elr remembers every example of the training set: give the step examples=, the "
-                "places of the batch's examples in it."
+                "elr remembers every example of the training set: give the step "
+                "extra={'examples': places}, the places of the batch's examples in it."
+            )
+        if examples.shape != weights.shape or not jnp.issubdtype(examples.dtype, jnp.integer):
+            raise ValueError(
+                "elr needs an integer for each label in extra['examples'], its example's place in "
+                f"the training set, not {examples.dtype} {examples.shape}."
             )
         real = weights > 0
         p = jnp.where(real[:, None], jax.nn.softmax(logits), 0.0)
@@ -78,4 +83,4 @@ def elr(num_examples: int, strength: Number, beta: Number = 0.7) -> Perturbation
         pull = p * (agreement - t) / jnp.maximum(1.0 - agreement, 1e-4)
         return value + (at_step(strength, step) * pull).astype(value.dtype), state
 
-    return Perturbation(LOGIT_GRADS, init, update)
+    return Perturbation(LOGIT_GRADS, init, update, needs_gradient=False)

@@ -33,4 +33,4 @@ def gaussian_noise(site: str, stddev: Number) -> Perturbation:
         noise = jax.random.normal(key, value.shape, value.dtype)
         return value + noise * at_step(stddev, step).astype(value.dtype)
 
-    return stateless(site, update)
+    return stateless(site, update, needs_gradient=False)

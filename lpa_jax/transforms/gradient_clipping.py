@@ -34,4 +34,4 @@ def gradient_clipping(max_norm: Number) -> Perturbation:
         factor = jnp.where(norm > limit, limit / jnp.where(norm > 0, norm, 1.0), 1.0)
         return jax.tree.map(lambda grad: grad * factor.astype(grad.dtype), grads)
 
-    return stateless(PARAM_GRADS, update)
+    return stateless(PARAM_GRADS, update, needs_gradient=False)

@@ -36,4 +36,4 @@ def gradient_noise(eta: Number, gamma: float = 0.55) -> Perturbation:
         noise = optax.tree.random_like(key, grads, jax.random.normal)
         return jax.tree.map(lambda grad, z: grad + stddev.astype(grad.dtype) * z, grads, noise)
 
-    return stateless(PARAM_GRADS, update)
+    return stateless(PARAM_GRADS, update, needs_gradient=False)

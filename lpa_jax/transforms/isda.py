@@ -109,7 +109,7 @@ def isda(
             size *= jnp.minimum(jnp.asarray(step, jnp.float32) / num_steps, 1.0)
         return value + members.spread(0.5 * size * spread).astype(value.dtype), state
 
-    return Perturbation((site, LOGITS), init, update)
+    return Perturbation((site, LOGITS), init, update, needs_gradient=False)
 
 
 def _observe(

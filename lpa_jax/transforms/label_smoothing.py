@@ -29,4 +29,4 @@ def label_smoothing(alpha: Number) -> Perturbation:
         weight = at_step(alpha, step)
         return (1.0 - weight) * value + weight / value.shape[1]
 
-    return stateless(LABELS, update)
+    return stateless(LABELS, update, needs_gradient=False)

@@ -52,4 +52,4 @@ def ldam(
         margins = margins / jnp.max(margins) * at_step(max_margin, step)
         return with_margins(value, labels, at_step(scale, step) * margins)
 
-    return stateless(LOGITS, update)
+    return stateless(LOGITS, update, needs_gradient=False)

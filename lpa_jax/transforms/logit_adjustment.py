@@ -36,4 +36,4 @@ def logit_adjustment(class_counts: Sequence[float], tau: Number = 1.0) -> Pertur
         shift = at_step(tau, step) * jnp.log(counts / jnp.sum(counts))
         return value + shift[None].astype(value.dtype)
 
-    return stateless(LOGITS, update)
+    return stateless(LOGITS, update, needs_gradient=False)

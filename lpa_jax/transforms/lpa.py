@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from jaxtyping import Array
 
 from lpa_jax.core import bounds, class_plan, membership, pgd, splits
 from lpa_jax.core.arguments import check_choice, check_count, Number
-from lpa_jax.core.perturbation import check_climbable, Perturbation, require_gradient, stateless
+from lpa_jax.core.perturbation import check_activations, Perturbation, stateless
 
 
 def lpa(
@@ -86,7 +86,7 @@ def lpa(
       arXiv:2605.29525.
     """
     names = (site,) if isinstance(site, str) else tuple(site)
-    check_climbable("lpa", names)
+    check_activations("lpa", names)
     plans = {
         name: class_plan.planner(number, delta_epsilon, split)
         for name, number in bounds.per_site(epsilon, names).items()
@@ -107,7 +107,7 @@ def lpa(
         targets,
         weights,
         class_stats,
-        gradient_fn=None,
+        gradient_fn: Any = None,
         site=None,
         step=0,
         axis_name=(),
@@ -141,15 +141,14 @@ def lpa(
         if objective == "norm":
             delta = pgd.stretch(members.mean(reduce(frozen)) / copies, signs, radii)
         else:
-            climb = require_gradient("lpa", site, gradient_fn)
             # Nothing is added yet, and the pass for the class statistics is shared.
-            start = jax.lax.stop_gradient(climb(value)[1])
+            start = jax.lax.stop_gradient(gradient_fn(value)[1])
             summed, noise = _with_noise(start, positions, members)
 
             def gradient(delta):
                 if delta is zero:
                     return gather(summed) if low_rank is None else direction_of(start)
-                _, uphill = climb(frozen + members.spread(delta).astype(frozen.dtype))
+                _, uphill = gradient_fn(frozen + members.spread(delta).astype(frozen.dtype))
                 return direction_of(uphill)
 
             delta = pgd.ascend(
@@ -166,7 +165,7 @@ def lpa(
     def report(site, stats, step):
         return plans[site].report(stats, step)
 
-    return stateless(names, update, report)
+    return stateless(names, update, report, class_level=True, needs_gradient=objective == "loss")
 
 
 def _with_noise(

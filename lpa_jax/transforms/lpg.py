@@ -63,7 +63,10 @@ def lpg(
             delta = _iterate(mean, signs, radii)
         return value + members.spread(delta).astype(value.dtype)
 
-    return stateless(LOGIT_GRADS, update, lambda _, stats, step: planner.report(stats, step))
+    def report(_, stats, step):
+        return planner.report(stats, step)
+
+    return stateless(LOGIT_GRADS, update, report, class_level=True, needs_gradient=False)
 
 
 def _iterate(mean: pgd.Rows, signs: pgd.PerRow, radii: pgd.PerRow, steps: int = 4) -> pgd.Rows:

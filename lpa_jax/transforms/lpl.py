@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from lpa_jax.core import class_plan, membership, pgd, splits
 from lpa_jax.core.arguments import at_step, check_choice, check_count, check_number, Number
-from lpa_jax.core.perturbation import LOGITS, Perturbation, require_gradient, stateless
+from lpa_jax.core.perturbation import LOGITS, Perturbation, stateless
 
 
 def lpl(
@@ -95,13 +95,11 @@ def lpl(
         targets,
         weights,
         class_stats,
-        gradient_fn=None,
-        site=None,
+        gradient_fn,
         step=0,
         axis_name=(),
         **_,
     ):
-        gradient_fn = require_gradient("lpl", site, gradient_fn)
         frozen = jax.lax.stop_gradient(value)
         members = membership.by_class(labels, weights, targets.shape[1], axis_name)
         plan = planner.of(members, class_stats, step)
@@ -125,4 +123,4 @@ def lpl(
             delta = pgd.repeat(body, zero, jnp.max(counts))
         return value + jax.lax.stop_gradient(members.spread(delta)).astype(value.dtype)
 
-    return stateless(LOGITS, update, report)
+    return stateless(LOGITS, update, report, class_level=True, needs_gradient=True)

@@ -65,4 +65,4 @@ def manifold_mixup(sites: str | Sequence[str], alpha: Number) -> Perturbation:
         # Inputs may be a tree of arrays.
         return jax.tree.map(lambda leaf: jnp.where(chosen, mixed(leaf, lam), leaf), value)
 
-    return stateless((*layers, LABELS), update)
+    return stateless((*layers, LABELS), update, mixes=True, needs_gradient=False)

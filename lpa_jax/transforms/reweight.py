@@ -66,4 +66,4 @@ def reweight(
         factors = jnp.where(rest < 1, factors, 1.0)
         return value * factors[:, None].astype(value.dtype)
 
-    return stateless(LOGIT_GRADS, update)
+    return stateless(LOGIT_GRADS, update, needs_gradient=False)

@@ -39,4 +39,4 @@ def shake(site: str, strength: Number) -> Perturbation:
         # The gradient sees the second term alone.
         return jax.lax.stop_gradient((forward - backward) * value) + backward * value
 
-    return stateless(site, update)
+    return stateless(site, update, needs_gradient=False)
