@@ -3,8 +3,10 @@
     python benchmarks/own_work.py [--batch=128] [--classes 10 1000] [--out=FILE.json]
 
 Counts of the compiled update alone, with the way back through what it makes of its value, which
-repeat exactly: nothing is run. "formula" is what docs/scaling.md says. XLA counts exponentials and
-their like apart, an SVD not at all, and the body of a loop once: of LPL's default solver one step.
+repeat exactly: nothing is run. "formula" is what docs/scaling.md says; a method of which it says
+nothing is counted as its row in `lpa_jax.methods` has it, at the first of its sites. XLA counts
+exponentials and their like apart, an SVD not at all, and the body of a loop once: of LPL's default
+solver one step.
 """
 
 import argparse
@@ -20,6 +22,8 @@ from rich.table import Table
 
 import lpa_jax
 from lpa_jax.core import class_stats
+from lpa_jax.core.pgd import UNROLL
+from lpa_jax.methods import METHODS
 
 P, K, T = 64, 128, 3
 EXAMPLES = 50_000
@@ -103,8 +107,38 @@ def cost(
     }
 
 
-def methods(batch, classes):
+def counted_methods(batch, classes):
     """Return `{method: (perturbation, shape of the value, formula, arguments of cost)}`."""
+    known = described(batch, classes)
+    covered = {name.split(",")[0] for name in known}
+    others = {name: row for name, row in METHODS.items() if name not in covered}
+    return known | {name: of_row(row, batch, classes) for name, row in others.items()}
+
+
+def of_row(row, batch, classes):
+    """Return what is counted of a method of which only the row is known; it has no formula."""
+    facts = {
+        "class_counts": range(1, classes + 1),
+        "mean": 0.5,
+        "num_classes": classes,
+        "num_examples": EXAMPLES,
+        "num_steps": 1000,
+    }
+    # From the first step on.
+    perturbation = row.make(facts, **dict.fromkeys(row.shares, 0.0))
+    site = perturbation.sites[0]
+    parameters = jax.ShapeDtypeStruct((batch * P * K,), jnp.float32)
+    shapes = dict.fromkeys(("labels", "logits", "logit_grads"), (batch, classes))
+    shapes["param_grads"] = parameters.shape
+    more = {"params": parameters} if site == "param_grads" else {}
+    # More gradients than any of our loops of steps is unrolled for.
+    calls = UNROLL + 1 if perturbation.needs_gradient else 0
+    more |= {"site": site, "calls": calls, "back": site not in ("inputs", "labels")}
+    return perturbation, shapes.get(site, (batch, 8, 8, K)), None, more
+
+
+def described(batch, classes):
+    """Return the entries of the methods that docs/scaling.md has formulas for, and their forms."""
     entries, numbers = batch * P * K, batch * classes
     rows = min(batch, classes)
     counts = range(1, classes + 1)
@@ -150,7 +184,7 @@ def methods(batch, classes):
         "adversarial, linf": adversarial("linf", 12),
         "adversarial, linf, one step": adversarial("linf", 6, steps=1),
         "adversarial, l2": adversarial("l2", 26),
-        "manifold mixup, an activation": at_value(activation, 15 * entries, back=True),
+        "manifold_mixup, an activation": at_value(activation, 15 * entries, back=True),
         "mixup, the inputs": at_value(lpa_jax.mixup(1.0), 4 * entries, site="inputs"),
         "mixup, the targets": at_logits(lpa_jax.mixup(1.0), 4 * numbers, "labels"),
         "cutmix": at_value(lpa_jax.cutmix(1.0), entries, site="inputs"),
@@ -198,9 +232,10 @@ def main():
     for column in columns:
         table.add_column(column, justify="left" if column == "method" else "right")
     for classes in args.classes:
-        for name, (perturbation, shape, formula, more) in methods(args.batch, classes).items():
+        entries = counted_methods(args.batch, classes)
+        for name, (perturbation, shape, formula, more) in entries.items():
             counted = cost(perturbation, shape, classes=classes, **more)
-            ratio = counted["flops"] / formula
+            ratio = counted["flops"] / formula if formula else None
             passes = counted["bytes"] / (4 * math.prod(shape))
             rows.append(
                 {"method": name, "classes": classes, "value": shape, **counted}
@@ -210,8 +245,8 @@ def main():
                 name,
                 str(classes),
                 f"{counted['flops'] / 1e6:.3f}",
-                f"{formula / 1e6:.3f}",
-                f"{ratio:.2f}",
+                f"{formula / 1e6:.3f}" if formula else "",
+                f"{ratio:.2f}" if formula else "",
                 f"{counted['bytes'] / 1e6:.2f}",
                 f"{passes:.1f}",
                 f"{counted['temporary_bytes'] / 1e6:.2f}",

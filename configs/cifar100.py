@@ -25,14 +25,9 @@ LDAM-DRW is `method=ldam+drw`.
 Measured: not yet; a run of 200 epochs needs a GPU.
 """
 
+from lpa_jax import methods
 from lpa_jax.training import config as configuration
 
-METHODS = {
-    "sam": {"rho": 0.1},
-    "asam": {"rho": 1.0},
-    "cutout": {"size": 8.0},
-    "elr": {"strength": 7.0, "beta": 0.9},
-}
 SMOKE = {
     "model.name": "wrn_10_1",
     "limit": 1024,
@@ -46,4 +41,4 @@ def get_config(argument=""):
     """Return the configuration that `argument`, `"method=NAME,smoke"`, asks for."""
     config = configuration.default()
     config.dataset = "cifar100"
-    return configuration.choose(config, argument, SMOKE, METHODS)
+    return configuration.choose(config, argument, SMOKE, methods.by_dataset("cifar100"))

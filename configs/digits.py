@@ -21,15 +21,9 @@ docs/results.md):
     sam             99.44 ± 0.20   0.024 ± 0.003
 """
 
+from lpa_jax import methods
 from lpa_jax.training import config as configuration
 
-METHODS = {
-    "lpa": {"epsilon": 0.05},
-    "lpl": {"epsilon": 0.5},
-    "dropblock": {"site": "group2", "block_size": 2},
-    "adversarial": {"epsilon": 0.03},
-    "cutout": {"size": 4.0},
-}
 SMOKE = {
     "epochs": 2,
     "model.options": {"width": 4},
@@ -46,4 +40,4 @@ def get_config(argument=""):
     config.schedule.update({"name": "cosine", "learning_rate": 0.1})
     config.epochs = 30
     config.batch_size = 64
-    return configuration.choose(config, argument, SMOKE, METHODS)
+    return configuration.choose(config, argument, SMOKE, methods.by_dataset("digits"))

@@ -1,6 +1,7 @@
 """Perturb a network while it learns: optax transforms at sites of the training computation."""
 
 from lpa_jax import losses as losses
+from lpa_jax import methods as methods
 from lpa_jax.api import list_sites as list_sites
 from lpa_jax.api import value_and_grad as value_and_grad
 from lpa_jax.core import splits as splits

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 import lpa_jax
+from lpa_jax.methods import METHODS
 
 # Tiny programs: what XLA would gain by optimizing them is lost many times over in compiling.
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
@@ -98,6 +99,46 @@ class Line:
         inject = optax.inject_hyperparams(self.factory, static_args=static)
         transform = inject(**self.arguments, **{self.strength: schedule})
         return self.place(optax.chain(transform, optax.identity()))
+
+
+# What suits the tests' tiny networks and batches better than the defaults of a method's row.
+SUITED = {
+    "adversarial": {"bounds": None},
+    "cutmix": {"probability": 1.0},
+    "cutout": {"size": 2.0, "mean": (0.1, -0.2)},
+    "disturb_label": {"rate": 0.5},
+    "dropblock": {"rate": 0.3, "block_size": 2},
+    "gradient_noise": {"eta": 0.1},
+    "isda": {"strength": 2.0},
+}
+
+
+def line_of(name, facts, layers=("first", "second")):
+    """Return the line of a method, made of its row.
+
+    Args:
+      name: Name of the method, whose row tells its strength.
+      facts: Those of `methods.FACTS` that do not come of the length of a run.
+      layers: What stands for the layers of the row: one of values `[B, H, W, C]`, and one of
+        `[B, D]` for the network's features.
+    """
+    row = METHODS[name]
+    taken = inspect.signature(row.factory).parameters
+    arguments = {key: value for key, value in facts.items() if key in taken}
+    arguments |= {**row.defaults, **SUITED.get(name, {})}
+    # From the first step on.
+    arguments |= dict.fromkeys(row.shares, 0)
+
+    def placed(site):
+        return site if site == "inputs" else layers[site == "features"]
+
+    if "site" in arguments:
+        arguments["site"] = placed(arguments["site"])
+    if "sites" in arguments:
+        arguments["sites"] = tuple(dict.fromkeys(map(placed, arguments["sites"])))
+    sites = row.factory(**{row.strength: taken[row.strength].default, **arguments}).sites
+    amount = arguments.pop(row.strength, taken[row.strength].default)
+    return Line(name, row.factory, sites, row.strength, amount, arguments)
 
 
 def fading(line, strength):

@@ -14,12 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from probes import Line, quick_jit, storable
+from probes import Line, line_of, quick_jit, storable
 import pytest
 
 import lpa_jax
 from lpa_jax import losses
 from lpa_jax.core import pgd
+from lpa_jax.methods import METHODS
 
 # The same draws each time, however long they take, and no record of them in the tree. A chain that
 # fails has few lines as it is; to make it smaller each trial would have to be compiled.
@@ -286,7 +287,28 @@ def a_class_level_line(draw, setting):
 
 
 KINDS = 26
-"""Of lines that `another_line` draws."""
+"""Of lines that `another_line` draws by hand; those of the other methods follow, of their rows."""
+BY_HAND = {
+    "additive_margin", "adversarial", "asam", "cutmix", "cutout", "disturb_label", "dropblock",
+    "dropout", "drw", "elr", "gaussian_noise", "gradient_clipping", "gradient_noise", "isda",
+    "label_smoothing", "ldam", "logit_adjustment", "lpa", "lpg", "lpl", "manifold_mixup", "mixup",
+    "reweight", "sam", "shake",
+}  # fmt: skip
+OF_ROWS = [name for name in METHODS if name not in BY_HAND]
+
+
+@st.composite
+def a_line_of_a_row(draw, setting, name):
+    """Draw a line of a method of which nothing is known but its row."""
+    facts = {
+        "class_counts": [10.0**i for i in range(setting.classes)],
+        "mean": (0.1, -0.2),
+        "num_classes": setting.classes,
+        "num_examples": EXAMPLES,
+    }
+    line = line_of(name, facts)
+    interval = METHODS[name].ranges.get(line.strength, (line.amount,))
+    return dataclasses.replace(line, amount=draw(st.sampled_from([0.0, *interval[:2]])))
 
 
 @st.composite
@@ -371,6 +393,7 @@ def another_line(draw, setting, kind=None):
         ),
     ]  # fmt: skip
     assert len(lines) == KINDS
+    lines += [draw(a_line_of_a_row(setting, name)) for name in OF_ROWS]
     return draw(st.sampled_from(lines)) if kind is None else lines[kind]
 
 
@@ -574,6 +597,8 @@ def tamed(setting, lines):
         line.amount <= 0.3
         and line.arguments.get("delta_epsilon", 0.0) <= 0.5
         and line.factory not in DRAWN_ONCE
+        # It may draw or pair as well.
+        and line.label not in OF_ROWS
         for line in lines
     )
 
@@ -833,7 +858,7 @@ def test_any_chain_on_any_batch(program, data):
 def test_many_chains_on_many_batches(capsys):
     chains, batches, factories = 0, 16, set()
     # By itself hypothesis would draw some kinds often and others never.
-    for kind in (None, *range(KINDS)):
+    for kind in (None, *range(KINDS + len(OF_ROWS))):
 
         @seed(0 if kind is None else 1 + kind)
         @draws(max_examples=50 if kind is None else 5)
@@ -848,5 +873,5 @@ def test_many_chains_on_many_batches(capsys):
     with capsys.disabled():
         print(f"\n{chains} chains on {batches} batches each")
     assert chains >= 180
-    known = {getattr(lpa_jax, name) for name in TRANSFORMS} - {lpa_jax.gradient_clipping}
+    known = {row.factory for row in METHODS.values()} - {lpa_jax.gradient_clipping}
     assert known | {clipping} <= factories

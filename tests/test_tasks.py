@@ -14,6 +14,7 @@ from rich.console import Console
 from configs import digits
 from lpa_jax import data
 from lpa_jax.data import DataError, label_noise
+from lpa_jax.methods import corrections
 from lpa_jax.training import config as configuration
 from lpa_jax.training import experiment, loop
 
@@ -636,7 +637,7 @@ def test_a_run_counts_and_draws_the_labels_it_trains_on(monkeypatch, tmp_path):
     "method", ["logit_adjustment", "reweight", "drw", "ldam+drw", "lpa+reweight"]
 )
 def test_class_frequencies_are_corrected_once(sampling, method):
-    name = next(part for part in method.split("+") if part in configuration.CORRECTIONS)
+    name = corrections(method.split("+"))[0]
     message = (
         f"sampling '{sampling}' draws .*, and {name} in .*: take one of the two, .* without {name}"
     )

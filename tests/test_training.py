@@ -23,6 +23,7 @@ from lpa_jax import data, losses, models
 from lpa_jax.core import class_stats
 from lpa_jax.core import step as step_module
 from lpa_jax.evaluation import metrics
+from lpa_jax.methods import METHODS
 from lpa_jax.training import checkpoints, experiment, feed, loop, mesh, records, report, schedules
 from lpa_jax.training import config as configuration
 from lpa_jax.training.step import make_steps
@@ -424,7 +425,7 @@ def test_the_default_momentum_is_of_sgd_alone(name, expected):
     np.testing.assert_allclose(updates["w"], -0.1 * grads["w"], rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", configuration.TRANSFORMS)
+@pytest.mark.parametrize("name", METHODS)
 def test_every_transform_can_be_configured(name):
     config = digits.get_config(f"method={name}")
     (perturbation,) = configuration.perturbation(config, [10] * 10, (0.5,), 20)
@@ -454,7 +455,7 @@ def test_margins_come_with_a_normalized_head_and_their_scale():
         assert config.model.head == "normalized"
         assert (config.perturbation[name][key], config.perturbation[name].scale) == (margin, 30.0)
         assert experiment.build(config).model.head == "normalized"
-        chosen = configuration.arguments_of(name, configuration.METHODS.get(name, {}))
+        chosen = configuration.arguments_of(name, {})
         assert chosen == config.perturbation[name].to_dict()
 
 

@@ -3,22 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from lpa_jax.methods import Range
 from lpa_jax.training import experiment
 from lpa_jax.training.config import ConfigError
-
-
-class Range(NamedTuple):
-    """The numbers from which a search draws.
-
-    Attributes:
-      low: The smallest.
-      high: The largest.
-      log: Whether to draw uniformly on a logarithmic scale.
-    """
-
-    low: float
-    high: float
-    log: bool = False
 
 
 class Row(NamedTuple):

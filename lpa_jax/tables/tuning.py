@@ -5,8 +5,9 @@ from typing import Any
 
 from rich.console import Console
 
+from lpa_jax.methods import METHODS, Range
 from lpa_jax.tables import runs
-from lpa_jax.tables.catalogue import Range, Row, Table
+from lpa_jax.tables.catalogue import Row, Table
 from lpa_jax.training import loop, progress, records
 from lpa_jax.training.config import Config, ConfigError, flat
 
@@ -17,34 +18,9 @@ SEED = 1000
 
 # For all rows alike, plain training included.
 COMMON = {"schedule.learning_rate": Range(0.02, 0.3, log=True)}
-# By transform and loss.
+# By loss; those of a method are in its row.
 RANGES: dict[str, dict[str, Range]] = {
-    # Margins are of cosines.
-    "additive_margin": {"margin": Range(0.05, 0.8, log=True)},
-    "adversarial": {"epsilon": Range(1 / 255, 16 / 255, log=True)},
-    "asam": {"rho": Range(0.1, 4.0, log=True)},
-    "cutmix": {"alpha": Range(0.1, 4.0, log=True), "probability": Range(0.1, 1.0)},
-    "cutout": {"size": Range(2.0, 20.0)},
-    "disturb_label": {"rate": Range(0.02, 0.4, log=True)},
-    "dropblock": {"rate": Range(0.02, 0.4, log=True)},
-    "dropout": {"rate": Range(0.05, 0.7)},
-    "drw": {"start": Range(0.5, 0.95)},
-    "elr": {"strength": Range(0.5, 10.0, log=True), "beta": Range(0.3, 0.95)},
-    "gaussian_noise": {"stddev": Range(0.01, 0.3, log=True)},
     "generalized_cross_entropy": {"q": Range(0.1, 1.0)},
-    "gradient_clipping": {"max_norm": Range(0.1, 10.0, log=True)},
-    "gradient_noise": {"eta": Range(1e-8, 1e-3, log=True)},
-    "isda": {"strength": Range(0.05, 5.0, log=True)},
-    "label_smoothing": {"alpha": Range(0.02, 0.4, log=True)},
-    "ldam": {"max_margin": Range(0.1, 1.0, log=True)},
-    "logit_adjustment": {"tau": Range(0.25, 2.5)},
-    "lpa": {"epsilon": Range(0.02, 1.0, log=True)},
-    "lpg": {"epsilon": Range(0.01, 1.0, log=True)},
-    "lpl": {"epsilon": Range(0.05, 4.0, log=True)},
-    "manifold_mixup": {"alpha": Range(0.1, 4.0, log=True)},
-    "mixup": {"alpha": Range(0.1, 4.0, log=True)},
-    "sam": {"rho": Range(0.01, 0.5, log=True)},
-    "shake": {"strength": Range(0.1, 1.0)},
     "softmax_focal_loss": {"gamma": Range(0.5, 4.0)},
 }
 
@@ -68,7 +44,7 @@ def ranges(table: Table, row: Row, config: Config) -> dict[str, Range]:
     """
     found = dict(COMMON)
     for name in config.perturbation:
-        for key, interval in RANGES.get(name, {}).items():
+        for key, interval in METHODS[name].ranges.items():
             found[f"perturbation.{name}.{key}"] = interval
     for key, interval in RANGES.get(config.loss.name, {}).items():
         found[f"loss.{key}"] = interval

@@ -11,73 +11,10 @@ from ml_collections import config_dict
 import lpa_jax
 from lpa_jax.core import splits
 from lpa_jax.data import batching, long_tail, tasks
+from lpa_jax.methods import corrections, FACTS, METHODS
 
-TRANSFORMS = (
-    "additive_margin",
-    "adversarial",
-    "asam",
-    "cutmix",
-    "cutout",
-    "disturb_label",
-    "dropblock",
-    "dropout",
-    "drw",
-    "elr",
-    "gaussian_noise",
-    "gradient_clipping",
-    "gradient_noise",
-    "isda",
-    "label_smoothing",
-    "ldam",
-    "logit_adjustment",
-    "lpa",
-    "lpg",
-    "lpl",
-    "manifold_mixup",
-    "mixup",
-    "reweight",
-    "sam",
-    "shake",
-)
-# Arguments of transforms that follow from the data and the length of the run.
-TASK = ("class_counts", "mean", "num_classes", "num_examples", "num_steps")
 # Those that depend on the network besides: which parameters SAM moves.
 UNSET = ("mask",)
-# Those that correct for the frequencies of the classes in training. LDAM's margins are not among
-# them: they follow from how many different examples a class has, however often these are drawn.
-CORRECTIONS = ("drw", "logit_adjustment", "reweight")
-# For each transform, the arguments that have no default or another one here: those for CIFAR.
-METHODS = {
-    "lpa": {"site": "group3", "epsilon": 0.1},
-    "lpl": {"epsilon": 0.4},
-    "lpg": {"epsilon": 0.1},
-    "manifold_mixup": {"sites": ("inputs", "group1", "group2"), "alpha": 2.0},
-    "mixup": {"alpha": 1.0},
-    "dropout": {"site": "group3", "rate": 0.3},
-    "dropblock": {"site": "group3", "rate": 0.1, "block_size": 3},
-    "gaussian_noise": {"site": "inputs", "stddev": 0.05},
-    "adversarial": {"site": "inputs", "epsilon": 8 / 255, "bounds": (0.0, 1.0)},
-    "label_smoothing": {"alpha": 0.1},
-    "disturb_label": {"rate": 0.1},
-    "additive_margin": {"margin": 0.35, "scale": 30.0},
-    "cutmix": {"alpha": 1.0, "probability": 0.5},
-    "cutout": {"size": 16.0},
-    # As a share of the run: epoch 160 of 200.
-    "drw": {"start": 0.8},
-    "elr": {"strength": 3.0, "beta": 0.7},
-    "gradient_clipping": {"max_norm": 5.0},
-    # Ours; the variance of the paper is 0.01 and more.
-    "gradient_noise": {"eta": 1e-6},
-    "isda": {"site": "features", "strength": 0.5},
-    "shake": {"site": "group3", "strength": 0.5},
-    "sam": {"rho": 0.05},
-    "asam": {"rho": 0.5},
-}
-# For each transform, what it sets in the rest of the configuration: margins are of cosines.
-NEEDS = {
-    "additive_margin": {"model.head": "normalized"},
-    "ldam": {"model.head": "normalized"},
-}
 SPLIT = {
     "name": "mean_threshold",
     "statistic": "confidence",
@@ -206,7 +143,7 @@ def choose(
       config: The configuration for plain training.
       argument: What stands after the colon of `--config=FILE:ARGUMENT`.
       smoke: Keys, dotted where nested, that make a run of seconds.
-      methods: What differs on this data from `METHODS`, the arguments of each transform.
+      methods: What differs on this data from the defaults of each method's row.
 
     Raises:
       ConfigError: If the argument or the method is unknown.
@@ -233,30 +170,29 @@ def choose(
     if len(set(names)) < len(names):
         raise ConfigError(f"The method {method!r} names a transform twice.")
     config.method = method
-    config.perturbation = {
-        name: arguments_of(name, {**METHODS.get(name, {}), **methods.get(name, {})})
-        for name in names
-    }
+    config.perturbation = {name: arguments_of(name, methods.get(name, {})) for name in names}
     for name in names:
-        config.update_from_flattened_dict(NEEDS.get(name, {}))
+        config.update_from_flattened_dict(dict(METHODS[name].settings))
     return config
 
 
 def arguments_of(name: str, known: Mapping[str, Any]) -> dict[str, Any]:
-    """Return every argument of a transform that a configuration can set, with its value.
+    """Return every argument of a method that a configuration can set, with its value.
 
-    What is in `TASK`, such as the class counts of LDAM, comes from the training set and the run.
+    What is known goes before the defaults of the method's row. What is in `methods.FACTS`, such as
+    the class counts of LDAM, comes from the training set and the run.
     """
-    if name not in TRANSFORMS:
-        close = difflib.get_close_matches(name, TRANSFORMS, n=3)
+    if name not in METHODS:
+        close = difflib.get_close_matches(name, METHODS, n=3)
         hint = f"did you mean {' or '.join(close)}? " if close else ""
         raise ConfigError(
-            f"There is no method {name!r}; {hint}The methods are erm, {', '.join(TRANSFORMS)}, "
+            f"There is no method {name!r}; {hint}The methods are erm, {', '.join(METHODS)}, "
             "and several of them joined by '+'."
         )
+    known = {**METHODS[name].defaults, **known}
     arguments = {}
-    for parameter in inspect.signature(getattr(lpa_jax, name)).parameters.values():
-        if parameter.name in (*TASK, *UNSET):
+    for parameter in inspect.signature(METHODS[name].factory).parameters.values():
+        if parameter.name in (*FACTS, *UNSET):
             continue
         if parameter.name == "split":
             value: Any = dict(SPLIT) | dict(known.get("split", {}))
@@ -265,7 +201,7 @@ def arguments_of(name: str, known: Mapping[str, Any]) -> dict[str, Any]:
         elif parameter.default is inspect.Parameter.empty:
             raise ConfigError(
                 f"This configuration has no setting for {name!r}: add its {parameter.name!r} to "
-                "METHODS of lpa_jax/training/config.py."
+                "row of lpa_jax/methods.py."
             )
         elif parameter.default is None:
             kind = {"step_size": float, "bounds": tuple}.get(parameter.name, int)
@@ -279,7 +215,7 @@ def arguments_of(name: str, known: Mapping[str, Any]) -> dict[str, Any]:
 def needs_every_class(config: Config) -> bool:
     """Return whether a transform uses how many training examples each class has."""
     return any(
-        "class_counts" in inspect.signature(getattr(lpa_jax, name)).parameters
+        "class_counts" in inspect.signature(METHODS[name].factory).parameters
         or arguments.get("split", {}).get("name") == "tail"
         for name, arguments in config.perturbation.items()
     )
@@ -308,17 +244,17 @@ def perturbation(
             f"{'+'.join(config.perturbation) or 'erm'}: choose the method after the colon of "
             "--config, as in FILE.py:method=lpa."
         )
-    corrections = [name for name in names if name in CORRECTIONS]
-    if corrections and config.sampling != "uniform":
-        named = " and ".join(corrections)
+    corrected = corrections(names)
+    if corrected and config.sampling != "uniform":
+        named = " and ".join(corrected)
         raise ConfigError(
             f"config.sampling {config.sampling!r} draws all classes equally often, and {named} in "
             "config.method would correct for their frequencies once more: take one of the two, "
             f"config.sampling='uniform' or a method without {named}."
         )
-    if len(corrections) > 1:
+    if len(corrected) > 1:
         raise ConfigError(
-            f"{' and '.join(corrections)} in config.method would each correct for the frequencies "
+            f"{' and '.join(corrected)} in config.method would each correct for the frequencies "
             "of the classes: name one of them."
         )
     task = {
@@ -332,12 +268,12 @@ def perturbation(
 
 
 def _transform(name: str, config: Config, task: Mapping[str, Any]) -> lpa_jax.Perturbation:
-    factory = getattr(lpa_jax, name)
+    factory = METHODS[name].factory
     arguments = dict(config)
     taken = inspect.signature(factory).parameters
     _refuse_unknown(f"perturbation.{name}.", arguments, taken)
     for key, parameter in taken.items():
-        if parameter.default is inspect.Parameter.empty and key not in {*arguments, *TASK}:
+        if parameter.default is inspect.Parameter.empty and key not in {*arguments, *FACTS}:
             raise ConfigError(
                 f"config.perturbation.{name} lacks {key}: leave the others as they are, and set "
                 f"one by --config.perturbation.{name}.KEY=VALUE."
@@ -346,18 +282,17 @@ def _transform(name: str, config: Config, task: Mapping[str, Any]) -> lpa_jax.Pe
         arguments["split"] = _split(
             arguments["split"], task["class_counts"], f"perturbation.{name}."
         )
-    if "start" in arguments:
-        if not 0 <= arguments["start"] <= 1:
+    for key in METHODS[name].shares:
+        if not 0 <= arguments[key] <= 1:
             raise ConfigError(
-                f"config.perturbation.{name}.start must be a share of the run, between 0 and 1, "
-                f"not {arguments['start']!r}."
+                f"config.perturbation.{name}.{key} must be a share of the run, between 0 and 1, "
+                f"not {arguments[key]!r}."
             )
-        arguments["start"] = round(arguments["start"] * task["num_steps"])
-    return factory(**arguments, **{key: task[key] for key in TASK if key in taken})
+    return METHODS[name].make(task, **arguments)
 
 
 def _refuse_unknown(prefix: str, given: Iterable[str], known: Iterable[str]) -> None:
-    known = [key for key in known if key not in (*TASK, *UNSET)]
+    known = [key for key in known if key not in (*FACTS, *UNSET)]
     for name in sorted(set(given) - set(known)):
         raise ConfigError(no_key(prefix, name, known))
 

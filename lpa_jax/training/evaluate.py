@@ -14,10 +14,9 @@ from jaxtyping import PyTree
 from rich.console import Console
 
 import lpa_jax
-from lpa_jax import data
+from lpa_jax import data, methods
 from lpa_jax.evaluation import attacks, calibration, corruptions, metrics
 from lpa_jax.training import checkpoints, experiment, mesh, progress, provenance, records, report
-from lpa_jax.training import config as configuration
 from lpa_jax.training.config import Config, ConfigError
 from lpa_jax.training.experiment import Experiment
 from lpa_jax.training.state import TrainState
@@ -147,7 +146,7 @@ def evaluate_run(
 
 def check_adjustable(config: Config) -> None:
     """Raise `ConfigError` if training corrects for class frequencies, as is done post hoc."""
-    done = [name for name in config.method.split("+") if name in configuration.CORRECTIONS]
+    done = methods.corrections(config.method.split("+"))
     if config.sampling != "uniform":
         done.append(f"config.sampling={config.sampling}")
     if done:
