@@ -19,6 +19,7 @@ from lpa_jax.transforms.asam import asam as asam
 from lpa_jax.transforms.cutmix import cutmix as cutmix
 from lpa_jax.transforms.cutout import cutout as cutout
 from lpa_jax.transforms.disturb_label import disturb_label as disturb_label
+from lpa_jax.transforms.drop_path import drop_path as drop_path
 from lpa_jax.transforms.dropblock import dropblock as dropblock
 from lpa_jax.transforms.dropout import dropout as dropout
 from lpa_jax.transforms.drw import drw as drw
@@ -34,6 +35,7 @@ from lpa_jax.transforms.lpa import lpa as lpa
 from lpa_jax.transforms.lpg import lpg as lpg
 from lpa_jax.transforms.lpl import lpl as lpl
 from lpa_jax.transforms.manifold_mixup import manifold_mixup as manifold_mixup
+from lpa_jax.transforms.mixstyle import mixstyle as mixstyle
 from lpa_jax.transforms.mixup import mixup as mixup
 from lpa_jax.transforms.reweight import reweight as reweight
 from lpa_jax.transforms.sam import sam as sam

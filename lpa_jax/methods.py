@@ -22,6 +22,7 @@ from lpa_jax.transforms.asam import asam
 from lpa_jax.transforms.cutmix import cutmix
 from lpa_jax.transforms.cutout import cutout
 from lpa_jax.transforms.disturb_label import disturb_label
+from lpa_jax.transforms.drop_path import drop_path
 from lpa_jax.transforms.dropblock import dropblock
 from lpa_jax.transforms.dropout import dropout
 from lpa_jax.transforms.drw import drw
@@ -37,6 +38,7 @@ from lpa_jax.transforms.lpa import lpa
 from lpa_jax.transforms.lpg import lpg
 from lpa_jax.transforms.lpl import lpl
 from lpa_jax.transforms.manifold_mixup import manifold_mixup
+from lpa_jax.transforms.mixstyle import mixstyle
 from lpa_jax.transforms.mixup import mixup
 from lpa_jax.transforms.reweight import reweight
 from lpa_jax.transforms.sam import sam
@@ -158,6 +160,16 @@ METHODS: Registry[Method] = Registry(
             ranges={"rate": Range(0.02, 0.4, log=True)},
             paper="disturb_label",
         ),
+        "drop_path": Method(
+            drop_path,
+            # The last layer of the residual branches of a Wide ResNet.
+            {"site": "group*/block*/conv2", "rate": 0.2},
+            "rate",
+            # The small network has none.
+            by_dataset={"digits": {"site": "group2"}},
+            ranges={"rate": Range(0.05, 0.5)},
+            paper="drop_path",
+        ),
         "dropblock": Method(
             dropblock,
             {"site": "group3", "rate": 0.1, "block_size": 3},
@@ -272,6 +284,13 @@ METHODS: Registry[Method] = Registry(
             "alpha",
             ranges={"alpha": Range(0.1, 4.0, log=True)},
             paper="manifold_mixup",
+        ),
+        "mixstyle": Method(
+            mixstyle,
+            {"site": "group1", "alpha": 0.1},
+            "alpha",
+            ranges={"alpha": Range(0.05, 1.0, log=True)},
+            paper="mixstyle",
         ),
         "mixup": Method(
             mixup,

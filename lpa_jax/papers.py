@@ -98,6 +98,27 @@ PAPERS = {
         2018,
         "1810.12890",
     ),
+    "drop_path": Paper(
+        "Huang et al.",
+        "Deep Networks with Stochastic Depth",
+        "ECCV",
+        2016,
+        "1603.09382",
+    ),
+    "fractalnet": Paper(
+        "Larsson, Maire and Shakhnarovich",
+        "FractalNet: Ultra-Deep Neural Networks without Residuals",
+        "ICLR",
+        2017,
+        "1605.07648",
+    ),
+    "mixstyle": Paper(
+        "Zhou et al.",
+        "Domain Generalization with MixStyle",
+        "ICLR",
+        2021,
+        "2104.02008",
+    ),
     "shake": Paper("Gastaldi", "Shake-Shake regularization", None, 2017, "1705.07485"),
     "fgsm": Paper(
         "Goodfellow, Shlens and Szegedy",

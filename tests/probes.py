@@ -110,6 +110,7 @@ SUITED = {
     "dropblock": {"rate": 0.3, "block_size": 2},
     "gradient_noise": {"eta": 0.1},
     "isda": {"strength": 2.0},
+    "mixstyle": {"alpha": 1.0, "probability": 1.0},
 }
 
 

@@ -941,3 +941,113 @@ def test_noise_of_gradients_fades_with_the_steps():
             assert leaf.std() == pytest.approx(math.sqrt(0.5 / (1 + step) ** 0.7), rel=0.03)
             assert abs(leaf.mean()) < 0.03
         assert abs(np.corrcoef(grads["a"].ravel(), grads["b"][:7200])[0, 1]) < 0.05
+
+
+# ---------------------------------------------------------------- drop path and MixStyle
+
+
+def test_drop_path_drops_whole_examples_and_scales_the_others():
+    value = jnp.asarray(np.random.default_rng(0).normal(size=(4000, 2, 3)), jnp.float32)
+    drop = lpa_jax.drop_path("branch", 0.3)
+    after, pullback = jax.vjp(lambda v: drop.update(v, drop.init(v), key=KEY)[0], value)
+    kept = np.asarray(after != 0).any(axis=(1, 2))
+    assert abs(kept.mean() - 0.7) < 4 * math.sqrt(0.21 / 4000)
+    exact = np.where(kept[:, None, None], np.float64(value) / 0.7, 0.0)
+    close(after, exact)
+    # What was dropped learns nothing.
+    close(
+        pullback(jnp.ones_like(value))[0], np.where(kept[:, None, None], 1 / 0.7, 0.0) + 0 * exact
+    )
+
+
+def style_of(image):
+    """Return mean and standard deviation of each channel, by loops over the positions."""
+    positions = [image[h][w] for h in range(len(image)) for w in range(len(image[0]))]
+    styles = []
+    for c in range(len(positions[0])):
+        mean = sum(p[c] for p in positions) / len(positions)
+        variance = sum((p[c] - mean) ** 2 for p in positions) / len(positions)
+        styles.append((mean, math.sqrt(variance + 1e-6)))
+    return styles
+
+
+def partner_of(i, weights, domains):
+    """Return the first example before `i`, around the end, that it may be mixed with, or None."""
+    for back in range(1, len(weights)):
+        j = (i - back) % len(weights)
+        if domains is None:
+            return j if weights[j] else None
+        if weights[j] and domains[j] != domains[i]:
+            return j
+    return None
+
+
+@pytest.mark.parametrize("domains", [None, [0, 0, 1, 2, 2, 2, 1, 0], [5] * 8], ids=repr)
+def test_mixstyle_mixes_the_channel_statistics_of_pairs(domains):
+    rng = np.random.default_rng(2)
+    scales = rng.uniform(0.2, 3.0, (8, 1, 1, 2))
+    images = (scales * rng.normal(size=(8, 4, 3, 2)) + rng.normal(size=(8, 1, 1, 2))).astype("f")
+    weights = np.array([1, 1, 1, 1, 0, 1, 1, 1], np.float32)
+    style = lpa_jax.mixstyle("layer", alpha=1.0, probability=1.0)
+    extra = {} if domains is None else {"domains": jnp.array(domains)}
+
+    def styled(value):
+        given = {"key": KEY, "weights": jnp.asarray(weights), **extra}
+        return style.update(value, style.init(value), **given)[0]
+
+    after, pullback = jax.vjp(styled, jnp.asarray(images))
+    (gradient,) = pullback(jnp.ones_like(after))
+    drawn = []
+    for i, image in enumerate(np.float64(images)):
+        j = partner_of(i, weights, domains) if weights[i] else None
+        if j is None:
+            np.testing.assert_array_equal(after[i], images[i])
+            np.testing.assert_array_equal(gradient[i], 1.0)
+            continue
+        own, other = style_of(image), style_of(np.float64(images[j]))
+        # One lambda for all channels: the first tells it.
+        (before, _), (its, _) = own[0], other[0]
+        lam = (float(np.float64(after[i, ..., 0]).mean()) - its) / (before - its)
+        drawn.append(lam)
+        for c, ((mean, std), (its_mean, its_std)) in enumerate(zip(own, other, strict=True)):
+            new_mean = lam * mean + (1 - lam) * its_mean
+            new_std = lam * std + (1 - lam) * its_std
+            exact = (image[..., c] - mean) / std * new_std + new_mean
+            np.testing.assert_allclose(after[i, ..., c], exact, rtol=1e-4, atol=1e-4)
+            # The statistics are constants: only the scale is left.
+            np.testing.assert_allclose(gradient[i, ..., c], new_std / std, rtol=1e-4)
+    assert all(0 <= lam <= 1 for lam in drawn)
+    assert len({round(lam, 3) for lam in drawn}) == len(drawn)
+    assert len(drawn) == {None: 6, 5: 0}.get(domains and domains[0], 7)
+
+
+def test_mixstyle_draws_from_the_beta_distribution_in_a_share_of_the_batches():
+    # Means 0 and 1 by turns, and the same spread: the new mean is lambda, or one less it.
+    ends = jnp.arange(4000) % 2
+    value = ends[:, None, None] + jnp.array([-1.0, 1.0])[None, :, None]
+    style = lpa_jax.mixstyle("layer", alpha=0.4, probability=0.5)
+
+    @quick_jit
+    def styled(key):
+        return style.update(value, style.init(value), key=key, weights=jnp.ones(4000))[0]
+
+    results = [np.asarray(styled(jax.random.key(seed))) for seed in range(24)]
+    mixed = [result for result in results if (result != value).any()]
+    assert 6 <= len(mixed) <= 18
+    lam = np.where(ends == 1, mixed[0].mean((1, 2)), 1 - mixed[0].mean((1, 2)))
+    assert abs(lam.mean() - 0.5) < 0.03
+    assert lam.var() == pytest.approx(1 / (4 * 1.8), rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("shape", "extra", "message"),
+    [
+        ((4, 3), {}, r"needs a value \[B, ..., channels\] with positions, not \(4, 3\)"),
+        ((4, 2, 3), {"domains": jnp.ones(4)}, "needs an integer for each example"),
+        ((4, 2, 3), {"domains": jnp.arange(3)}, "needs an integer for each example"),
+    ],
+)
+def test_what_has_no_style_or_no_domains_is_refused(shape, extra, message):
+    style = lpa_jax.mixstyle("layer", alpha=1.0)
+    with pytest.raises(ValueError, match=message):
+        style.update(jnp.ones(shape), style.init(None), key=KEY, weights=jnp.ones(4), **extra)

@@ -56,7 +56,7 @@ def test_what_is_differentiated_is_the_perturbation_of_the_library():
     [
         ("step_cost", ["--model=wrn_10_1", "--batch=8", "--rounds=1", "--sites", "group3"], 8),
         ("growth", ["--sites", "group3", "--sweeps", "steps"], 5),
-        ("own_work", ["--batch=8", "--classes", "10"], 39),
+        ("own_work", ["--batch=8", "--classes", "10"], 41),
         ("collectives", ["--model=wrn_10_1", "--batch=16"], 18),
         ("trace_time", ["--layers=3", "--repeats=1"], 4),
         ("scan_cost", ["--layers=4", "--batch=4", "--rounds=1"], 15),
