@@ -475,7 +475,18 @@ def test_eight_devices_under_optax_wrappers_agree_with_one_without(line):
 # ---------------------------------------------------------------- traced, not compiled
 
 
-def direct(line, dtype):
+class Read(class_stats.ClassStats):
+    """Class statistics that tell whether they are read."""
+
+    asked = False
+
+    def __getattribute__(self, name):
+        if name in class_stats.ClassStats._fields:
+            self.asked = True
+        return super().__getattribute__(name)
+
+
+def direct(line, dtype, stats=None, gradient_fn=None):
     """Return the shapes of a site's value and of what `update` makes of it."""
     perturbation = line.make(line.amount)
     site = line.sites[0]
@@ -501,8 +512,8 @@ def direct(line, dtype):
             targets=jax.nn.one_hot(labels, NUM_CLASSES),
             weights=jnp.ones(BATCH),
             **EXTRA,
-            class_stats=seen(),
-            gradient_fn=losses,
+            class_stats=seen() if stats is None else stats,
+            gradient_fn=gradient_fn or losses,
             logits=jnp.zeros((BATCH, NUM_CLASSES)),
             never_heard_of="this",
         )[0]
@@ -516,6 +527,21 @@ def test_update_keeps_the_type_and_swallows_unknown_arguments(line):
     for dtype in (jnp.float32,) if line.sites == ("labels",) else (jnp.float32, jnp.bfloat16):
         value, new = direct(line, dtype)
         chex.assert_trees_all_equal_shapes_and_dtypes(value, new)
+
+
+@each_line
+def test_what_is_declared_is_what_is_done(line):
+    perturbation, stats, asked = line.make(line.amount), Read(*seen()), []
+
+    def gradient_fn(value):
+        asked.append(value)
+        return jnp.zeros(BATCH), value
+
+    direct(line, jnp.float32, stats, gradient_fn)
+    assert perturbation.needs_gradient == bool(asked)
+    assert perturbation.mixes == (len(line.sites) > 1 and "labels" in line.sites)
+    # Whatever a split reads, what it decides is reported with the statistics.
+    assert perturbation.class_level == (stats.asked or perturbation.report is not None)
 
 
 @each_line
