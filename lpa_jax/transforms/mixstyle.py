@@ -107,9 +107,5 @@ def _statistics(
     """Return mean and standard deviation over the positions of each example, `[B, 1, ..., C]`."""
     axes = tuple(range(1, value.ndim - 1))
     mean = jnp.mean(value, axis=axes, keepdims=True)
-    centered = value - mean
-    # In units of its largest, whose square is a number that float32 holds.
-    size = jnp.max(jnp.abs(centered), axis=axes, keepdims=True)
-    size = jnp.maximum(size, EPSILON**0.5)
-    variance = jnp.mean((centered / size) ** 2, axis=axes, keepdims=True)
-    return mean, size * jnp.sqrt(variance + (EPSILON**0.5 / size) ** 2)
+    variance = jnp.mean((value - mean) ** 2, axis=axes, keepdims=True)
+    return mean, jnp.sqrt(variance + EPSILON)
