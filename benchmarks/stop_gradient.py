@@ -57,7 +57,7 @@ def through(site, epsilon, *, radius, split, **_):
             delta *= pgd.column(shrink, delta)
         return value + members.spread(delta)
 
-    return lpa_jax.stateless(site, update)
+    return lpa_jax.stateless(site, update, class_level=True, needs_gradient=False)
 
 
 def _spread(values):

@@ -32,7 +32,7 @@ def lpa(site, epsilon=0.3, **kwargs):
 def run(model, variables, perturbation, inputs=X, labels=Y, classes=3, given=None, **kwargs):
     """Return the result of the first step; `given` says how the step is made."""
     step = lpa_jax.value_and_grad(model, perturbation, num_classes=classes, **(given or {}))
-    per_step = {name: kwargs.pop(name) for name in ("weights", "examples") if name in kwargs}
+    per_step = {name: kwargs.pop(name) for name in ("weights", "extra") if name in kwargs}
     state = step.init(variables, inputs, labels, **kwargs)
     go = quick_jit(lambda v, s, x, y: step(v, s, x, y, KEY, **per_step, **kwargs))
     return go(variables, state, inputs, labels)
@@ -233,8 +233,8 @@ BY_ROW = {
 @pytest.mark.parametrize("name", BY_ROW)
 def test_positions_are_what_examples_are_to_a_network_that_treats_each_alone(name):
     weights = jnp.array([[1.0, 0.5, 0.0, 2.0], [1.0] * 4, [0.0, 1.0, 1.0, 1.0]])
-    kwargs = {"examples": jnp.arange(12).reshape(3, 4), "weights": weights}
-    flat = {key: value.reshape(12) for key, value in kwargs.items()}
+    kwargs = {"extra": {"examples": jnp.arange(12).reshape(3, 4)}, "weights": weights}
+    flat = jax.tree.map(lambda value: value.reshape(12), kwargs)
     positions = run(MLP.apply, VARIABLES, BY_ROW[name], TOKENS, TAGS, **kwargs)
     rows = run(MLP.apply, VARIABLES, BY_ROW[name], TOKENS.reshape(12, 5), TAGS.reshape(12), **flat)
     (loss, aux), grads, state = positions

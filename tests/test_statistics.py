@@ -390,7 +390,7 @@ def everything():
     def call(variables, inputs, labels, weights):
         state = step.init(variables, inputs, labels)
         for _ in range(2):
-            given = {"weights": weights, "examples": jnp.arange(6)}
+            given = {"weights": weights, "extra": {"examples": jnp.arange(6)}}
             result = step(variables, state, inputs, labels, jax.random.key(0), **given)
             state = result[2]
         return result

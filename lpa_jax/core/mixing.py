@@ -4,11 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lpa_jax.core.network import Place
-from lpa_jax.core.perturbation import (
-    Chain,
-    INPUTS,
-    SiteError,
-)
+from lpa_jax.core.perturbation import Chain, INPUTS, SiteError
 
 
 def unmatched(chain: Chain, found: list[Place]) -> tuple[tuple[tuple[str, int], str], ...]:

@@ -5,11 +5,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from lpa_jax.core.arguments import (
-    at_step,
-    check_number,
-    Number,
-)
+from lpa_jax.core.arguments import at_step, check_number, Number
 from lpa_jax.core.perturbation import INPUTS, Perturbation, stateless
 from lpa_jax.transforms._image_boxes import box, image_size
 

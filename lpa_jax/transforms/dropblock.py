@@ -5,12 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from lpa_jax.core.arguments import (
-    at_step,
-    check_count,
-    check_rate,
-    Number,
-)
+from lpa_jax.core.arguments import at_step, check_count, check_rate, Number
 from lpa_jax.core.perturbation import check_activations, Perturbation, stateless
 
 

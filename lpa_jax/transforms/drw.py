@@ -4,12 +4,7 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 
-from lpa_jax.core.arguments import (
-    at_step,
-    check_count,
-    check_number,
-    Number,
-)
+from lpa_jax.core.arguments import at_step, check_count, check_number, Number
 from lpa_jax.core.perturbation import Perturbation
 from lpa_jax.transforms.reweight import reweight
 
