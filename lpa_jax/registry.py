@@ -1,8 +1,10 @@
 """Things by name: those of this package, those a user registers, and `package.module:attribute`."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 import difflib
 import importlib
+import re
+import traceback
 from typing import Any, Generic, TypeVar
 
 Entry = TypeVar("Entry")
@@ -14,6 +16,7 @@ class Registry(Mapping[str, Entry], Generic[Entry]):
     Args:
       kind: What an entry is, for messages: "method", "network".
       entries: Those of this package.
+      made: What an entry must be an instance of; None where that does not tell.
 
     Example:
       >>> shapes = Registry("shape", {"square": 4})
@@ -26,16 +29,18 @@ class Registry(Mapping[str, Entry], Generic[Entry]):
       ValueError: There is no shape 'sqare'; did you mean square? Known: square, triangle.
     """
 
-    def __init__(self, kind: str, entries: Mapping[str, Entry]):
+    def __init__(self, kind: str, entries: Mapping[str, Entry], made: Any = None):
         """Start with the entries given."""
-        self.kind, self._entries = kind, dict(entries)
+        self.kind, self._entries, self._made = kind, dict(entries), made
 
     def register(self, name: str, entry: Entry) -> None:
         """Add an entry.
 
         Raises:
           ValueError: If the name is taken by another entry.
+          TypeError: If the entry is none.
         """
+        self._check(name, entry)
         if self._entries.get(name, entry) is not entry:
             raise ValueError(f"There is a {self.kind} {name!r} already: choose another name.")
         self._entries[name] = entry
@@ -45,12 +50,24 @@ class Registry(Mapping[str, Entry], Generic[Entry]):
 
         Raises:
           ValueError: If there is none, or the module cannot be imported.
+          TypeError: If it is of another kind.
         """
         if name in self._entries:
             return self._entries[name]
-        if ":" in name:
-            return load_object(name)
-        raise ValueError(self.unknown(name))
+        if ":" not in name:
+            raise ValueError(self.unknown(name))
+        found = load_object(name)
+        self._check(name, found)
+        return found
+
+    def _check(self, name: str, entry: Any) -> None:
+        made = self._made
+        if made is None:
+            return
+        if isinstance(entry, made) and (made is Callable or not isinstance(entry, type)):
+            return
+        wanted = "a function or a class" if made is Callable else f"a {made.__name__} object"
+        raise TypeError(f"{name!r} is no {self.kind}, but {entry!r:.100}: give {wanted}.")
 
     def unknown(self, name: str) -> str:
         """Return the sentence for a name that no entry has."""
@@ -83,9 +100,26 @@ def load_object(name: str) -> Any:
         found: Any = importlib.import_module(module)
         for part in attribute.split("."):
             found = getattr(found, part)
-    except (ImportError, AttributeError, ValueError) as error:
+    except Exception as error:  # Of any kind: a module runs code of its own.
         raise ValueError(
-            f"{name!r} cannot be imported ({error}): give package.module:attribute, with the "
-            "package installed or in the current directory."
+            f"{name!r} cannot be imported ({reason(error)}): give "
+            "package.module:attribute, with the package installed or in the current directory."
         ) from error
     return found
+
+
+def reason(error: Exception) -> str:
+    """Return in words what an error of a user's own code is, and where it is.
+
+    Example:
+      >>> reason(ValueError("no"))
+      'ValueError: no'
+    """
+    told = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    if isinstance(error, ImportError):
+        told = str(error)
+    # Neither this package nor what is installed.
+    others = re.compile(r"[/\\](lpa_jax|site-packages|python3\.\d+)[/\\]|^<")
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if not others.search(frame.filename)]
+    return f"{told}, {own[-1].filename}:{own[-1].lineno}" if own else told
