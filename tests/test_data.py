@@ -47,64 +47,66 @@ def rows(examples):
 
 
 def test_digits_are_scikit_learns():
-    from sklearn.datasets import load_digits
+    bunch = pytest.importorskip("sklearn.datasets").load_digits()
+    with np.load(digits.FILE, allow_pickle=False) as arrays:
+        np.testing.assert_array_equal(arrays["images"], bunch.images)
+        np.testing.assert_array_equal(arrays["labels"], bunch.target)
 
-    digits = data.load("digits", validation_fraction=0.0)
-    assert digits.train.images.dtype == np.uint8
-    assert digits.train.labels.dtype == np.int32
-    assert digits.validation.images.shape == (0, 8, 8, 1)
-    assert digits.class_names == tuple("0123456789")
-    bunch = load_digits()
-    pixels = np.concatenate([digits.train.images, digits.test.images])[..., 0]
-    labels = np.concatenate([digits.train.labels, digits.test.labels])
+
+def test_digits_keep_every_image_and_stretch_its_range():
+    whole = data.load("digits", validation_fraction=0.0)
+    assert whole.train.images.dtype == np.uint8
+    assert whole.train.labels.dtype == np.int32
+    assert list(whole.splits) == ["train", "test"]
+    assert whole.class_names == tuple("0123456789")
+    pixels = np.concatenate([whole.train.images, whole.splits["test"].images])[..., 0]
+    labels = np.concatenate([whole.train.labels, whole.splits["test"].labels])
     assert pixels.max() == 255
-    ours = sorted(
-        (x.tobytes(), y) for x, y in zip(np.round(pixels / 255 * 16), labels, strict=True)
-    )
-    theirs = sorted((x.tobytes(), y) for x, y in zip(bunch.images, bunch.target, strict=True))
-    assert ours == theirs
-
-
-def test_digits_are_found_wherever_scikit_learn_keeps_them(monkeypatch):
-    here = data.load("digits")
-    monkeypatch.setattr(digits, "FILE", "elsewhere")
-    np.testing.assert_array_equal(data.load("digits").train.images, here.train.images)
-    np.testing.assert_array_equal(data.load("digits").train.labels, here.train.labels)
+    with np.load(digits.FILE, allow_pickle=False) as arrays:
+        theirs = sorted((x.tobytes(), y) for x, y in zip(*arrays.values(), strict=True))
+    counts = np.round(pixels / 255 * 16).astype(np.uint8)
+    assert theirs == sorted((x.tobytes(), y) for x, y in zip(counts, labels, strict=True))
 
 
 def test_the_test_set_is_the_same_for_every_seed_and_on_every_machine():
     first, second = data.load("digits"), data.load("digits", seed=7, validation_fraction=0.3)
-    np.testing.assert_array_equal(first.test.images, second.test.images)
-    np.testing.assert_array_equal(first.test.labels, second.test.labels)
-    assert zlib.crc32(first.test.images.tobytes()) == 2984794286
-    assert len(first.test.labels) == 359
+    np.testing.assert_array_equal(first.splits["test"].images, second.splits["test"].images)
+    np.testing.assert_array_equal(first.splits["test"].labels, second.splits["test"].labels)
+    assert zlib.crc32(first.splits["test"].images.tobytes()) == 2984794286
+    assert len(first.splits["test"].labels) == 359
 
 
 def test_splits_are_disjoint_stratified_and_complete():
     whole = data.load("digits", validation_fraction=0.0)
     digits = data.load("digits", validation_fraction=0.1, seed=3)
     # Some of the images are the same, so that counts of them are compared, not sets.
-    assert sorted(rows(digits.train) + rows(digits.validation)) == sorted(rows(whole.train))
-    counts = [np.bincount(e.labels, minlength=10) for e in (whole.train, digits.validation)]
+    assert sorted(rows(digits.train) + rows(digits.splits["validation"])) == sorted(
+        rows(whole.train)
+    )
+    counts = [
+        np.bincount(e.labels, minlength=10) for e in (whole.train, digits.splits["validation"])
+    ]
     assert counts[1].tolist() == [round(0.1 * int(n)) for n in counts[0]]
-    per_test = np.bincount(whole.test.labels) / (counts[0] + np.bincount(whole.test.labels))
+    per_test = np.bincount(whole.splits["test"].labels) / (
+        counts[0] + np.bincount(whole.splits["test"].labels)
+    )
     np.testing.assert_allclose(per_test, 0.2, atol=0.004)
 
 
 def test_validation_split_is_a_function_of_the_seed(npz):
     name = npz()
     first, again, other = (data.load(name, seed=s, validation_fraction=0.2) for s in (5, 5, 6))
-    assert rows(first.validation) == rows(again.validation)
+    assert rows(first.splits["validation"]) == rows(again.splits["validation"])
     assert rows(first.train) == rows(again.train)
-    assert rows(first.validation) != rows(other.validation)
-    assert not set(rows(first.validation)) & set(rows(first.train))
-    assert np.bincount(first.validation.labels).tolist() == [2, 2, 2, 2]
+    assert rows(first.splits["validation"]) != rows(other.splits["validation"])
+    assert not set(rows(first.splits["validation"])) & set(rows(first.train))
+    assert np.bincount(first.splits["validation"].labels).tolist() == [2, 2, 2, 2]
 
 
 def test_a_small_class_has_one_example_held_out(npz):
     labels = np.array([0] * 37 + [1, 1] + [2])
     name = npz(y_train=np.minimum(labels, 1), y_test=np.zeros(8, np.uint8))
-    assert np.bincount(data.load(name).validation.labels).tolist() == [4, 1]
+    assert np.bincount(data.load(name).splits["validation"].labels).tolist() == [4, 1]
     name = npz(y_train=labels, class_names=np.array(["cat", "dog", "emu", "fox"]))
     with pytest.raises(DataError, match="no training example of class 'emu', which has 1: give"):
         data.load(name)
@@ -138,10 +140,10 @@ def test_npz_is_read_as_it_was_written(npz):
     arrays = make_arrays()
     loaded = data.load(npz(), validation_fraction=0.0)
     np.testing.assert_array_equal(loaded.train.images, arrays["x_train"])
-    np.testing.assert_array_equal(loaded.test.labels, arrays["y_test"])
+    np.testing.assert_array_equal(loaded.splits["test"].labels, arrays["y_test"])
     assert loaded.class_names == ("0", "1", "2", "3")
     gray = npz(x_train=arrays["x_train"][..., 0], x_test=arrays["x_test"][..., 0])
-    assert data.load(gray).test.images.shape == (8, 6, 5, 1)
+    assert data.load(gray).splits["test"].images.shape == (8, 6, 5, 1)
     named = npz(class_names=np.array(["a", "b", "c", "d", "e"]))
     assert data.load(named).class_names == ("a", "b", "c", "d", "e")
 
@@ -204,12 +206,12 @@ def test_tfds_is_read_without_tensorflow(tmp_path):
     write(tmp_path)
     loaded = data.load("tiny_shapes", data_dir=str(tmp_path), validation_fraction=0.0)
     arrays = make_arrays()
-    for ours, part in ((loaded.train, "train"), (loaded.test, "test")):
+    for ours, part in ((loaded.train, "train"), (loaded.splits["test"], "test")):
         np.testing.assert_array_equal(ours.images, arrays[f"x_{part}"])
         np.testing.assert_array_equal(ours.labels, arrays[f"y_{part}"])
     assert loaded.class_names == ("0", "1", "2", "3")
     pinned = data.load("tiny_shapes:1.*.*", data_dir=str(tmp_path))
-    assert len(pinned.validation.labels) == 4
+    assert len(pinned.splits["validation"].labels) == 4
     assert ("tensorflow" in sys.modules) == imported_by_others
 
 
@@ -222,10 +224,10 @@ def test_tfds_set_that_tensorflow_datasets_itself_defines(tmp_path):
     np.testing.assert_array_equal(loaded.train.images, arrays["x_train"])
 
 
-def test_tfds_validation_stands_in_for_a_missing_test_split(tmp_path):
+def test_tfds_validation_replaces_a_missing_test_split(tmp_path):
     write(tmp_path, splits=("train", "validation"))
     loaded = data.load("tiny_shapes", data_dir=str(tmp_path))
-    np.testing.assert_array_equal(loaded.test.images, make_arrays()["x_test"])
+    np.testing.assert_array_equal(loaded.splits["test"].images, make_arrays()["x_test"])
     write(tmp_path, "tiny_parts", splits=("train", "extra"))
     with pytest.raises(
         DataError, match=r"in the splits train, extra, but.*save the images with np"
@@ -244,7 +246,7 @@ def test_tfds_images_that_differ_in_size(tmp_path):
     assert loaded.train.images.shape == (2, 8, 8, 3)
     assert (loaded.train.images[0] == 70).all()
     # The middle of the picture is kept, at its own scale.
-    np.testing.assert_array_equal(loaded.test.images[0], halves[:, 4:12])
+    np.testing.assert_array_equal(loaded.splits["test"].images[0], halves[:, 4:12])
 
 
 def test_tfds_name_that_is_unknown(tmp_path):
@@ -265,7 +267,7 @@ def test_tfds_set_that_is_not_prepared(tmp_path):
     with pytest.raises(DataError, match=r"'cifar10' is not prepared in .*TensorFlow") as error:
         data.load("cifar10", data_dir=str(tmp_path))
     sentence = str(error.value)
-    assert "pip install -e '.[tfds,prepare]'" in sentence
+    assert "pip install 'lpa_jax[tfds,prepare]'" in sentence
     assert "npz:PATH" in sentence
     # The command is one that Python can read.
     command = sentence.partition('python -c "')[2].partition('"')[0]
@@ -326,9 +328,62 @@ def test_tfds_set_that_is_empty_or_lacks_labels(tmp_path):
 
 def test_tfds_that_is_not_installed(monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
-    message = r"neither 'digits' .* missing \(.*\): pip install -e '.\[tfds\]'"
+    message = r"neither 'digits' .* missing \(.*\): pip install 'lpa_jax\[tfds\]'"
     with pytest.raises(DataError, match=message):
         data.load("cifar10")
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "message"),
+    [
+        ((8,), np.arange(8) % 2, r"shape \(8,\): give at least one, \[N, \.\.\.\]"),
+        ((8, 3), np.arange(8) % 2.0, r"save integers, y\.astype"),
+        ((8, 3), np.array(["a", "b"] * 4), "save integers, as in names"),
+        (
+            (7, 3),
+            np.eye(2)[np.arange(8) % 2],
+            r"the shape \(7, 2\), a number for each",
+        ),
+        ((8, 3), np.zeros((8, 2, 2)), r"not \(8, 2, 2\)"),
+    ],
+)
+def test_arrays_that_are_no_examples_are_refused(images, labels, message, unchecked):
+    given = np.zeros(images, np.float32), labels
+    with pytest.raises(DataError, match=message):
+        data.make_dataset("mine", {"train": given, "test": given})
+
+
+def test_examples_made_by_hand_are_checked_like_others(unchecked):
+    images, labels = np.zeros((8, 3), np.float32), np.arange(8) % 4
+    made = data.Examples(images, labels, ("a", "b"))
+    with pytest.raises(DataError, match="the label 2 is outside the classes 0 to 1"):
+        data.make_dataset("mine", {"train": made, "test": made})
+    several = np.eye(4)[labels]
+    splits = {"train": (images, several), "test": (images, several[:, :3])}
+    with pytest.raises(DataError, match="differ in their labels of shape"):
+        data.make_dataset("mine", splits)
+
+
+def test_labels_of_several_classes_have_examples_held_out_too():
+    images, labels = np.zeros((40, 3), np.float32), np.eye(4)[np.arange(40) % 4]
+    made = data.make_dataset("mine", {"train": (images, labels), "test": (images, labels)})
+    assert {split: len(found) for split, found in made.splits.items()} == {
+        "train": 36, "validation": 4, "test": 40,
+    }  # fmt: skip
+    assert made.splits["validation"].labels.shape == (4, 4)
+    noise = {"kind": "asymmetric", "rate": 0.5}
+    with pytest.raises(DataError, match="neither a long tail nor label noise"):
+        data.modify(made, {"kind": "none"}, noise)
+
+
+def test_the_fingerprint_does_not_depend_on_the_order_of_the_splits():
+    images, labels = np.zeros((40, 3), np.float32), np.arange(40) % 4
+    splits = {"train": (images, labels), "test": (images, labels), "other": (images, labels)}
+    one, other = (
+        data.make_dataset("mine", dict(order))
+        for order in (splits.items(), reversed(splits.items()))
+    )
+    assert one.fingerprint() == other.fingerprint()
 
 
 def test_importing_the_package_imports_no_source():
@@ -350,11 +405,11 @@ def test_epoch_order_is_a_permutation_that_seed_and_epoch_decide():
     np.testing.assert_array_equal(order, data.epoch_order(3, 1, 50))
     for other in ((3, 2), (4, 1), (1, 3)):
         assert (data.epoch_order(*other, 50) != order).any()
-    # Fixed for good: a resumed run must go on where it was, whatever has been updated since.
+    # This must never change: a resumed run continues where it was, whatever was updated since.
     assert data.epoch_order(3, 1, 8).tolist() == [1, 2, 4, 5, 3, 6, 0, 7]
 
 
-def test_train_batches_are_the_order_cut_up():
+def test_train_batches_are_slices_of_the_order():
     batches = data.train_batches(0, 2, np.zeros(50, int), 8)
     assert batches.shape == (6, 8)
     assert batches.dtype == np.int32
@@ -402,7 +457,7 @@ def test_every_purpose_has_a_stream_of_its_own(monkeypatch):
         # Class numbers and epochs reach those of the other streams.
         labels = np.repeat(np.arange(8), [40, 20, 10, 5, 3, 2, 2, 2])
         found = {
-            "held out": first_numbers(data.examples.held_out, labels, 0.1, seed, tuple("abcdefgh")),
+            "held out": first_numbers(data.source.held_out, labels, 0.1, seed, tuple("abcdefgh")),
             "long tail": first_numbers(
                 data.long_tail_subset, np.arange(80) % 8, 8, 2, "exponential", seed
             ),
@@ -440,9 +495,9 @@ def test_streams_come_from_one_place():
     assert len({key[:1] for key in keys}) == len(keys)
 
 
-def test_examples_are_held_out_as_ever():
+def test_the_held_out_examples_never_change():
     """Results compare across versions as long as the validation and test sets are the same."""
-    held = data.examples.held_out(np.arange(40) % 4, 0.2, 5, tuple("abcd"))
+    held = data.source.held_out(np.arange(40) % 4, 0.2, 5, tuple("abcd"))
     rng = np.random.default_rng(5)
     expected = [rng.permutation(np.flatnonzero(np.arange(40) % 4 == c))[:2] for c in range(4)]
     assert sorted(np.flatnonzero(held)) == sorted(np.concatenate(expected))

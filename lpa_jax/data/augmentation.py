@@ -76,15 +76,15 @@ def augment(key: Key[Array, ""], images: Images, *, padding: int, flip: bool) ->
     return random_flip(flip_key, images) if flip else images
 
 
-def to_float(images: UInt8[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """Return pixels of 0 to 255 as float32 in [0, 1].
+def to_float(images: UInt8[Array, "*shape"] | Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Return pixels of 0 to 255 as float32 in [0, 1]; floats stay as they are.
 
     Args:
-      images: uint8 of any shape.
+      images: uint8 or float of any shape.
 
     Example:
       >>> import jax.numpy as jnp
       >>> to_float(jnp.array([0, 51, 255], jnp.uint8)).round(3)
       Array([0. , 0.2, 1. ], dtype=float32)
     """
-    return images.astype(jnp.float32) / 255
+    return images.astype(jnp.float32) / 255 if images.dtype == jnp.uint8 else images

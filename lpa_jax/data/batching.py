@@ -1,8 +1,8 @@
-"""Which examples stand in which batch: pure functions of a seed, the same on every machine."""
+"""Which examples are in which batch: pure functions of a seed, the same on every machine."""
 
 from collections.abc import Iterator
 
-from jaxtyping import Float32, Int, Int32, Int64
+from jaxtyping import Float32, Int, Int32, Int64, Shaped
 import numpy as np
 
 from lpa_jax.data import streams
@@ -58,7 +58,7 @@ def class_aware_order(
     """Return examples in rounds that show each class once, in an order shuffled for each round.
 
     The examples of a class take turns, in an order shuffled anew when all have had theirs; the
-    turns go on from one epoch to the next. *Ours*: an epoch begins with a new round.
+    turns continue from one epoch to the next. *Ours*: an epoch begins with a new round.
 
     Args:
       seed: At least 0.
@@ -103,7 +103,7 @@ def _by_class(labels: Int[np.ndarray, "n"]) -> tuple[np.ndarray, np.ndarray, np.
 def train_batches(
     seed: int,
     epoch: int,
-    labels: Int[np.ndarray, "n"],
+    labels: Shaped[np.ndarray, "n ..."],
     batch_size: int,
     sampling: str = "uniform",
 ) -> Int32[np.ndarray, "steps batch"]:
@@ -112,11 +112,12 @@ def train_batches(
     Args:
       seed: At least 0.
       epoch: At least 0.
-      labels: Labels of the training examples, at least `batch_size`.
+      labels: Labels of the training examples, at least `batch_size`: `[N]`, or of `"uniform"` of
+        any shape.
       batch_size: At least 1.
       sampling: `"uniform"`, each example once (`epoch_order`); `"class_balanced"` or
         `"class_aware"`, in which rare classes come as often as frequent ones. The epoch is as long
-        with each. The examples of each batch stand in random order, those of `"class_aware"` too,
+        with each. The examples of each batch are in random order, those of `"class_aware"` too,
         whose rounds only decide which batch an example is in.
 
     Returns:

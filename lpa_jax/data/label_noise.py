@@ -9,7 +9,7 @@ from jaxtyping import Bool, Int, Int32
 import numpy as np
 
 from lpa_jax.data import npz, streams
-from lpa_jax.data.examples import DataError
+from lpa_jax.data.source import checked_labels, DataError
 
 CIFAR10_MAP = {
     "truck": "automobile",
@@ -119,7 +119,7 @@ def human(
     """
     remedy = "give the name of one of them as noise.key"
     arrays = npz.read_arrays(path, (key,), ("clean_label",), remedy)
-    found = {name: npz.checked_labels(f"{name} in {path}", array) for name, array in arrays.items()}
+    found = {name: checked_labels(f"{name} in {path}", array) for name, array in arrays.items()}
     for name, array in found.items():
         if len(array) != len(labels):
             raise DataError(

@@ -6,7 +6,7 @@ from jaxtyping import Int, Int64
 import numpy as np
 
 from lpa_jax.data import streams
-from lpa_jax.data.examples import DataError
+from lpa_jax.data.source import DataError
 
 PROFILES = ("exponential", "step")
 MANY, FEW = 100, 20

@@ -7,7 +7,7 @@ import zlib
 
 import numpy as np
 
-from lpa_jax.data.examples import checked, DataError, missing_classes, Source
+from lpa_jax.data.source import checked, checked_labels, DataError, Examples, missing_classes
 
 KEYS = ("x_train", "y_train", "x_test", "y_test")
 # What numpy and zipfile raise on damaged files; RuntimeError: bits that claim encryption,
@@ -15,7 +15,7 @@ KEYS = ("x_train", "y_train", "x_test", "y_test")
 DAMAGE = (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error, MemoryError)
 
 
-def read(path: str) -> Source:
+def read(path: str) -> dict[str, Examples]:
     """Return the examples in a file.
 
     Args:
@@ -37,8 +37,8 @@ def read(path: str) -> Source:
             f"{x_test.shape[1:]}: save both in one shape."
         )
     class_names = _class_names(path, arrays.get("class_names"), y_train)
-    train = checked(f"x_train and y_train in {path}", x_train, y_train, len(class_names))
-    test = checked(f"x_test and y_test in {path}", x_test, y_test, len(class_names))
+    train = checked(f"x_train and y_train in {path}", x_train, y_train, class_names)
+    test = checked(f"x_test and y_test in {path}", x_test, y_test, class_names)
     # Names say that there is such a class; a number that is left out says that the count is wrong.
     absent = missing_classes(range(len(class_names)), y_train, class_names)
     if absent and "class_names" not in arrays:
@@ -52,7 +52,7 @@ def read(path: str) -> Source:
             f"y_train in {path} has no example of {absent}: {remedy}, or save class_names for all "
             "of them."
         )
-    return Source(train, test, class_names)
+    return {"train": train, "test": test}
 
 
 def read_arrays(
@@ -117,23 +117,6 @@ def _images(where: str, array: np.ndarray) -> np.ndarray:
             "save np.transpose(x, (0, 2, 3, 1))."
         )
     return array
-
-
-def checked_labels(where: str, array: np.ndarray) -> np.ndarray:
-    """Return labels as int64; a `DataError` that begins with `where` if they are no labels."""
-    if array.dtype.kind not in "iu":
-        names = "as in names, y = np.unique(y, return_inverse=True)"
-        remedy = "y.astype(np.int32)" if array.dtype.kind in "fb" else names
-        raise DataError(f"{where} has dtype {array.dtype}: save integers, {remedy}.")
-    if array.ndim != 1:
-        raise DataError(
-            f"{where} has shape {array.shape}, not [N]: save y.reshape(-1), or y.argmax(axis=1) "
-            "if it is one-hot."
-        )
-    if array.dtype == np.uint64:
-        # Those that int64 does not hold would come out as negative.
-        array = np.minimum(array, np.uint64(2**63 - 1))
-    return array.astype(np.int64)
 
 
 def _class_names(path: str, names: np.ndarray | None, labels: np.ndarray) -> tuple[str, ...]:

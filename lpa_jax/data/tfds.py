@@ -11,7 +11,7 @@ from typing import Any
 from absl import logging
 import numpy as np
 
-from lpa_jax.data.examples import checked, DataError, Source
+from lpa_jax.data.source import checked, DataError, Examples
 
 # Pillow's modes by number of channels.
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
@@ -22,7 +22,7 @@ CLASS_KEYS = {"type", "pythonClassName", "python_class_name"}
 NPZ_REMEDY = "or save the images with np.savez and load 'npz:PATH'"
 
 
-def read(name: str, data_dir: str | None, image_size: int | None) -> Source:
+def read(name: str, data_dir: str | None, image_size: int | None) -> dict[str, Examples]:
     """Return the examples of a set that is prepared; nothing is downloaded here.
 
     Args:
@@ -74,10 +74,10 @@ def read(name: str, data_dir: str | None, image_size: int | None) -> Source:
         ) from error
     class_names = tuple(builder.info.features["label"].names)
     train, test = (
-        checked(f"{name!r}, split {split!r}", *pair, len(class_names))
+        checked(f"{name!r}, split {split!r}", *pair, class_names)
         for split, pair in zip(("train", test), arrays, strict=True)
     )
-    return Source(train, test, class_names)
+    return {"train": train, "test": test}
 
 
 def _import(name: str) -> Any:
@@ -92,7 +92,7 @@ def _lacks_package(name: str, error: ImportError) -> DataError:
     extras = "tfds,prepare" if "'tensorflow'" in str(error) else "tfds"
     return DataError(
         f"{name!r} is neither 'digits' nor 'npz:PATH', and as a set of tensorflow-datasets it "
-        f"needs a package that is missing ({_reason(error)}): pip install -e '.[{extras}]'."
+        f"needs a package that is missing ({_reason(error)}): pip install 'lpa_jax[{extras}]'."
     )
 
 
@@ -168,7 +168,7 @@ def _classes(node: Any) -> Iterator[Any]:
 def _preparation(name: str, data_dir: str | None) -> str:
     # Not `tfds build`: it needs apache-beam and mlcroissant besides.
     return (
-        "preparing needs TensorFlow, so pip install -e '.[tfds,prepare]' and run python -c "
+        "preparing needs TensorFlow, so pip install 'lpa_jax[tfds,prepare]' and run python -c "
         f'"import tensorflow_datasets as tfds; tfds.builder({name!r}, data_dir={data_dir!r}, '
         f"file_format='array_record').download_and_prepare()\", {NPZ_REMEDY}"
     )

@@ -1,29 +1,30 @@
-"""What is asked of a set of examples: long-tailed classes, wrong labels, or a part for trials."""
+"""Changes of a data set: a long tail of classes, wrong labels, or a part of it for trials."""
 
 from collections.abc import Mapping
+import dataclasses
 from typing import Any
 
 from jaxtyping import Int32
 import numpy as np
 
 from lpa_jax.data import label_noise
-from lpa_jax.data.examples import DataError, missing_classes, take
+from lpa_jax.data.dataset import Dataset, pixel_statistics
 from lpa_jax.data.long_tail import class_groups, long_tail_subset
-from lpa_jax.data.sources import Dataset, pixel_statistics
+from lpa_jax.data.source import DataError, missing_classes
 
 NOISES = ("symmetric_inclusive", "symmetric_exclusive", "asymmetric", "human")
 
 
-def make_task(
+def modify(
     dataset: Dataset, imbalance: Mapping[str, Any], noise: Mapping[str, Any], *, seed: int = 0
 ) -> Dataset:
     """Return a long-tailed set, or one with wrong labels, or one with both.
 
     The validation set has been held out of the original training set by now, class by class. The
     long-tailed training set is made, by original labels, of what is left; the validation set keeps
-    the source's class frequencies, as the test set does. Labels are wrong in training and
-    validation alike, since whoever has noisy labels has no clean ones to tune on; those of the
-    test set stay clean.
+    the source's class frequencies, as the test set does. Labels are wrong in training and in what
+    was held out of it alike, since whoever has noisy labels has no clean ones to tune on; those of
+    the other splits stay clean.
 
     Args:
       dataset: A set as `load` returns it.
@@ -42,47 +43,55 @@ def make_task(
     Example:
       >>> from lpa_jax import data
       >>> digits = data.load("digits")
-      >>> tail = make_task(digits, {"kind": "exponential", "ratio": 10}, {"kind": "none"})
+      >>> tail = modify(digits, {"kind": "exponential", "ratio": 10}, {"kind": "none"})
       >>> np.bincount(tail.train.labels).tolist()
       [128, 99, 76, 59, 46, 35, 27, 21, 16, 12]
-      >>> noisy = make_task(
-      ...     digits, {"kind": "none"}, {"kind": "symmetric_exclusive", "rate": 0.4}
-      ... )
-      >>> {part: round(rate, 2) for part, rate in noise_rates(noisy).items()}
+      >>> noisy = modify(digits, {"kind": "none"}, {"kind": "symmetric_exclusive", "rate": 0.4})
+      >>> {split: round(rate, 2) for split, rate in noise_rates(noisy).items()}
       {'train': 0.4, 'validation': 0.4}
     """
+    changed = {imbalance["kind"], noise["kind"]} != {"none"}
+    if changed and dataset.source_labels.ndim > 1:
+        raise DataError(
+            f"The labels of {dataset.name!r} are [N, C], of which neither a long tail nor label "
+            "noise can be made: leave out imbalance and noise, or give numbers of classes, [N]."
+        )
     if imbalance["kind"] != "none":
         ratio = imbalance["ratio"]
-        labels = dataset.original_labels[dataset.train_index]
+        labels = dataset.source_labels[dataset.index["train"]]
         if absent := missing_classes(range(dataset.num_classes), labels, dataset.class_names):
             raise DataError(
                 f"No imbalance can be made, since there is no training example of {absent}: add "
                 "examples, or leave that out of the class names and number the classes anew."
             )
         kept = long_tail_subset(labels, dataset.num_classes, ratio, imbalance["kind"], seed)
-        train = take(dataset.train, kept)
+        train = dataset.train.take(kept)
         mean, std = pixel_statistics(train.images)
-        dataset = dataset._replace(
+        dataset = dataset.replace(
             name=f"{dataset.name}, {imbalance['kind']} imbalance {ratio:g}",
-            train=train,
-            train_index=dataset.train_index[kept],
+            splits={**dataset.splits, "train": train},
+            index={**dataset.index, "train": dataset.index["train"][kept]},
             mean=mean,
             std=std,
         )
     if noise["kind"] != "none":
         rate = "" if noise["kind"] == "human" else f" {noise['rate']:g}"
         labels = _noisy_labels(dataset, noise, seed)
-        clean = dataset.original_labels[dataset.train_index]
-        if absent := missing_classes(clean, labels[dataset.train_index], dataset.class_names):
+        chosen = dataset.index["train"]
+        clean = dataset.source_labels[chosen]
+        if absent := missing_classes(clean, labels[chosen], dataset.class_names):
             remedy = "labels in which every class occurs" if rate == "" else "a smaller noise.rate"
             raise DataError(
                 f"The {noise['kind']} label noise leaves no training label of {absent}: give "
                 f"{remedy}."
             )
-        dataset = dataset._replace(
+        noisy = {
+            split: dataclasses.replace(dataset.splits[split], labels=labels[index])
+            for split, index in dataset.index.items()
+        }
+        dataset = dataset.replace(
             name=f"{dataset.name}, {noise['kind']} noise{rate}",
-            train=dataset.train._replace(labels=labels[dataset.train_index]),
-            validation=dataset.validation._replace(labels=labels[dataset.validation_index]),
+            splits={**dataset.splits, **noisy},
         )
     return dataset
 
@@ -90,14 +99,14 @@ def make_task(
 def _noisy_labels(
     dataset: Dataset, noise: Mapping[str, Any], seed: int
 ) -> Int32[np.ndarray, "source"]:
-    labels, kind = dataset.original_labels, noise["kind"]
+    labels, kind = dataset.source_labels, noise["kind"]
     if kind not in NOISES:
         raise DataError(f"There is no label noise {kind!r}: give none, {', '.join(NOISES)}.")
     if kind == "human":
         return label_noise.human(noise["path"], noise["key"], labels, dataset.num_classes)
     noisy = labels.copy()
-    # Each part by itself, so that each has the rate asked for.
-    for index in (dataset.train_index, dataset.validation_index):
+    # Each split by itself, so that each has the rate asked for.
+    for index in dataset.index.values():
         noisy[index] = _drawn(labels[index], kind, noise["rate"], dataset.class_names, seed)
     return noisy
 
@@ -112,13 +121,14 @@ def _drawn(
 
 
 def noise_rates(dataset: Dataset) -> dict[str, float]:
-    """Return the share of wrong labels in `"train"` and, if there is one, in `"validation"`."""
-    wrong = task_labels(dataset)["labels"] != dataset.original_labels
-    parts = {"train": dataset.train_index, "validation": dataset.validation_index}
-    return {part: float(np.mean(wrong[index])) for part, index in parts.items() if len(index)}
+    """Return the share of wrong labels in `"train"` and, if it was held out, in `"validation"`."""
+    return {
+        split: float(np.mean(dataset.splits[split].labels != dataset.source_labels[index]))
+        for split, index in dataset.index.items()
+    }
 
 
-def task_labels(dataset: Dataset) -> dict[str, np.ndarray]:
+def training_labels(dataset: Dataset) -> dict[str, np.ndarray]:
     """Return what says which examples a set consists of and what their labels are.
 
     `label_noise.human` reads a file of these arrays.
@@ -126,17 +136,13 @@ def task_labels(dataset: Dataset) -> dict[str, np.ndarray]:
     Returns:
       `"labels"`, int32 `[N]`, for all training examples of the source in its order, the original
       one for an example that is not in use; `"clean_label"`, the original ones; and
-      `"train_index"` and `"validation_index"`, as in the set.
+      `"train_index"` and, if a validation set was held out, `"validation_index"`.
     """
-    labels = dataset.original_labels.copy()
-    labels[dataset.train_index] = dataset.train.labels
-    labels[dataset.validation_index] = dataset.validation.labels
-    return {
-        "labels": labels,
-        "clean_label": dataset.original_labels,
-        "train_index": dataset.train_index,
-        "validation_index": dataset.validation_index,
-    }
+    labels = dataset.source_labels.copy()
+    for split, index in dataset.index.items():
+        labels[index] = dataset.splits[split].labels
+    indices = {f"{split}_index": index for split, index in dataset.index.items()}
+    return {"labels": labels, "clean_label": dataset.source_labels, **indices}
 
 
 def groups_of(dataset: Dataset) -> dict[str, list[int]]:
@@ -145,25 +151,24 @@ def groups_of(dataset: Dataset) -> dict[str, list[int]]:
     *Ours*: it is long-tailed if its largest class has at least twice the examples of the smallest
     that has any.
     """
-    labels = dataset.original_labels[dataset.train_index]
+    labels = dataset.source_labels[dataset.index["train"]]
+    if labels.ndim > 1:
+        return {}
     counts = np.bincount(labels, minlength=dataset.num_classes)
     long_tailed = counts.max() >= 2 * counts[counts > 0].min()
     return class_groups(counts.tolist()) if long_tailed else {}
 
 
 def limited(dataset: Dataset, limit: int) -> Dataset:
-    """Return at most `limit` examples of each part, evenly spaced: files are often sorted by class.
+    """Return at most `limit` examples of each split, evenly spaced: files are often sorted.
 
     The pixel statistics stay those of all. A class may be left without a training example.
     """
-    train, validation, test = (
-        np.linspace(0, len(part.labels) - 1, min(limit, len(part.labels))).astype(int)
-        for part in (dataset.train, dataset.validation, dataset.test)
-    )
-    return dataset._replace(
-        train=take(dataset.train, train),
-        validation=take(dataset.validation, validation),
-        test=take(dataset.test, test),
-        train_index=dataset.train_index[train],
-        validation_index=dataset.validation_index[validation],
+    kept = {
+        split: np.linspace(0, len(examples) - 1, min(limit, len(examples))).astype(int)
+        for split, examples in dataset.splits.items()
+    }
+    return dataset.replace(
+        splits={split: dataset.splits[split].take(chosen) for split, chosen in kept.items()},
+        index={split: index[kept[split]] for split, index in dataset.index.items()},
     )

@@ -15,8 +15,8 @@ from configs import digits
 from lpa_jax import data
 from lpa_jax.data import DataError, label_noise
 from lpa_jax.methods import corrections
+from lpa_jax.training import build, loop, method_config
 from lpa_jax.training import config as configuration
-from lpa_jax.training import experiment, loop
 
 NONE = {"kind": "none"}
 CIFAR10 = (
@@ -72,7 +72,7 @@ def test_exponential_counts_are_the_published_ones(num_classes, size, ratio, tot
         assert counts.tolist() == [5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50]
 
 
-def test_counts_do_not_hang_on_the_rounding_of_a_power():
+def test_counts_do_not_depend_on_the_rounding_of_a_power():
     # 900 / 30 = 30 and 810 / 90 = 9 are whole, but not as computed from the power.
     for size, ratio in ((900, 30), (810, 90), (4500, 100), (4900, 49), (3, 3)):
         assert data.long_tail_counts([size] * 7, ratio)[-1] == size // ratio
@@ -122,7 +122,7 @@ def test_the_subset_is_a_function_of_the_seed_and_nested():
     other = data.long_tail_subset(labels, 10, 10, "exponential", seed=4)
     # Equally many of each class, but others.
     assert len(set(other) & set(kept[0])) < 0.7 * len(other)
-    # Fixed for good: figures on one subset compare with those on no other.
+    # This must never change: figures on one subset compare with those on no other.
     assert zlib.crc32(kept[0].astype("<i8").tobytes()) == 3382558702
 
 
@@ -168,7 +168,7 @@ def test_symmetric_noise_is_uniform_and_exact(inclusive):
     assert (noisy != other).mean() > 0.4
 
 
-def test_which_labels_are_wrong_is_fixed_for_good():
+def test_the_wrong_labels_never_change():
     noisy = label_noise.symmetric(np.arange(60) % 3, 0.4, 3, seed=0, inclusive=False)
     assert zlib.crc32(noisy.astype("<i4").tobytes()) == 354495849
 
@@ -246,48 +246,51 @@ def test_human_labels_that_are_missing(tmp_path):
 # ---------------------------------------------------------------- tasks
 
 
-def test_the_long_tail_is_made_of_what_is_left_after_validation(loaded):
+def test_the_long_tail_is_drawn_after_the_validation_set_is_held_out(loaded):
     whole, labels = loaded()
-    task = data.make_task(whole, tail(20), NONE, seed=5)
+    task = data.modify(whole, tail(20), NONE, seed=5)
     assert np.bincount(task.train.labels).tolist() == [80, 29, 10, 4]
-    assert np.bincount(task.validation.labels).tolist() == [20] * 4
-    np.testing.assert_array_equal(task.train_index, numbers(task.train))
-    np.testing.assert_array_equal(task.validation_index, numbers(task.validation))
-    assert set(task.train_index) < set(whole.train_index)
-    np.testing.assert_array_equal(task.train.labels, labels[task.train_index])
-    np.testing.assert_array_equal(task.test.labels, labels[:8])
+    assert np.bincount(task.splits["validation"].labels).tolist() == [20] * 4
+    np.testing.assert_array_equal(task.index["train"], numbers(task.train))
+    np.testing.assert_array_equal(task.index["validation"], numbers(task.splits["validation"]))
+    assert set(task.index["train"]) < set(whole.index["train"])
+    np.testing.assert_array_equal(task.train.labels, labels[task.index["train"]])
+    np.testing.assert_array_equal(task.splits["test"].labels, labels[:8])
     pixels = task.train.images / 255
     np.testing.assert_allclose(task.mean, pixels.mean(axis=(0, 1, 2)), rtol=1e-9)
     np.testing.assert_allclose(task.std, pixels.std(axis=(0, 1, 2)), rtol=1e-9)
     assert task.name.endswith(", exponential imbalance 20")
-    without = data.make_task(loaded(validation_fraction=0.0)[0], tail(20), NONE)
+    without = data.modify(loaded(validation_fraction=0.0)[0], tail(20), NONE)
     assert np.bincount(without.train.labels).tolist() == [100, 36, 13, 5]
 
 
 @pytest.mark.parametrize("imbalance", [NONE, tail(20)], ids=["balanced", "long tail"])
 def test_training_and_validation_labels_are_noisy_and_test_labels_clean(loaded, imbalance):
     whole, labels = loaded()
-    task = data.make_task(whole, imbalance, noise("symmetric_exclusive", 0.5), seed=5)
-    for part, index in ((task.train, task.train_index), (task.validation, task.validation_index)):
+    task = data.modify(whole, imbalance, noise("symmetric_exclusive", 0.5), seed=5)
+    for part, index in (
+        (task.train, task.index["train"]),
+        (task.splits["validation"], task.index["validation"]),
+    ):
         np.testing.assert_array_equal(index, numbers(part))
         for c in range(4):
             of_class = labels[index] == c
             wrong = (part.labels != labels[index])[of_class].sum()
             assert wrong == round(0.5 * int(of_class.sum()))
-    np.testing.assert_array_equal(task.test.labels, labels[:8])
-    np.testing.assert_array_equal(task.original_labels, labels)
+    np.testing.assert_array_equal(task.splits["test"].labels, labels[:8])
+    np.testing.assert_array_equal(task.source_labels, labels)
     rates = data.noise_rates(task)
-    assert rates["train"] == np.mean(task.train.labels != labels[task.train_index])
+    assert rates["train"] == np.mean(task.train.labels != labels[task.index["train"]])
     assert rates["validation"] == 0.5
     # Which examples there are does not hang on the noise.
-    clean = data.make_task(whole, imbalance, NONE, seed=5)
-    np.testing.assert_array_equal(task.train_index, clean.train_index)
+    clean = data.modify(whole, imbalance, NONE, seed=5)
+    np.testing.assert_array_equal(task.index["train"], clean.index["train"])
 
 
-def test_noise_starts_from_the_original_labels_each_time(loaded):
+def test_noise_starts_from_the_source_labels_each_time(loaded):
     whole, _ = loaded()
-    once = data.make_task(whole, NONE, noise("asymmetric", 0.4))
-    twice = data.make_task(once, NONE, noise("asymmetric", 0.4))
+    once = data.modify(whole, NONE, noise("asymmetric", 0.4))
+    twice = data.modify(once, NONE, noise("asymmetric", 0.4))
     np.testing.assert_array_equal(once.train.labels, twice.train.labels)
 
 
@@ -295,17 +298,17 @@ def test_human_labels_reach_their_examples(loaded, tmp_path):
     whole, labels = loaded()
     given = np.random.default_rng(1).integers(0, 4, 400)
     np.savez(tmp_path / "given.npz", mine=given, clean_label=labels)
-    task = data.make_task(
+    task = data.modify(
         whole, tail(20), noise("human", path=str(tmp_path / "given.npz"), key="mine")
     )
-    for part in (task.train, task.validation):
+    for part in (task.train, task.splits["validation"]):
         np.testing.assert_array_equal(part.labels, given[numbers(part)])
     assert len(task.train.labels) == 123
 
 
 def test_no_task_is_the_set_itself(loaded):
     whole, _ = loaded()
-    assert data.make_task(whole, NONE, NONE) is whole
+    assert data.modify(whole, NONE, NONE) is whole
     assert data.noise_rates(whole) == {"train": 0.0, "validation": 0.0}
     assert set(data.noise_rates(loaded(validation_fraction=0.0)[0])) == {"train"}
 
@@ -318,29 +321,29 @@ def test_noise_that_leaves_a_class_without_training_labels(tmp_path):
     whole = data.load(f"npz:{tmp_path / 'set.npz'}", validation_fraction=0.2)
     message = r"leaves no training label of classes 2 \('bird'\), 4 \('deer'\), 9 \('truck'\): give"
     with pytest.raises(DataError, match=f"asymmetric label noise {message} a smaller noise.rate"):
-        data.make_task(whole, NONE, noise("asymmetric", 1.0))
+        data.modify(whole, NONE, noise("asymmetric", 1.0))
     given = np.where(labels == 3, 5, labels)
     # One of the cats is called so, but not in training.
-    given[whole.validation_index[3]] = 3
+    given[whole.index["validation"][3]] = 3
     np.savez(tmp_path / "given.npz", labels=given)
     human = noise("human", path=str(tmp_path / "given.npz"), key="labels")
     with pytest.raises(DataError, match=r"of class 3 \('cat'\): give labels in which every class"):
-        data.make_task(whole, NONE, human)
+        data.modify(whole, NONE, human)
 
 
 def test_a_long_tail_needs_every_class(tmp_path, loaded):
     whole, _ = loaded()
-    more = whole._replace(class_names=(*whole.class_names, "emu"))
+    more = whole.replace(class_names=(*whole.class_names, "emu"))
     message = r"no training example of class 4 \('emu'\): add examples, or leave that out"
     with pytest.raises(DataError, match=message):
-        data.make_task(more, tail(2), NONE)
+        data.modify(more, tail(2), NONE)
 
 
-def test_a_trial_that_leaves_a_class_without_training_examples_says_so(caplog):
-    experiment.build(smoke(limit=64, batch_size=8))
+def test_a_trial_without_training_examples_of_a_class_warns(caplog):
+    build.build(smoke(limit=64, batch_size=8))
     assert not caplog.text
     for method in ("erm", "lpl"):
-        parts = experiment.build(smoke(method, limit=9, batch_size=8))
+        parts = build.build(smoke(method, limit=9, batch_size=8))
         (absent,) = np.flatnonzero(np.array(parts.class_counts) == 0)[:1]
         told = f"no training example of class{'es' * (parts.class_counts.count(0) > 1)} {absent} ('"
         assert f"{told}{absent}')" in caplog.text
@@ -354,57 +357,59 @@ def test_a_trial_that_leaves_a_class_without_training_examples_says_so(caplog):
             rf"of class.* {absent} \('{absent}'\).*, but config.method '.*: config.limit 9 keeps"
         )
         with pytest.raises(configuration.ConfigError, match=message):
-            experiment.build(config)
+            build.build(config)
     # What is refused is told once.
     assert not caplog.text
 
 
-def test_a_class_that_is_named_alone_is_told_of_or_refused(tmp_path, caplog):
+def test_a_class_without_examples_is_reported_or_refused(tmp_path, caplog):
     images = np.zeros((40, 8, 8, 1), np.uint8)
     arrays = {"x_train": images, "y_train": np.arange(40) % 4, "x_test": images[:8]}
     names = np.array(["ant", "bee", "cat", "dog", "emu"])
     np.savez(tmp_path / "set.npz", **arrays, y_test=np.arange(8) % 5, class_names=names)
     changes = {"dataset": f"npz:{tmp_path / 'set.npz'}", "batch_size": 8}
-    experiment.build(smoke(**changes))
+    build.build(smoke(**changes))
     assert (
         "no training example of class 4 ('emu'): give it examples, or leave it out" in caplog.text
     )
     with pytest.raises(configuration.ConfigError, match=r"class 4 \('emu'\), but .*'ldam' needs"):
-        experiment.build(smoke("ldam", **changes))
+        build.build(smoke("ldam", **changes))
 
 
 def test_a_limited_run_has_the_groups_of_the_whole_task():
     """A part of a balanced set is no long tail, and a part of a long tail is one."""
-    balanced = experiment.build(smoke(limit=15, batch_size=8))
+    balanced = build.build(smoke(limit=15, batch_size=8))
     counts = np.bincount(balanced.dataset.train.labels, minlength=10)
     assert counts.max() >= 2 * counts.min()
     assert balanced.groups == {}
-    whole, part = (experiment.build(smoke(limit=n, batch_size=8, **TASK)) for n in (None, 15))
+    whole, part = (build.build(smoke(limit=n, batch_size=8, **TASK)) for n in (None, 15))
     assert part.groups == whole.groups != {}
 
 
 def test_unknown_noise(loaded):
     with pytest.raises(DataError, match="no label noise 'pair': give none, symmetric_inclusive"):
-        data.make_task(loaded()[0], NONE, noise("pair", 0.1))
+        data.modify(loaded()[0], NONE, noise("pair", 0.1))
 
 
 def test_a_part_of_a_task_keeps_its_indices(loaded):
-    task = data.make_task(loaded()[0], tail(4), noise("asymmetric", 0.4))
+    task = data.modify(loaded()[0], tail(4), noise("asymmetric", 0.4))
     part = data.limited(task, 50)
-    assert [len(p.labels) for p in (part.train, part.validation, part.test)] == [50, 50, 8]
-    np.testing.assert_array_equal(part.train_index, numbers(part.train))
-    np.testing.assert_array_equal(part.validation_index, numbers(part.validation))
-    chosen = np.isin(task.train_index, part.train_index)
+    assert [
+        len(p.labels) for p in (part.train, part.splits["validation"], part.splits["test"])
+    ] == [50, 50, 8]
+    np.testing.assert_array_equal(part.index["train"], numbers(part.train))
+    np.testing.assert_array_equal(part.index["validation"], numbers(part.splits["validation"]))
+    chosen = np.isin(task.index["train"], part.index["train"])
     np.testing.assert_array_equal(part.train.labels, task.train.labels[chosen])
 
 
-def test_groups_are_those_of_the_original_labels_and_of_long_tails_alone(loaded):
+def test_groups_are_those_of_the_source_labels_and_of_long_tails_alone(loaded):
     whole, _ = loaded()
     assert data.groups_of(whole) == {}
-    assert data.groups_of(data.make_task(whole, tail(1.5), NONE)) == {}
-    task = data.make_task(whole, tail(20), NONE)
+    assert data.groups_of(data.modify(whole, tail(1.5), NONE)) == {}
+    task = data.modify(whole, tail(20), NONE)
     assert data.groups_of(task) == data.class_groups([80, 29, 10, 4])
-    noisy = data.make_task(whole, tail(20), noise("symmetric_exclusive", 1.0))
+    noisy = data.modify(whole, tail(20), noise("symmetric_exclusive", 1.0))
     assert data.groups_of(noisy) == data.groups_of(task)
 
 
@@ -463,7 +468,7 @@ def test_orders_are_functions_of_seed_and_epoch(order, checksum):
     np.testing.assert_array_equal(first, order(3, 1, labels))
     for other in ((3, 2), (4, 1), (1, 3)):
         assert (order(*other, labels) != first).any()
-    # Fixed for good, as `epoch_order` is.
+    # This must never change, like `epoch_order`.
     assert zlib.crc32(first.astype("<i8").tobytes()) == checksum
 
 
@@ -544,14 +549,17 @@ def finished(tmp_path_factory):
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:tensorboardX")
 
 
-def test_a_run_leaves_its_labels_and_their_rate_of_error(finished):
+def test_a_run_saves_its_labels_and_their_error_rate(finished):
     workdir, summary, _ = finished
     with np.load(workdir / "labels.npz", allow_pickle=False) as file:
         arrays = dict(file)
     whole = data.load("digits")
-    np.testing.assert_array_equal(arrays["clean_label"], whole.original_labels)
-    np.testing.assert_array_equal(arrays["validation_index"], whole.validation_index)
-    assert (arrays["labels"].dtype, len(arrays["train_index"])) == (np.int32, summary["num_train"])
+    np.testing.assert_array_equal(arrays["clean_label"], whole.source_labels)
+    np.testing.assert_array_equal(arrays["validation_index"], whole.index["validation"])
+    assert (arrays["labels"].dtype, len(arrays["train_index"])) == (
+        np.int32,
+        summary["num_examples"]["train"],
+    )
     wrong = arrays["labels"] != arrays["clean_label"]
     assert summary["noise_rate"] == {
         "train": wrong[arrays["train_index"]].mean(),
@@ -562,23 +570,26 @@ def test_a_run_leaves_its_labels_and_their_rate_of_error(finished):
     assert summary["labels_sha256"] == digest
 
 
-def test_a_long_tailed_run_tells_its_groups_apart(finished):
+def test_a_long_tailed_run_reports_its_groups(finished):
     workdir, summary, text = finished
     counts = [128, 99, 76, 59, 46, 35, 27, 21, 16, 12]
     assert summary["groups"] == data.class_groups(counts)
     for seed in summary["seeds"]:
         for group, classes in summary["groups"].items():
-            by_class = [seed["test_class_accuracy"][c] for c in classes]
-            assert seed[f"test_accuracy_{group}"] == pytest.approx(np.mean(by_class))
-    tails = [seed["test_accuracy_tail"] for seed in summary["seeds"]]
-    assert summary["metrics"]["test_accuracy_tail"]["mean"] == pytest.approx(np.mean(tails))
+            by_class = [seed["metrics"]["test"]["class_accuracy"][c] for c in classes]
+            assert seed["metrics"]["test"]["groups"][group] == pytest.approx(np.mean(by_class))
+    tails = [seed["metrics"]["test"]["groups"]["tail"] for seed in summary["seeds"]]
+    assert summary["metrics"]["test"]["groups"]["tail"]["mean"] == pytest.approx(np.mean(tails))
     row = json.loads((workdir / "seed0" / "metrics.jsonl").read_text().splitlines()[-1])
-    assert row["validation_accuracy_tail"] == summary["seeds"][0]["validation_accuracy_tail"]
-    assert "test accuracy % by group of classes" in text
+    assert (
+        row["metrics"]["validation"]["groups"]
+        == (summary["seeds"][0]["metrics"]["validation"]["groups"])
+    )
+    assert "test accuracy % by group of classes" in " ".join(text.split())
     assert "exponential imbalance 10, symmetric_exclusive noise 0.25" in text
 
 
-def test_a_run_on_the_labels_that_another_left_has_the_same_labels(finished, tmp_path):
+def test_a_run_on_the_labels_that_another_saved_has_the_same_labels(finished, tmp_path):
     workdir, summary, _ = finished
     changes = {"noise.kind": "human", "noise.path": str(workdir / "labels.npz")}
     config = smoke(**{k: v for k, v in TASK.items() if k != "noise.rate"} | changes)
@@ -591,7 +602,7 @@ def test_a_run_on_the_labels_that_another_left_has_the_same_labels(finished, tmp
     assert here["configuration"] != there["configuration"]
 
 
-def test_a_run_does_not_go_on_with_other_labels(finished, tmp_path):
+def test_a_run_does_not_resume_with_other_labels(finished, tmp_path):
     workdir = shutil.copytree(finished[0], tmp_path / "copy")
     with np.load(workdir / "labels.npz") as file:
         arrays = dict(file)
@@ -610,17 +621,17 @@ def test_a_run_does_not_go_on_with_other_labels(finished, tmp_path):
 
 def test_a_run_counts_and_draws_the_labels_it_trains_on(monkeypatch, tmp_path):
     given = []
-    build, draw = configuration.perturbation, data.train_batches
+    make, draw = method_config.perturbation, data.train_batches
 
     def counted(config, class_counts, *others):
         given.append(class_counts)
-        return build(config, class_counts, *others)
+        return make(config, class_counts, *others)
 
     def drawn(seed, epoch, labels, batch_size, sampling):
         given.append((sampling, np.bincount(labels).tolist()))
         return draw(seed, epoch, labels, batch_size, sampling)
 
-    monkeypatch.setattr(configuration, "perturbation", counted)
+    monkeypatch.setattr(method_config, "perturbation", counted)
     monkeypatch.setattr(data, "train_batches", drawn)
     changes = {"noise.kind": "asymmetric", "noise.rate": 0.5}
     summary, _ = run(smoke("ldam", **TASK | changes), tmp_path)
@@ -642,16 +653,16 @@ def test_class_frequencies_are_corrected_once(sampling, method):
         f"sampling '{sampling}' draws .*, and {name} in .*: take one of the two, .* without {name}"
     )
     with pytest.raises(configuration.ConfigError, match=message):
-        experiment.build(smoke(method, sampling=sampling))
-    experiment.build(smoke(method))
+        build.build(smoke(method, sampling=sampling))
+    build.build(smoke(method))
 
 
-def test_what_does_not_correct_a_prior_goes_with_balanced_sampling():
+def test_methods_that_do_not_correct_the_prior_allow_balanced_sampling():
     """Margins and splits follow from how many different examples a class has."""
-    experiment.build(smoke("ldam", sampling="class_balanced"))
+    build.build(smoke("ldam", sampling="class_balanced"))
     config = smoke("lpl+lpg", sampling="class_aware")
     config.perturbation.lpl.split.name = "tail"
-    experiment.build(config)
+    build.build(config)
 
 
 @pytest.mark.parametrize(
@@ -711,7 +722,7 @@ def cifar10(cifar10_labels, tmp_path_factory):
 @pytest.mark.shared_data
 @pytest.mark.parametrize(("ratio", "total"), [(100, 12406), (10, 20431)])
 def test_cifar10_lt_has_its_published_size(cifar10, ratio, total):
-    task = data.make_task(cifar10, tail(ratio), NONE)
+    task = data.modify(cifar10, tail(ratio), NONE)
     assert len(task.train.labels) == total
     counts = np.bincount(task.train.labels)
     assert counts.tolist() == data.long_tail_counts([5000] * 10, ratio).tolist()
@@ -721,17 +732,17 @@ def test_cifar10_lt_has_its_published_size(cifar10, ratio, total):
 @pytest.mark.shared_data
 def test_cifar10_symmetric_noise(cifar10):
     for kind, wrong in (("symmetric_exclusive", 0.5), ("symmetric_inclusive", 0.45)):
-        task = data.make_task(cifar10, NONE, noise(kind, 0.5))
+        task = data.modify(cifar10, NONE, noise(kind, 0.5))
         assert data.noise_rates(task)["train"] == pytest.approx(wrong, abs=0.005)
 
 
 @real
 @pytest.mark.shared_data
 def test_cifar10_asymmetric_noise(cifar10):
-    task = data.make_task(cifar10, NONE, noise("asymmetric", 0.4))
-    wrong = task.train.labels != task.original_labels
+    task = data.modify(cifar10, NONE, noise("asymmetric", 0.4))
+    wrong = task.train.labels != task.source_labels
     names = np.array(cifar10.class_names)
-    sources = set(names[task.original_labels[wrong]])
+    sources = set(names[task.source_labels[wrong]])
     assert sources == {"truck", "bird", "deer", "cat", "dog"}
     assert set(names[task.train.labels[wrong]]) == {"automobile", "airplane", "horse", "dog", "cat"}
     assert data.noise_rates(task)["train"] == 0.2
@@ -745,8 +756,8 @@ def test_cifar10_asymmetric_noise(cifar10):
 )
 def test_cifar10n_has_its_published_rates(cifar10, key, published):
     path = str(SHARED / "cifar10n" / "labels.npz")
-    task = data.make_task(cifar10, NONE, noise("human", path=path, key=key))
+    task = data.modify(cifar10, NONE, noise("human", path=path, key=key))
     assert data.noise_rates(task)["train"] == pytest.approx(published, abs=3e-4)
-    shuffled = cifar10._replace(original_labels=np.roll(cifar10.original_labels, 1))
+    shuffled = cifar10.replace(source_labels=np.roll(cifar10.source_labels, 1))
     with pytest.raises(DataError, match=r"clean_label in .* differs from the set's own labels"):
-        data.make_task(shuffled, NONE, noise("human", path=path, key=key))
+        data.modify(shuffled, NONE, noise("human", path=path, key=key))

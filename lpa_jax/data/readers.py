@@ -1,0 +1,143 @@
+"""Readers of data sets by name: the kinds that there are, and `load`."""
+
+from collections.abc import Callable, Iterator, Mapping
+import contextlib
+import functools
+from typing import Any, NamedTuple
+
+from lpa_jax.data import digits, npz, tfds
+from lpa_jax.data.dataset import Dataset, make_dataset
+from lpa_jax.data.source import DataError, Examples
+from lpa_jax.registry import load_object, reason, Registry
+
+
+class Options(NamedTuple):
+    """What a reader may be told.
+
+    Attributes:
+      data_dir: Where prepared sets are; None for the reader's own default.
+      image_size: Side that images are resized to; None to leave them as they are.
+    """
+
+    data_dir: str | None = None
+    image_size: int | None = None
+
+
+def _digits(rest: str, options: Options) -> dict[str, Examples]:
+    _refuse_size("digits", options)
+    if rest:
+        raise DataError(f"'digits:{rest}' names more than the digits: give 'digits'.")
+    return digits.read()
+
+
+def _npz(rest: str, options: Options) -> dict[str, Examples]:
+    _refuse_size(f"npz:{rest}", options)
+    return npz.read(rest)
+
+
+def _tfds(rest: str, options: Options) -> dict[str, Examples]:
+    return tfds.read(rest, options.data_dir, options.image_size)
+
+
+def _refuse_size(name: str, options: Options) -> None:
+    if options.image_size is not None:
+        raise DataError(f"image_size has no effect on {name!r}: leave it out.")
+
+
+READERS = Registry("kind of data set", {"digits": _digits, "npz": _npz, "tfds": _tfds}, Callable)
+"""By kind, what reads `"kind:rest"`: `read(rest, options)` returns sources by split."""
+
+
+# What was loaded within `loaded_once`, by the arguments of `load`.
+_loaded: dict[tuple[Any, ...], Dataset] | None = None
+
+
+@contextlib.contextmanager
+def loaded_once() -> Iterator[None]:
+    """Let `load` return one data set for the same arguments, instead of reading it again."""
+    global _loaded
+    before, _loaded = _loaded, {} if _loaded is None else _loaded
+    try:
+        yield
+    finally:
+        _loaded = before
+
+
+def load(
+    name: str,
+    *,
+    data_dir: str | None = None,
+    validation_fraction: float = 0.1,
+    seed: int = 0,
+    image_size: int | None = None,
+) -> Dataset:
+    """Load a set of labeled examples, and hold out a validation set, by class where each has one.
+
+    Args:
+      name: `"digits"`, 1,797 images of 8x8 pixels; `"npz:PATH"`, a file with the arrays `x_train`,
+        `y_train`, `x_test`, `y_test` (uint8 images `[N, H, W, C]` or `[N, H, W]`, integer labels)
+        and optionally `class_names`; `"tfds:NAME"` or `"NAME"`, a set of tensorflow-datasets,
+        prepared as ArrayRecord; `"KIND:REST"` of a reader that was registered in `READERS`; or
+        `"package.module:function"`, a function without arguments that returns sources by split.
+      data_dir: Where tensorflow-datasets' sets are; None is its own default.
+      validation_fraction: Share of the training examples to hold out, in [0, 1); of a source that
+        has a validation split of its own nothing is held out.
+      seed: Decides which examples are held out, at least 0; the test set never depends on it.
+      image_size: Side of the images of a tensorflow-datasets set, at least 1: each is scaled until
+        it covers that square, and cropped to its center. None leaves them as they are.
+
+    Returns:
+      The set, with uint8 images `[N, H, W, C]` and int32 labels `[N]`. A class of which
+      the source has the name may have no training example, for instance one of the test set alone.
+
+    Raises:
+      DataError: If the examples cannot be read or used, or an argument is outside its range.
+
+    Example:
+      >>> digits = load("digits")
+      >>> {split: examples.images.shape for split, examples in digits.splits.items()}
+      {'train': (1295, 8, 8, 1), 'validation': (143, 8, 8, 1), 'test': (359, 8, 8, 1)}
+    """
+    if image_size is not None and image_size < 1:
+        raise DataError(f"image_size is {image_size}: give at least 1.")
+    arguments = (name, data_dir, validation_fraction, seed, image_size)
+    if _loaded is not None and arguments in _loaded:
+        return _loaded[arguments]
+    options = Options(data_dir, image_size)
+    kind, colon, rest = name.partition(":")
+    if kind in READERS and (colon or kind == "digits"):
+        splits = _read(name, functools.partial(READERS[kind], rest, options))
+    # A colon also comes before the version of a set of tensorflow-datasets.
+    elif colon and not rest[:1].isdigit() and not rest.startswith("*"):
+        splits = _from_function(name)
+    else:
+        splits = _tfds(name, options)
+    found = make_dataset(name, splits, validation_fraction=validation_fraction, seed=seed)
+    if _loaded is not None:
+        _loaded[arguments] = found
+    return found
+
+
+def _from_function(name: str) -> Mapping[str, Any]:
+    kind, _, rest = name.partition(":")
+    told = (
+        f"There is no kind of dataset {kind + ':'!r}: give 'digits', 'npz:PATH', the name of a set "
+        "of tensorflow-datasets, 'NAME', 'NAME/CONFIG' or 'NAME:VERSION', a function of your own, "
+        "'package.module:function', or what a module of yours registers, --import=MODULE"
+    )
+    if not rest.isidentifier():
+        raise DataError(f"{told}.")
+    try:
+        found: Any = load_object(name)
+    except ValueError as error:
+        raise DataError(f"{told} ({error})") from error
+    return _read(name, found) if callable(found) else found
+
+
+def _read(name: str, read: Callable[[], Any]) -> Any:
+    try:
+        return read()
+    except DataError:
+        raise
+    except Exception as error:  # Of any kind: it may be the user's own code.
+        raise DataError(f"{name!r} cannot be read ({reason(error)}): correct that.") from error
