@@ -18,6 +18,7 @@ from lpa_jax.backends.linen import open_linen
 from lpa_jax.backends.naming import CALL
 from lpa_jax.backends.nnx import open_nnx
 from lpa_jax.core import arguments, checks
+from lpa_jax.core.class_stats import ClassStatistic
 from lpa_jax.core.network import Backend, Call, Network, Rows
 from lpa_jax.core.perturbation import (
     Chain,
@@ -29,6 +30,7 @@ from lpa_jax.core.perturbation import (
     Perturbation,
 )
 from lpa_jax.core.step import FIXED, LossFn, Step
+from lpa_jax.tasks.classification import softmax_statistic
 
 
 def value_and_grad(
@@ -41,6 +43,7 @@ def value_and_grad(
     per_example: Sequence[str] = (),
     methods: Sequence[str] = (),
     axis_name: str | Sequence[str] | None = None,
+    class_statistic: ClassStatistic | None = None,
 ) -> Step:
     """Build a training step's loss and gradient, with perturbations at their sites.
 
@@ -94,13 +97,16 @@ def value_and_grad(
       logits: Which part of the network's output is the logits, as in `lambda output: output[0]`;
         None if that is all it returns.
       per_example: Names of keyword arguments that hold a value for each example, `[B, ...]`, as
-        attention masks do. Where an example is padding, those of a real one stand in. Mixing is
+        attention masks do. Where an example is padding, those of a real one are used. Mixing is
         refused.
       methods: Names of methods of layers that make sites beside `__call__`: `"layer.encode"`.
       axis_name: Names of axes over which the step is mapped by `shard_map` or `pmap`: the means of
         classes are then those of the batches of all devices. Loss and gradient are each device's
         own, to be averaged by `jax.lax.pmean`, which gives the weighted mean over all examples; SAM
         moves by it, and draws differ.
+      class_statistic: What float32 logits `[B, C]` say of each class, confidence in [0, 1] and
+        correctness (0 or 1), `[B, C]` each: what `splits` decide by. Default the softmax, and 1 for
+        the largest logit.
 
     Returns:
       The step.
@@ -108,7 +114,7 @@ def value_and_grad(
     Raises:
       TypeError: If an entry of the chain has no site, or the model is of no known kind.
       ValueError: If `num_classes` is less than 2. The step raises `SiteError` (a ValueError) where
-        a perturbation cannot stand at its site, and ValueError where labels, weights, what is
+        a perturbation cannot act at its site, and ValueError where labels, weights, what is
         extra, logits or losses have the wrong shape or name.
 
     Example:
@@ -124,7 +130,8 @@ def value_and_grad(
       ((), (4, 3), [0.1, 0.1, 0.1])
     """
     arguments.check_count("num_classes", num_classes, low=2)
-    for name, function in (("loss_fn", loss_fn), ("logits", logits)):
+    functions = {"loss_fn": loss_fn, "logits": logits, "class_statistic": class_statistic}
+    for name, function in functions.items():
         if function is not None and not callable(function):
             raise TypeError(f"{name} must be a function, not {function!r}.")
     return Step(
@@ -132,6 +139,7 @@ def value_and_grad(
         chain(perturbation),
         num_classes,
         optax.softmax_cross_entropy if loss_fn is None else loss_fn,
+        softmax_statistic if class_statistic is None else class_statistic,
         logits,
         _several("per_example", per_example),
         _axes(axis_name),

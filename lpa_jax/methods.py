@@ -316,6 +316,7 @@ METHODS: Registry[Method] = Registry(
             paper="shake",
         ),
     },
+    Method,
 )
 
 

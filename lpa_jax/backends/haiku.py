@@ -21,7 +21,10 @@ def open_haiku(transformed: Any, methods: tuple[str, ...], variables: PyTree) ->
     Returns:
       The network. The state that it mutates is Haiku's new state.
     """
-    import haiku as hk
+    import haiku
+
+    # Its names are not declared where type checkers look.
+    hk: Any = haiku
 
     stateful = isinstance(transformed, hk.TransformedWithState)
     if stateful != isinstance(variables, tuple):

@@ -1,5 +1,6 @@
 """How well each class is learned: confidence and accuracy, over three windows of time."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -65,15 +66,19 @@ def init(num_classes: int) -> ClassStats:
     return ClassStats(zeros(), empty(), empty(), empty(), empty())
 
 
+ClassStatistic = Callable[[Float[Array, "batch classes"]], tuple[Array, Array]]
+"""What logits say of each class: confidence in [0, 1] and correctness (0 or 1), `[B, C]` each."""
+
+
 def observe_batch(
     stats: ClassStats,
     logits: Float[Array, "batch classes"],
     members: membership.Membership,
+    class_statistic: ClassStatistic,
 ) -> ClassStats:
     """Measure the present batch; the other windows stay as they are."""
     logits = jax.lax.stop_gradient(logits).astype(jnp.float32)
-    probabilities = jnp.exp(logits - jax.nn.logsumexp(logits, axis=1, keepdims=True))
-    correct = jax.nn.one_hot(jnp.argmax(logits, axis=1), logits.shape[1], dtype=jnp.float32)
+    confidences, correct = class_statistic(logits)
     seen = members.counts > 0
     safe = jnp.where(seen, members.counts, 1.0)
 
@@ -81,7 +86,7 @@ def observe_batch(
         return members.put(jnp.zeros_like(stats.frequency), rows)
 
     batch = Means(
-        by_class(members.own(probabilities) / safe),
+        by_class(members.own(confidences) / safe),
         by_class(members.own(correct) / safe),
         by_class(members.counts),
         jnp.sum(seen, dtype=jnp.int32),

@@ -70,7 +70,7 @@ class Membership:
         own = jnp.where(weights > 0, weights * self.rows * table, 0.0)
         return self.summed(jnp.sum(own, axis=0))
 
-    def spread(self, per_row: Float[Array, "rows ..."]) -> Float[Array, "batch ..."]:
+    def to_examples(self, per_row: Float[Array, "rows ..."]) -> Float[Array, "batch ..."]:
         """Give each example the entry of its row (soft labels: the mixture of its rows)."""
         if self.rows.ndim == 1:
             return per_row[self.rows]

@@ -1,4 +1,4 @@
-"""Where mixing stands in a chain; what would see targets mixed before the examples is refused."""
+"""Where mixing is in a chain; what would see targets mixed before the examples is refused."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,13 +8,13 @@ from lpa_jax.core.perturbation import Chain, INPUTS, SiteError
 
 
 def unmatched(chain: Chain, found: list[Place]) -> tuple[tuple[tuple[str, int], str], ...]:
-    """Find what stands where the targets are mixed and the examples are not yet.
+    """Find what acts where the targets are mixed and the examples are not yet.
 
     Returns:
       The sites of the mixing, in words, for each name of a value and place in the chain.
 
     Raises:
-      SiteError: If class-level work stands ahead of mixing, or something is mixed twice.
+      SiteError: If class-level work comes before mixing, or something is mixed twice.
     """
     found_early = {}
     order = [INPUTS, *(place.site.name for place in found)]

@@ -1,4 +1,4 @@
-"""Perturbations, the sites they stand at, and chains of them."""
+"""Perturbations, the sites they act at, and chains of them."""
 
 from collections.abc import Callable, Sequence
 import difflib
@@ -20,7 +20,7 @@ PARAM_GRADS = "param_grads"
 
 
 class SiteError(ValueError):
-    """A perturbation stands at a site that does not exist or cannot serve it."""
+    """A perturbation is placed at a site that does not exist or that it cannot act at."""
 
 
 class Update(Protocol):
@@ -110,7 +110,7 @@ GIVEN = (*list(inspect.signature(Update.__call__).parameters)[1:-1], "updates")
 
 
 class Perturbation(optax.GradientTransformationExtraArgs):
-    """An optax transform together with the sites it stands at.
+    """An optax transform together with the sites it acts at.
 
     It is an ordinary `optax.GradientTransformationExtraArgs`, whose *updates* are the value at the
     site, so every optax wrapper accepts it. A wrapper forgets the site and what was declared: give
@@ -121,7 +121,7 @@ class Perturbation(optax.GradientTransformationExtraArgs):
         threaded through them in the order in which they are computed.
       report: What to show of the perturbation at a site, `report(site, class_stats, step)`, a dict
         of arrays; None if there is nothing beyond the change of the value.
-      mixes: Whether it mixes examples with their targets. It stands at `"labels"` and elsewhere,
+      mixes: Whether it mixes examples with their targets. It acts at `"labels"` and elsewhere,
         and the class membership moves with the targets.
       class_level: Whether it reads the class statistics, which are then measured before it. They
         are measured only where something reads them.
@@ -152,7 +152,7 @@ class Perturbation(optax.GradientTransformationExtraArgs):
           init: `init(value)` returns the first state, of a value at the first of the sites.
           update: See `Update`.
           report: See the attributes.
-          mixes: Not declared: whether it stands at `"labels"` and elsewhere.
+          mixes: Not declared: whether it acts at `"labels"` and elsewhere.
           class_level: Not declared: whether there is a report, which is given the statistics. An
             update that uses them undeclared raises `SiteError`.
           needs_gradient: Not declared: not known.
@@ -173,7 +173,7 @@ class Perturbation(optax.GradientTransformationExtraArgs):
             raise SiteError(f"A perturbation names a site twice: {self.sites}.")
         if self.mixes and not mixing_sites:
             raise SiteError(
-                f"A perturbation that mixes examples stands at {LABELS!r} and at another site, not "
+                f"A perturbation that mixes examples acts at {LABELS!r} and at another site, not "
                 f"at {self.sites} alone."
             )
         without = [site for site in (LABELS, LOGIT_GRADS) if site in self.sites]
@@ -380,7 +380,7 @@ def check_activations(name: str, sites: Sequence[str]) -> None:
     """Raise `SiteError` unless each of the sites holds activations `[B, ...]`."""
     for site in sites:
         if site in (LABELS, LOGIT_GRADS, PARAM_GRADS):
-            raise SiteError(f"{name} stands at 'inputs', a module or 'logits', not at {site!r}.")
+            raise SiteError(f"{name} acts at 'inputs', a module or 'logits', not at {site!r}.")
 
 
 def no_gradient(name: str, site: str) -> str:

@@ -2,7 +2,7 @@
 
 Whoever writes the network names values by `tap`, or a backend does so for every layer. A named
 value is a *site*: `Program.walk` evaluates the program once, hands over the value at each site that
-is wanted, and goes on with what it gets back. Order, tails and costs are properties of the jaxpr.
+is wanted, and continues with what it gets back. Order, tails and costs are properties of the jaxpr.
 """
 
 import collections
@@ -143,8 +143,8 @@ class Program:
           args: As in `trace`.
           wanted: Names of the sites to visit, `name` or `given` of each.
           visit: Called as `visit(site, value, tail)` in the order of computation; returns what to
-            go on with. `tail(value)` is the program's result with another value there, computed by
-            what comes after the site alone; gradients flow through that value, all else is held
+            continue with. `tail(value)` is the program's result with another value there, computed
+            by what comes after the site alone; gradients flow through that value, all else is held
             constant.
 
         Returns:

@@ -59,7 +59,7 @@ class _Traced(NamedTuple):
       given: The keyword arguments that hold a value for each example.
       rows: The rows of the batch.
       places: Where to perturb, in the order of computation.
-      unmatched: What stands where the targets are mixed and the examples are not yet.
+      unmatched: What acts where the targets are mixed and the examples are not yet.
     """
 
     program: Program
@@ -77,6 +77,7 @@ class Step:
     chain: Chain
     num_classes: int
     loss_fn: LossFn
+    class_statistic: class_stats.ClassStatistic
     pick: Callable[[Any], Array] | None = None
     per_example: tuple[str, ...] = ()
     axis_name: tuple[str, ...] = ()
@@ -95,7 +96,7 @@ class Step:
         """Return the first state; the batch given, as for a step, counts for its shapes alone.
 
         Raises:
-          SiteError: If a perturbation stands at a site the network does not have.
+          SiteError: If a perturbation is placed at a site that the network does not have.
           ValueError: If the labels or the logits do not fit `num_classes`.
         """
         checks.named_extra(extra, GIVEN)
@@ -266,6 +267,7 @@ class Step:
             weights=weights,
             extra=extra,
             params=params,
+            class_statistic=self.class_statistic,
             axis_name=self.axis_name,
             unmatched=traced.unmatched,
         )
@@ -282,8 +284,8 @@ class Step:
             if jax.tree.structure(moved) != jax.tree.structure(params):
                 raise SiteError(
                     "The gradient at moved parameters needs all of them: a perturbation that asks "
-                    "for it cannot stand behind optax.masked or optax.partition. Give sam and asam "
-                    "the mask instead, as in lpa_jax.sam(rho, mask=...)."
+                    "for it cannot be wrapped in optax.masked or optax.partition. Give sam and "
+                    "asam the mask instead, as in lpa_jax.sam(rho, mask=...)."
                 )
             return loss_and_grads(moved)[:2]
 
@@ -414,7 +416,7 @@ class Step:
         if measures:
             first, walk.class_stats = evaluate(value, after=-1, measuring=True)
             walk.measured = True
-        # What stands at the logits is part of the loss at every site before them.
+        # What acts at the logits is part of the loss at every site before them.
         measured_at = walk.objective()
 
         def gradient_fn(moved, after=-1):

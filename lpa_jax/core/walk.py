@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from lpa_jax.core import checks, membership, mixing, pgd
-from lpa_jax.core.class_stats import ClassStats, end_batch, observe_batch
+from lpa_jax.core.class_stats import ClassStatistic, ClassStats, end_batch, observe_batch
 from lpa_jax.core.perturbation import (
     Chain,
     INPUTS,
@@ -43,6 +43,7 @@ class Walk:
     weights: Array
     extra: Mapping[str, Array]
     params: PyTree
+    class_statistic: ClassStatistic
     axis_name: tuple[str, ...] = ()
     unmatched: tuple[tuple[tuple[str, int], str], ...] = ()
     metrics: dict[str, dict[str, Array]] = dataclasses.field(default_factory=dict)
@@ -55,7 +56,7 @@ class Walk:
 
     def measured_by(self, logits: Array) -> ClassStats:
         """Return the statistics with the batch, of logits that no class-level work has moved."""
-        return observe_batch(self.class_stats, logits, self.members())
+        return observe_batch(self.class_stats, logits, self.members(), self.class_statistic)
 
     def measure(self, logits: Array) -> None:
         """Take the batch's statistics, once."""
@@ -242,7 +243,7 @@ class _Objective(NamedTuple):
     Attributes:
       labels: The class membership.
       targets: The targets.
-      params: The network's parameters, if anything stands at the logits.
+      params: The network's parameters, if anything acts at the logits.
       class_stats: The class statistics.
       states: State of each perturbation at the logits, by its place in the chain.
     """
@@ -265,7 +266,7 @@ jax.tree_util.register_dataclass(
         "key", "states", "step", "class_stats", "labels", "targets", "weights", "extra",
         "params", "metrics",
     ],
-    meta_fields=["chain", "axis_name", "measured", "unmatched"],
+    meta_fields=["chain", "axis_name", "measured", "unmatched", "class_statistic"],
 )  # fmt: skip
 
 

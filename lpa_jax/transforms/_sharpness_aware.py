@@ -21,7 +21,7 @@ def sharpness_aware(name: str, rho: Number, mask: Mask, unit: Callable[[Any], An
     def update(grads, *, params, gradient_fn=None, site=PARAM_GRADS, step=0, **_):
         if gradient_fn is None or jax.tree.structure(params) != jax.tree.structure(grads):
             raise SiteError(
-                f"{name} needs the gradient at moved parameters: it stands at 'param_grads', not "
+                f"{name} needs the gradient at moved parameters: it acts at 'param_grads', not "
                 f"{site!r}."
             )
         if mask is not None:

@@ -29,9 +29,9 @@ def adaptive(perturbation: Perturbation, every: int) -> Perturbation:
     """Perturb only the site where it matters most: `argmax_l sum_c |loss change|` (LPA eq 13).
 
     Every `every`-th step measures each site alone, against no perturbation, and is itself trained
-    without one: what stands at an earlier site would change the scores of the later ones. It costs
-    each site its own perturbation and two more passes through the network's tail; the other steps
-    cost the chosen site alone.
+    without one: a perturbation at an earlier site would change the scores of the later ones. It
+    costs each site its own perturbation and two more passes through the network's tail; the other
+    steps cost the chosen site alone.
 
     Args:
       perturbation: A perturbation of at least two sites that have a gradient, `lpa` for instance.

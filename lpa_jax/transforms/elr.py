@@ -15,7 +15,7 @@ def elr(num_examples: int, strength: Number, beta: Number = 0.7) -> Perturbation
         \ell_i + \lambda \log(1 - \langle p_i, t_i \rangle), \qquad
         t_i \leftarrow \beta t_i + (1 - \beta) p_i
 
-    with `t_i` a moving average of the predictions on example i of the training set, begun at 0 and
+    with `t_i` a moving average of the predictions on example i of the training set, from 0 on, and
     a constant for the gradient. What is added at the logits is the gradient of the second term,
     `lambda * p * (<p, t> - t) / (1 - <p, t>)`; the loss the step returns is without it.
 

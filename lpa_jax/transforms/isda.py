@@ -107,7 +107,7 @@ def isda(
         size = at_step(strength, step)
         if num_steps is not None:
             size *= jnp.minimum(jnp.asarray(step, jnp.float32) / num_steps, 1.0)
-        return value + members.spread(0.5 * size * spread).astype(value.dtype), state
+        return value + members.to_examples(0.5 * size * spread).astype(value.dtype), state
 
     return Perturbation((site, LOGITS), init, update, needs_gradient=False)
 

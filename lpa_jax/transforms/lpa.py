@@ -40,10 +40,10 @@ def lpa(
 
     The training loss is then taken at `a_i + d_{y_i}`, with `d` a constant (*ours*, as in LPL's
     code). Where batch normalization couples examples, the gradient is that of the summed loss.
-    The loss climbed contains what stands at the logits and asks for no gradient of its own (logit
+    The loss climbed contains what acts at the logits and asks for no gradient of its own (logit
     adjustment, margins, ISDA), as the training loss does. A class whose gradient is no longer than
     its rounding noise, as where what follows removes the shift, stays where it is (*ours*). The
-    noise is judged by the dtype at the site, so not at float32 inputs of a bfloat16 network.
+    noise is estimated by the dtype at the site, so not at float32 inputs of a bfloat16 network.
     What the papers leave open was tried on a long-tailed CIFAR-10, three seeds, with a relative
     radius of 0.1 (docs/results.md): no choice was shown to be better than the default, and a fixed
     `splits.tail` was worse.
@@ -148,7 +148,7 @@ def lpa(
             def gradient(delta):
                 if delta is zero:
                     return gather(summed) if low_rank is None else direction_of(start)
-                _, uphill = gradient_fn(frozen + members.spread(delta).astype(frozen.dtype))
+                _, uphill = gradient_fn(frozen + members.to_examples(delta).astype(frozen.dtype))
                 return direction_of(uphill)
 
             delta = pgd.ascend(
@@ -160,7 +160,7 @@ def lpa(
                 normalized=direction == "normalized",
                 floor=noise,
             )
-        return value + jax.lax.stop_gradient(members.spread(delta)).astype(value.dtype)
+        return value + jax.lax.stop_gradient(members.to_examples(delta)).astype(value.dtype)
 
     def report(site, stats, step):
         return plans[site].report(stats, step)

@@ -61,7 +61,7 @@ def lpg(
             delta = pgd.stretch(mean, signs, radii)
         else:
             delta = _iterate(mean, signs, radii)
-        return value + members.spread(delta).astype(value.dtype)
+        return value + members.to_examples(delta).astype(value.dtype)
 
     def report(_, stats, step):
         return planner.report(stats, step)

@@ -107,7 +107,7 @@ def lpl(
         zero = jnp.zeros((signs.shape[0], value.shape[1]), jnp.float32)
 
         def gradient(delta):
-            return members.mean(gradient_fn(frozen + members.spread(delta))[1])
+            return members.mean(gradient_fn(frozen + members.to_examples(delta))[1])
 
         if solver == "projected":
             delta = pgd.ascend(gradient, zero, signs, radii, steps or 3)
@@ -121,6 +121,6 @@ def lpl(
                 return delta + pgd.column(length, delta) * gradient(delta)
 
             delta = pgd.repeat(body, zero, jnp.max(counts))
-        return value + jax.lax.stop_gradient(members.spread(delta)).astype(value.dtype)
+        return value + jax.lax.stop_gradient(members.to_examples(delta)).astype(value.dtype)
 
     return stateless(LOGITS, update, report, class_level=True, needs_gradient=True)

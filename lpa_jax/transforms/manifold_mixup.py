@@ -21,7 +21,7 @@ def manifold_mixup(sites: str | Sequence[str], alpha: Number) -> Perturbation:
     Each example is paired with the one before it in the batch (*ours*; batches are shuffled, and
     on many devices a shift is one neighbor's exchange where a permutation is a gather of all). An
     example next to padding stays as it is. Gradients flow through both partners. Class-level
-    perturbations must stand after the last of the sites, where examples and targets agree.
+    perturbations must act after the last of the sites, where examples and targets agree.
 
     Args:
       sites: The layers to draw from with equal chance, module paths or `"inputs"`. The targets are

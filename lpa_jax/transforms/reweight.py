@@ -56,7 +56,7 @@ def reweight(
         by_class = 1.0 / jnp.where(rest > 0, grown / safe, counts)
         by_class *= counts.shape[0] / jnp.sum(by_class)
         members = membership.by_class(labels, weights, value.shape[1], axis_name)
-        factors = members.spread(members.take_class(by_class))
+        factors = members.to_examples(members.take_class(by_class))
         if normalize:
             real = weights > 0
             total = members.summed(jnp.sum(jnp.where(real, weights * factors, 0.0)))

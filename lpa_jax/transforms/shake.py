@@ -12,7 +12,7 @@ def shake(site: str, strength: Number) -> Perturbation:
 
     Both factors are uniform in `[1 - strength, 1 + strength]`, as in Shake-Shake's best variant,
     which draws them for each example and apart for the two directions. *Ours*: it scales one value
-    in place of a mixture of two branches; a residual block's branch is the like of it.
+    in place of a mixture of two branches; a residual block's branch corresponds to it.
 
     Args:
       site: A module path, `"inputs"` or `"logits"`; the value is `[B, ...]`.
