@@ -1,8 +1,9 @@
 """Networks of the papers, as Flax modules whose paths are the sites of perturbations."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+import inspect
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 from flax import linen as nn
 import jax.numpy as jnp
@@ -13,6 +14,54 @@ from lpa_jax.models.preact_resnet import PreActResNet as PreActResNet
 from lpa_jax.models.resnet import ResNet as ResNet
 from lpa_jax.models.small_cnn import SmallCNN as SmallCNN
 from lpa_jax.models.wide_resnet import WideResNet as WideResNet
+from lpa_jax.registry import load_object, Registry
+
+PREACT_SIZES = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}
+
+
+def _wrn(depth: int, widen_factor: int, **common: Any) -> nn.Module:
+    return WideResNet(depth=depth, widen_factor=widen_factor, **common)
+
+
+def _resnet(depth: int, **common: Any) -> nn.Module:
+    return ResNet(depth=depth, **common)
+
+
+def _se_resnet(depth: int, **common: Any) -> nn.Module:
+    return ResNet(depth=depth, squeeze_excite=True, **common)
+
+
+def _preact_resnet(depth: int, **common: Any) -> nn.Module:
+    return PreActResNet(stage_sizes=PREACT_SIZES[depth], **common)
+
+
+class Family(NamedTuple):
+    """Networks that differ in numbers of their names.
+
+    Attributes:
+      make: `make(*numbers, num_classes=, mean=, std=, dtype=, head=, **options)`, a Flax module.
+      sizes: What the numbers are, `("depth", "k")`; none for a network without.
+      examples: Some names, or all where there are few.
+    """
+
+    make: Callable[..., nn.Module]
+    sizes: tuple[str, ...] = ()
+    examples: tuple[str, ...] = ()
+
+
+NETWORKS = Registry(
+    "network",
+    {
+        "wrn": Family(_wrn, ("depth", "k"), ("wrn_16_8", "wrn_28_10")),
+        "resnet": Family(_resnet, ("depth",), ("resnet_20", "resnet_32")),
+        "se_resnet": Family(_se_resnet, ("depth",), ("se_resnet_110",)),
+        "preact_resnet": Family(
+            _preact_resnet, ("depth",), ("preact_resnet_18", "preact_resnet_34")
+        ),
+        "small_cnn": Family(SmallCNN),
+    },
+)
+"""Families of networks by the first part of their names."""
 
 
 def create(
@@ -29,7 +78,9 @@ def create(
 
     Args:
       name: `"wrn_{depth}_{k}"`, `"resnet_{depth}"`, `"se_resnet_{depth}"`, `"preact_resnet_18"`,
-        `"preact_resnet_34"` or `"small_cnn"`.
+        `"preact_resnet_34"`, `"small_cnn"`, a name in `NETWORKS`, or `"package.module:Class"`, a
+        Flax module or function of your own. That is given those of the arguments below that it
+        takes.
       num_classes: Number of logits.
       mean: What to subtract from the inputs, one number or one for each channel.
       std: What to divide the centered inputs by, likewise.
@@ -50,28 +101,47 @@ def create(
       >>> model = create("wrn_16_8", num_classes=10, mean=(0.5,), std=(0.25,))
       >>> model.depth, model.widen_factor
       (16, 8)
+      >>> create("flax.linen:Dense", num_classes=10, mean=(0.5,), std=(0.25,), features=10).features
+      10
     """
     if head not in HEADS:
         raise ValueError(f"head must be one of {', '.join(HEADS)}, not {head!r}.")
-    common: dict[str, Any] = dict(
-        num_classes=num_classes, mean=tuple(mean), std=tuple(std), dtype=dtype, head=head, **options
-    )
-    family, *sizes = re.split(r"_(?=\d)", name)
-    match family, *(int(size) if re.fullmatch(r"[1-9]\d*", size) else size for size in sizes):
-        case "wrn", int(depth), int(widen_factor):
-            return WideResNet(depth=depth, widen_factor=widen_factor, **common)
-        case "resnet", int(depth):
-            return ResNet(depth=depth, **common)
-        case "se_resnet", int(depth):
-            return ResNet(depth=depth, squeeze_excite=True, **common)
-        case "preact_resnet", 18:
-            return PreActResNet(stage_sizes=(2, 2, 2, 2), **common)
-        case "preact_resnet", 34:
-            return PreActResNet(stage_sizes=(3, 4, 6, 3), **common)
-        case ("small_cnn",):
-            return SmallCNN(**common)
-    raise ValueError(
-        f"There is no network {name!r}; the names are wrn_{{depth}}_{{k}} (such as wrn_16_8 and "
-        "wrn_28_10), resnet_{depth} (such as resnet_20), se_resnet_{depth} (such as "
-        "se_resnet_110), preact_resnet_18, preact_resnet_34 and small_cnn."
-    )
+    common: dict[str, Any] = {"num_classes": num_classes, "dtype": dtype, "head": head}
+    common |= {"mean": tuple(mean), "std": tuple(std)}
+    if ":" in name:
+        return _own(name, load_object(name), common, options)
+    first, *sizes = re.split(r"_(?=\d)", name)
+    numbers = [int(size) for size in sizes if re.fullmatch(r"[1-9]\d*", size)]
+    family = NETWORKS.get(first)
+    known = family is not None and len(numbers) == len(sizes) == len(family.sizes)
+    if family is None or not known or (first == "preact_resnet" and numbers[0] not in PREACT_SIZES):
+        raise ValueError(f"There is no network {name!r}; the names are {network_names()}.")
+    return family.make(*numbers, **common, **options)
+
+
+def network_names() -> str:
+    """Return the names of networks, with examples."""
+    words = []
+    for name, family in NETWORKS.items():
+        pattern = "".join(f"_{{{size}}}" for size in family.sizes)
+        told = f" (such as {' and '.join(family.examples)})" if family.examples else ""
+        words.append(f"{name}{pattern}{told}")
+    return f"{', '.join(words)}, and package.module:Class of your own"
+
+
+def _own(
+    name: str, make: Callable[..., Any], common: dict[str, Any], options: dict[str, Any]
+) -> nn.Module:
+    """Return a user's own network, given what it takes."""
+    if not callable(make):
+        raise ValueError(f"{name} must be a Flax Linen module, or return one, not {make!r:.100}.")
+    taken = inspect.signature(make).parameters
+    if common["head"] != "linear" and "head" not in taken:
+        raise ValueError(
+            f"{name} takes no head, and model.head is {common['head']!r}: leave it 'linear', or "
+            "give the network that attribute."
+        )
+    made = make(**{key: value for key, value in common.items() if key in taken}, **options)
+    if not isinstance(made, nn.Module):
+        raise ValueError(f"{name} must be a Flax Linen module, or return one, not {made!r:.100}.")
+    return made

@@ -14,7 +14,7 @@ class PreActResNet(nn.Module):
     """Pre-activation network of Manifold Mixup's experiments (Verma et al. 2019, arXiv:1806.05236).
 
     The units are those of He et al. 2016 (arXiv:1603.05027). As in the published CIFAR code of
-    Manifold Mixup, the stem keeps the resolution and nothing stands between the last sum and the
+    Manifold Mixup, the stem keeps the resolution and nothing is between the last sum and the
     pooling: no normalization, no relu. Its modules are `stem`, `group1`, ... (of 64, 128, 256 and
     512 channels at 1, 1/2, 1/4 and 1/8 of the resolution; with modules `block0`, ...), `features`
     and `head`.
