@@ -1,4 +1,4 @@
-"""What goes wrong outside: full disks, directories that take nothing, lost processes."""
+"""Failures outside of the program: full disks, unwritable directories, lost processes."""
 
 import contextlib
 import json
@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_interruption import leaves
+from stored import leaves
 
 from lpa_jax import commands, main
-from lpa_jax.training import checkpoints, config, records
+from lpa_jax.training import checkpoints, config, files, identity, metric_log
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -66,28 +66,31 @@ STATE = {"a": jnp.arange(30000.0), "b": jnp.int32(1)}
 
 def save(directory, step):
     with contextlib.closing(checkpoints.Checkpoints(directory)) as saved:
-        saved.save(step, scaled(step))
+        saved.save(step, {"state": scaled(step)})
 
 
 def restored(directory):
     saved = checkpoints.Checkpoints(directory)
     like = jax.eval_shape(lambda: STATE)
-    state = saved.restore(like, jax.tree.map(lambda leaf: leaf.sharding, STATE))
+    places = jax.tree.map(lambda leaf: leaf.sharding, STATE)
+    found = saved.restore({"state": like}, {"state": places})
     saved.close()
-    return state
+    return found["state"]
 
 
 def scaled(factor):
     return jax.tree.map(lambda leaf: leaf * factor, STATE)
 
 
+@pytest.mark.root
+@pytest.mark.guarantee("full-disk")
 @pytest.mark.parametrize("leave", [0, 30_000, 100_000])
-def test_a_full_disk_leaves_the_checkpoint_before(leave, mount):
+def test_a_full_disk_keeps_the_previous_checkpoint(leave, mount):
     disk = mount("size=2M")
     save(disk / "c", 1)
     ballast = fill(disk, leave)
     message = r"checkpoint in .*/c cannot be written \(No space left on device\).*make room"
-    with pytest.raises(records.WriteError, match=message):
+    with pytest.raises(files.WriteError, match=message):
         save(disk / "c", 2)
     jax.tree.map(np.testing.assert_array_equal, restored(disk / "c"), scaled(1))
     ballast.unlink()
@@ -95,41 +98,45 @@ def test_a_full_disk_leaves_the_checkpoint_before(leave, mount):
     jax.tree.map(np.testing.assert_array_equal, restored(disk / "c"), scaled(2))
 
 
-def test_a_full_disk_leaves_the_records_before(mount):
+@pytest.mark.root
+@pytest.mark.guarantee("full-disk")
+def test_a_full_disk_keeps_the_previous_records(mount):
     disk = mount("size=1M")
-    log = records.Records(disk, 0)
-    records.write_json(disk / "result.json", {"seed": 0})
+    log = metric_log.MetricLog(disk, 0)
+    files.write_json(disk / "result.json", {"seed": 0})
     log.write({"step": 1, "loss": 0.5})
     ballast = fill(disk)
     long = {"step": 2} | {f"class{i}": i / 7 for i in range(400)}
-    with pytest.raises(records.WriteError, match=r"metrics.jsonl cannot be written \(No space"):
+    with pytest.raises(files.WriteError, match=r"metrics.jsonl cannot be written \(No space"):
         log.write(long)
     with pytest.raises(OSError, match="No space"):
-        records.write_json(disk / "result.json", {"seed": "x" * 5000})
+        files.write_json(disk / "result.json", {"seed": "x" * 5000})
     assert not list(disk.glob("*.partial"))
-    assert records.read_json(disk / "result.json") == {"seed": 0}
-    assert records.read_rows(disk / "metrics.jsonl") == [{"step": 1, "loss": 0.5}]
+    assert files.read_json(disk / "result.json") == {"seed": 0}
+    assert metric_log.read_rows(disk / "metrics.jsonl") == [{"step": 1, "loss": 0.5}]
     ballast.unlink()
-    again = records.Records(disk, 1)
+    again = metric_log.MetricLog(disk, 1)
     again.write(long)
     again.close()
-    assert [row["step"] for row in records.read_rows(disk / "metrics.jsonl")] == [1, 2]
+    assert [row["step"] for row in metric_log.read_rows(disk / "metrics.jsonl")] == [1, 2]
 
 
-def test_a_full_disk_is_no_wrong_work_directory(mount):
+@pytest.mark.root
+@pytest.mark.guarantee("full-disk")
+def test_a_full_disk_is_not_reported_as_a_wrong_work_directory(mount):
     disk = mount("size=1M")
-    records.claim(disk / "begun", {"epochs": 1})
+    identity.claim(disk / "begun", {"epochs": 1})
     ballast = fill(disk)
     for claim in (
-        lambda: records.claim(disk / "new", {"epochs": 1}),
-        lambda: records.claim(disk / "begun", {"epochs": "2" * 9000}, allow_change=True),
+        lambda: identity.claim(disk / "new", {"epochs": 1}),
+        lambda: identity.claim(disk / "begun", {"epochs": "2" * 9000}, allow_change=True),
     ):
-        with pytest.raises(records.WriteError, match=r"cannot be written \(No space.*make room"):
+        with pytest.raises(files.WriteError, match=r"cannot be written \(No space.*make room"):
             claim()
     # Had the change been half made, the first configuration would now be refused.
-    assert records.claim(disk / "begun", {"epochs": 1}) == []
+    assert identity.claim(disk / "begun", {"epochs": 1}) == []
     ballast.unlink()
-    records.claim(disk / "new", {"epochs": 1})
+    identity.claim(disk / "new", {"epochs": 1})
 
 
 # ---------------------------------------------------------------- by command line
@@ -156,14 +163,17 @@ def end(process, timeout=600):
 
 def until_row(process, workdir, number):
     deadline = time.monotonic() + 600
-    while len(records.read_rows(workdir / "seed0" / "metrics.jsonl")) < number:
+    while len(metric_log.read_rows(workdir / "seed0" / "metrics.jsonl")) < number:
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("kind", ["a file", "in a file", "read-only"])
-def test_a_directory_that_takes_nothing_is_named(kind, tmp_path, request):
+@pytest.mark.guarantee("unwritable-directory")
+@pytest.mark.parametrize(
+    "kind", ["a file", "in a file", pytest.param("read-only", marks=pytest.mark.root)]
+)
+def test_a_directory_that_cannot_be_written_is_named(kind, tmp_path, request):
     file = tmp_path / "file"
     file.touch()
     if kind == "read-only":
@@ -171,17 +181,19 @@ def test_a_directory_that_takes_nothing_is_named(kind, tmp_path, request):
         directory = request.getfixturevalue("mount")("size=1M,ro") / "run"
     else:
         directory = {"a file": file, "in a file": file / "run"}[kind]
-    message = r"cannot serve as work directory: .*Errno"
+    message = r"cannot be a work directory: .*Errno"
     with pytest.raises(config.ConfigError, match=message):
-        records.claim(directory, {"epochs": 1})
+        identity.claim(directory, {"epochs": 1})
     code, errors = end(start(tmp_path / "cache", directory))
     assert code == 2, errors
     assert re.fullmatch(rf"lpa_jax: \S+ {message}.*\n", errors), errors
     assert not file.read_bytes()
 
 
+@pytest.mark.root
+@pytest.mark.guarantee("full-disk")
 @pytest.mark.slow
-def test_a_run_goes_on_when_there_is_room_again(mount, tmp_path):
+def test_a_run_resumes_when_there_is_space_again(mount, tmp_path):
     whole, cache = tmp_path / "whole", tmp_path / "cache"
     assert end(start(cache, whole))[0] == 0
     disk = mount("size=4M")
@@ -193,7 +205,7 @@ def test_a_run_goes_on_when_there_is_room_again(mount, tmp_path):
     sentence = errors.strip().rpartition("\n")[2]
     assert sentence.startswith("lpa_jax: ")
     assert "cannot be written (No space left on device)" in sentence
-    assert "make room, and the same command goes on" in sentence
+    assert "make room, and rerun the command" in sentence
     kept = [path for path in disk.glob("run/seed0/checkpoints/*") if path.name.isdigit()]
     assert kept
     # No room for anything: the same sentence again, and nothing is lost.
@@ -218,6 +230,7 @@ def free_port():
         return server.getsockname()[1]
 
 
+@pytest.mark.guarantee("lost-process")
 @pytest.mark.slow
 @pytest.mark.parametrize("lost", [0, 1])
 def test_a_lost_process_ends_the_others_in_time(lost, tmp_path):
@@ -234,12 +247,12 @@ def test_a_lost_process_ends_the_others_in_time(lost, tmp_path):
     try:
         until_row(processes[0], tmp_path / "run", 2)
         processes[lost].kill()
-        # The time that a heart may stand still, and some to notice and to end.
+        # The heartbeat timeout, and some time to notice and to end.
         code, errors = end(processes[1 - lost], timeout=main.HEARTBEAT_TIMEOUT + 60)
     finally:
         for process in processes:
             process.kill()
-        # Those that have not yet been heard out.
+        # Read what it wrote.
         processes[lost].communicate()
     # Either the trainer notices first, or JAX, which aborts.
     assert code in (commands.TEMPORARY, -6), errors
@@ -248,6 +261,6 @@ def test_a_lost_process_ends_the_others_in_time(lost, tmp_path):
     assert kept
     again = pair(epochs)
     assert [end(process)[0] for process in again] == [0, 0]
-    rows = records.read_rows(tmp_path / "run" / "seed0" / "metrics.jsonl")
+    rows = metric_log.read_rows(tmp_path / "run" / "seed0" / "metrics.jsonl")
     assert [row["epoch"] for row in rows] == list(range(1, 61))
     json.loads((tmp_path / "run" / "seed0" / "result.json").read_text())

@@ -1,4 +1,4 @@
-"""Runs that are killed again and again end as if nothing had happened.
+"""Runs that are killed repeatedly end with the bits of an uninterrupted run.
 
 `python -m pytest tests/test_interruption.py -m slow -s` tells how many kills were tried.
 """
@@ -12,10 +12,10 @@ import sys
 import time
 
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
+from stored import leaves
 
-from lpa_jax.training import records
+from lpa_jax.training import metric_log
 
 ROOT = pathlib.Path(__file__).parent.parent
 KILLS = 10
@@ -41,7 +41,10 @@ CASES = {
 }
 AIMS = ("anywhere", "training", "saving", "training", "saving")
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.guarantee("killed-run", "complete-checkpoint"),
+]
 
 
 def start(method, workdir, cache):
@@ -105,22 +108,13 @@ def kill(process, workdir, aim, rng):
     return bool(begun())
 
 
-def leaves(checkpoints):
-    """Return every leaf of every checkpoint that is kept."""
-    with ocp.CheckpointManager(checkpoints) as manager:
-        steps = {
-            s: manager.restore(s, args=ocp.args.StandardRestore()) for s in manager.all_steps()
-        }
-    return {(s, name): np.asarray(x) for s, tree in steps.items() for name, x in tree.items()}
-
-
 def assert_same(ours, theirs):
     seeds = sorted(path.name for path in theirs.glob("seed*"))
     assert sorted(path.name for path in ours.glob("seed*")) == seeds
     for seed in seeds:
         for name in ("metrics.jsonl", "result.json"):
             assert (ours / seed / name).read_text() == (theirs / seed / name).read_text()
-        rows = records.read_rows(ours / seed / "metrics.jsonl")
+        rows = metric_log.read_rows(ours / seed / "metrics.jsonl")
         assert [row["epoch"] for row in rows] == list(range(1, 13))
         found, expected = (leaves(d / seed / "checkpoints") for d in (ours, theirs))
         assert found.keys() == expected.keys()
@@ -142,7 +136,7 @@ def tally():
 
 
 @pytest.mark.parametrize("method", CASES)
-def test_a_run_killed_again_and_again_ends_with_the_same_bits(method, tmp_path, tally):
+def test_a_run_killed_repeatedly_ends_with_the_same_bits(method, tmp_path, tally):
     rng = np.random.default_rng(list(CASES).index(method))
     whole, cache = tmp_path / "whole", tmp_path / "cache"
     finish(start(method, whole, cache))
@@ -152,7 +146,7 @@ def test_a_run_killed_again_and_again_ends_with_the_same_bits(method, tmp_path, 
         process = start(method, workdir, cache)
         saving = kill(process, workdir, AIMS[killed % len(AIMS)], rng)
         if saving is None:
-            # It was quicker than the kill: one more run that went on, and a new one is begun.
+            # It ended before the kill: one more resumed run, and a new one is begun.
             assert_same(workdir, whole)
             run += 1
             continue

@@ -3,27 +3,30 @@
 import numpy as np
 import pytest
 
-from lpa_jax.tables import report as table_report
-from lpa_jax.tables.comparison import Line
-from lpa_jax.training import report
+from lpa_jax import plots
+from lpa_jax.tables.comparison import RowSummary
 
 
 @pytest.fixture
 def drawn(monkeypatch):
     """Return the figures that are drawn."""
-    figures, figure = [], report.figure
+    figures, figure = [], plots.figure
 
     def kept(*arguments, **options):
         made = figure(*arguments, **options)
         figures.append(made[0])
         return made
 
-    monkeypatch.setattr(report, "figure", kept)
+    monkeypatch.setattr(plots, "figure", kept)
     return figures
 
 
 def row(epoch, **more):
-    return {"epoch": epoch, "train_loss": 2.0 / epoch, "train_accuracy": 0.5, **more}
+    train = {"loss": 2.0 / epoch, "accuracy": 0.5}
+    return {"epoch": epoch, "metrics": {"train": train, **more}}
+
+
+VALIDATION = {"nll": 1.5, "accuracy": 0.6}
 
 
 def legend(canvas):
@@ -38,9 +41,9 @@ def lines(axes):
     return [line for line in axes.lines if len(line.get_xdata())]
 
 
-def test_curves_of_one_epoch_can_be_seen_and_told_apart(tmp_path, drawn):
-    rows = [row(1, validation_nll=1.5, validation_accuracy=0.6)]
-    report.plot_curves(tmp_path / "curves.png", "title", {0: rows})
+def test_curves_of_one_epoch_can_be_seen_and_told_apart(drawn):
+    rows = [row(1, validation=VALIDATION)]
+    plots.curves("title", {0: rows})
     for axes in drawn[0].axes:
         train, validation = lines(axes)
         assert train.get_marker() not in ("", "None", None)
@@ -48,9 +51,9 @@ def test_curves_of_one_epoch_can_be_seen_and_told_apart(tmp_path, drawn):
         assert all(tick == round(tick) for tick in axes.get_xticks())
 
 
-def test_curves_have_a_color_a_seed_and_a_style_a_part(tmp_path, drawn):
-    rows = [row(e, validation_nll=1.5, validation_accuracy=0.6) for e in (1, 2)]
-    report.plot_curves(tmp_path / "curves.png", "title", {3: rows, 4: rows})
+def test_curves_have_a_color_a_seed_and_a_style_a_part(drawn):
+    rows = [row(e, validation=VALIDATION) for e in (1, 2)]
+    plots.curves("title", {3: rows, 4: rows})
     for axes in drawn[0].axes:
         found = [(line.get_color(), line.get_linestyle()) for line in lines(axes)]
         assert found == [("C0", "-"), ("C0", "--"), ("C1", "-"), ("C1", "--")]
@@ -61,16 +64,16 @@ def test_curves_have_a_color_a_seed_and_a_style_a_part(tmp_path, drawn):
     }  # fmt: skip
 
 
-def test_no_validation_is_in_the_legend_of_a_run_without(tmp_path, drawn):
-    report.plot_curves(tmp_path / "curves.png", "title", {0: [row(1)]})
+def test_no_validation_is_in_the_legend_of_a_run_without(drawn):
+    plots.curves("title", {0: [row(1)]})
     assert list(legend(drawn[0])) == ["train", "seed 0"]
 
 
-def test_the_colors_of_classes_are_explained(tmp_path, drawn):
+def test_the_colors_of_classes_are_explained(drawn):
     # The last class is not perturbed in any step.
     signed = {"norm": [1.0, 2.0, 3.0, 0.0], "relative": [0.1, 0.2, 0.3, 0.0]}
     sites = {"a": {**signed, "sign": [1.0, -0.8, 0.2, 0.0]}, "b": {**signed}}
-    report.plot_perturbation(tmp_path / "perturbation.png", "title", sites)
+    plots.perturbation("title", sites)
     told = {handle.get_facecolor(): name for name, handle in legend(drawn[0]).items()}
     for axes in drawn[0].axes:
         bars = sorted((round(bar.get_x() + 0.4), told[bar.get_facecolor()]) for bar in axes.patches)
@@ -88,29 +91,29 @@ def test_the_colors_of_classes_are_explained(tmp_path, drawn):
 def evaluated(seed, accuracy):
     bins = {"examples": [10, 30], "accuracy": [0.5, 0.9], "confidence": [0.4, 0.8]}
     clean = {"error": 0.2, "ece": 0.1, "class_accuracy": [accuracy, None]}
-    return {"seed": seed, "clean": clean, "reliability": bins}
+    return {"seed": seed, "metrics": {"clean": clean}, "details": {"reliability": bins}}
 
 
-def test_an_evaluation_explains_what_it_draws_and_cuts_no_deviation(tmp_path, drawn):
-    report.plot_evaluation(tmp_path / "e.png", "title", [evaluated(0, 1.0), evaluated(1, 0.5)])
+def test_an_evaluation_plot_has_a_legend_and_shows_whole_deviations(drawn):
+    plots.reliability("title", [evaluated(0, 1.0), evaluated(1, 0.5)])
     left, right = drawn[0].axes
     names = {text.get_text() for text in left.get_legend().get_texts()}
     assert names == {"at mean confidence", "perfect calibration", "accuracy"}
     assert left.get_title() == "ECE 10.00 %, mean of 2 seeds; their bins pooled"
     assert right.get_title() == "accuracy of each class, mean ± sd of 2 seeds"
     assert right.get_ylim()[1] > 0.75 + np.std([1.0, 0.5], ddof=1)
-    report.plot_evaluation(tmp_path / "e.png", "title", [evaluated(0, 1.0)])
+    plots.reliability("title", [evaluated(0, 1.0)])
     assert [axes.get_title() for axes in drawn[1].axes] == ["ECE 10.00 %", "accuracy of each class"]
 
 
-def test_a_table_explains_its_marks_and_names_what_diverged(tmp_path, drawn):
-    empty = Line("", None, None, 2, {}, None, None, {}, None, None, None, None, {}, "", "")
+def test_a_table_plot_has_a_legend_and_names_diverged_rows(drawn):
+    empty = RowSummary("", None, None, 2, {}, {}, {}, None, None, None, None, None, {}, "", "")
     rows = [
-        empty._replace(name="erm", error=5.0, std=0.5, published={"some paper": 4.0}),
-        empty._replace(name="lpa", error=4.5, std=0.5),
+        empty._replace(name="erm", value=5.0, std=0.5, published={"some paper": 4.0}),
+        empty._replace(name="lpa", value=4.5, std=0.5),
         empty._replace(name="lpl", failure="The loss is not finite."),
     ]
-    table_report._plot(tmp_path / "table.png", "name", rows)
+    plots.table("name", "test error %", rows)
     assert set(legend(drawn[0])) == {
         "mean ± standard deviation of the seeds", "published", "mean of erm",
     }  # fmt: skip

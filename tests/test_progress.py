@@ -15,9 +15,10 @@ import jax.numpy as jnp
 import pytest
 from rich.console import Console
 
+from lpa_jax.evaluation import evaluate
 from lpa_jax.tables import catalogue, runs
 from lpa_jax.training import config as configuration
-from lpa_jax.training import evaluate, loop, progress
+from lpa_jax.training import loop, progress
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -30,7 +31,7 @@ def shown(console):
     return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", console.file.getvalue())
 
 
-def test_what_is_counted_is_finished_and_the_host_is_little_ahead():
+def test_counted_steps_are_finished_and_the_host_is_little_ahead():
     @jax.jit
     def step(x):
         # What is cheap, a CPU computes while the host waits.
@@ -55,7 +56,7 @@ def test_what_is_counted_is_finished_and_the_host_is_little_ahead():
     assert 1 < max(ahead) <= 3 + 1.5 * 40 / seconds
 
 
-def test_compilation_and_what_is_apart_are_in_no_rate():
+def test_rates_exclude_compilation_and_other_work():
     def step():
         time.sleep(1.0 if not bar.done else 0.01)
 
@@ -96,7 +97,7 @@ def small(**changes):
     return config
 
 
-def test_a_run_tells_of_compilation_and_of_its_seeds(tmp_path):
+def test_a_run_reports_compilation_and_its_seeds(tmp_path):
     console = Console(file=io.StringIO(), width=40)
     # Neither taken for a style nor broken into lines.
     workdir = tmp_path / "a[bold]b"
@@ -135,11 +136,11 @@ def test_an_evaluation_counts_its_conditions_and_batches(run):
     evaluate.evaluate_run(run, attack=True, console=(console := Console(file=io.StringIO())))
     lines = console.file.getvalue().splitlines()
     assert lines[0] == "clean (1 of 3): compiling"
-    assert re.match(r"pgd \(3 of 3\): error [\d.]+ %, ", lines[5])
+    assert re.match(r"pgd \(3 of 3\): error % [\d.]+, ", lines[5])
 
 
-def test_a_table_counts_its_rows_and_tells_the_time_left(tmp_path):
-    protocol = runs.Protocol(ROOT / "configs", 1, 1, {"limit": 128})
+def test_a_table_counts_its_rows_and_shows_the_time_left(tmp_path):
+    protocol = runs.Protocol(1, 1, {"limit": 128})
     table = catalogue.chosen("digits", ["erm", "lpl"])
     runs.plan(table, protocol, tmp_path, console := terminal())
     assert "timing lpl" in shown(console)
@@ -153,14 +154,15 @@ ENDLESS = """
 import sys
 import jax, jax.numpy as jnp, numpy as np
 from lpa_jax import commands, data
-from lpa_jax.evaluation import metrics
+from lpa_jax.tasks.classification import Outcomes
+from lpa_jax.training import predict as prediction
 
 @jax.jit
 def endless(x):
     # What is cheap runs while the host waits, on a CPU.
     y = jnp.full((64, 64), x[0])
     y = jax.lax.while_loop(lambda y: y[0, 0] < 2, lambda y: 0.01 * (y @ y), y)
-    return metrics.Outcomes(x, x + y[0, 0], x)
+    return Outcomes(x, x + y[0, 0], x)
 
 def predict(variables, images, labels, index):
     found = endless(jnp.zeros(len(labels)))
@@ -169,11 +171,11 @@ def predict(variables, images, labels, index):
 
 examples = data.Examples(np.zeros((64, 2, 2, 1), np.uint8), np.zeros(64, np.int32))
 with commands.sentences("stopped."):
-    metrics.collect(predict, None, examples, 1)
+    prediction.collect(predict, None, examples, 1)
 """
 
 
-def test_an_evaluation_obeys_at_once_however_long_a_batch_takes():
+def test_an_evaluation_stops_at_once_however_long_a_batch_takes():
     process = subprocess.Popen(
         [sys.executable, "-c", ENDLESS],
         cwd=ROOT, env={**os.environ, "JAX_PLATFORMS": "cpu"}, stdout=subprocess.PIPE,
@@ -192,7 +194,7 @@ def test_an_evaluation_obeys_at_once_however_long_a_batch_takes():
     assert out.count("given") <= 3
 
 
-def test_training_that_is_stopped_goes_on(tmp_path):
+def test_training_that_is_stopped_resumes(tmp_path):
     command = [
         sys.executable, "-m", "lpa_jax.main", "--config=configs/digits.py:smoke",
         f"--workdir={tmp_path}", "--config.epochs=30",
@@ -208,7 +210,7 @@ def test_training_that_is_stopped_goes_on(tmp_path):
     _, errors = process.communicate(timeout=60)
     assert time.monotonic() - began < 10
     assert process.returncode == 130
-    assert "the same command goes on from the last checkpoint" in errors
+    assert "rerun the command to resume from the last checkpoint" in errors
     assert (
         subprocess.run(command, **options, stdout=subprocess.DEVNULL, check=False).returncode == 0
     )

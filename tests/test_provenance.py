@@ -1,5 +1,6 @@
-"""What a result came of is recorded with it, and results of different things are not pooled."""
+"""The origin of a result is recorded with it, and results of different origins are not pooled."""
 
+import dataclasses
 import importlib.metadata
 import io
 import json
@@ -14,10 +15,14 @@ from rich.console import Console
 
 from configs import digits
 from lpa_jax import data
-from lpa_jax.training import checkpoints, evaluate, loop, provenance, records
+from lpa_jax.evaluation import evaluate
+from lpa_jax.training import checkpoints, files, loop, metric_log, provenance
 from lpa_jax.training.config import ConfigError
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:tensorboardX")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:tensorboardX"),
+    pytest.mark.guarantee("fingerprints"),
+]
 
 SMALL = {"limit": 128, "batch_size": 32, "epochs": 1, "schedule.name": "constant"}
 QUIET = Console(quiet=True)
@@ -36,7 +41,7 @@ def contents(workdir):
 
 
 def unfinish(workdir, seed=0):
-    """Take back the result of a seed, whose checkpoints stay."""
+    """Delete the result of a seed and keep its checkpoints."""
     (workdir / f"seed{seed}" / "result.json").unlink()
 
 
@@ -72,10 +77,12 @@ def test_other_data_under_the_same_name_are_refused(half, tmp_path):
     write_npz(path, 101)
     kept = contents(workdir)
     for allow in (False, True):
-        with pytest.raises(ConfigError, match=r"seed0 came of other data \(fin.*restore the data"):
+        with pytest.raises(
+            ConfigError, match=r"seed0 was made with other data \(fin.*restore the data"
+        ):
             run(workdir, num_seeds=2, allow=allow, **dataset)
         assert contents(workdir) == kept
-    with pytest.raises(ConfigError, match=r"seed0 came of other data \(fingerprint"):
+    with pytest.raises(ConfigError, match=r"seed0 was made with other data \(fingerprint"):
         evaluate.evaluate_run(workdir, console=QUIET)
     assert contents(workdir) == kept
 
@@ -88,14 +95,15 @@ def test_other_data_under_the_same_name_are_refused(half, tmp_path):
 @pytest.mark.parametrize("field", ["images", "labels"])
 def test_every_image_and_label_counts(part, field):
     dataset = data.load("digits")
-    examples = getattr(dataset, part)
+    examples = dataset.splits[part]
     array = getattr(examples, field).copy()
     array.flat[-1] += 1
-    changed = dataset._replace(**{part: examples._replace(**{field: array})})
-    assert provenance.of_data(changed) != provenance.of_data(dataset)
+    other = dataclasses.replace(examples, **{field: array})
+    changed = dataset.replace(splits={**dataset.splits, part: other})
+    assert changed.fingerprint() != dataset.fingerprint()
     names = dataset.class_names
-    renamed = dataset._replace(class_names=(*names[:-1], "another"))
-    assert provenance.of_data(renamed) != provenance.of_data(dataset)
+    renamed = dataset.replace(class_names=(*names[:-1], "another"))
+    assert renamed.fingerprint() != dataset.fingerprint()
 
 
 # ---------------------------------------------------------------- code
@@ -109,7 +117,7 @@ def test_the_code_is_that_which_training_imports(tmp_path):
         "main.py",
         "table.py",
         "tables/runs.py",
-        "training/evaluate.py",
+        "evaluation/evaluate.py",
         "transforms/new.py",
     ):
         with (package / name).open("a") as file:
@@ -150,8 +158,9 @@ def test_other_code_is_refused(half, finished, monkeypatch):
     monkeypatch.setattr(provenance, "commit", lambda: "abc-dirty")
     with pytest.raises(
         ConfigError,
-        match=r"seed0 came of other code \(fingerprint \w{8} at commit \w+(-dirty)? instead of "
-        r"0{8} at commit abc-dirty\).*give --workdir another.*or remove .*seed0.*a git worktree",
+        match=r"seed0 was made with other code \(fingerprint \w{8} at commit \w+(-dirty)? "
+        r"instead of 0{8} at commit abc-dirty\).*give --workdir another.*or remove .*seed0.*"
+        r"a git worktree",
     ):
         run(finished, num_seeds=2)
     assert contents(finished) == kept
@@ -162,12 +171,12 @@ def test_other_code_is_refused(half, finished, monkeypatch):
         assert [made["code"] for made in summary["seeds"][0]["sessions"]] == ["0" * 32]
 
 
-def test_seeds_of_different_code_are_not_judged_together(finished):
+def test_seeds_of_different_code_are_not_evaluated_together(finished):
     shutil.copytree(finished / "seed0", finished / "seed1")
     path = finished / "seed1" / "sessions.json"
-    (made,) = records.read_json(path)["sessions"]
-    records.write_json(path, {"sessions": [{**made, "code": "0" * 32}]})
-    with pytest.raises(ConfigError, match="seed1 came of other code"):
+    (made,) = files.read_json(path)["sessions"]
+    files.write_json(path, {"sessions": [{**made, "code": "0" * 32}]})
+    with pytest.raises(ConfigError, match="seed1 was made with other code"):
         evaluate.evaluate_run(finished, console=QUIET)
     evaluate.evaluate_run(finished, seeds=[1], console=QUIET)
 
@@ -200,8 +209,8 @@ def test_the_commit_is_that_of_the_package(tmp_path, monkeypatch):
 # ---------------------------------------------------------------- sessions
 
 
-def test_each_seed_tells_of_the_session_that_made_it(finished, monkeypatch):
-    first = records.read_json(finished / "seed0" / "result.json")["sessions"]
+def test_each_seed_records_the_session_that_made_it(finished, monkeypatch):
+    first = files.read_json(finished / "seed0" / "result.json")["sessions"]
     version = importlib.metadata.version
     monkeypatch.setattr(importlib.metadata, "version", lambda name: version(name) + ".later")
     summary, _ = run(finished, num_seeds=2)
@@ -217,9 +226,9 @@ def test_each_seed_tells_of_the_session_that_made_it(finished, monkeypatch):
         assert made["commit"] == provenance.commit()
 
 
-def test_a_seed_tells_of_all_sessions_it_came_of(finished, monkeypatch):
+def test_a_seed_records_all_its_sessions(finished, monkeypatch):
     unfinish(finished)
-    (old,) = records.read_json(finished / "seed0" / "sessions.json")["sessions"]
+    (old,) = files.read_json(finished / "seed0" / "sessions.json")["sessions"]
     # The same again is no other session.
     summary, _ = run(finished)
     assert summary["seeds"][0]["sessions"] == [old]
@@ -233,11 +242,11 @@ def test_a_seed_tells_of_all_sessions_it_came_of(finished, monkeypatch):
 
 
 @pytest.mark.parametrize("half", [False, True], ids=["finished", "half-finished"])
-def test_what_does_not_record_where_it_came_from_is_refused(half, finished):
+def test_what_does_not_record_its_origin_is_refused(half, finished):
     path = finished / "seed0" / "result.json"
-    result = records.read_json(path)
+    result = files.read_json(path)
     del result["sessions"]
-    records.write_json(path, result)
+    files.write_json(path, result)
     if half:
         path.unlink()
         (finished / "seed0" / "sessions.json").unlink()
@@ -247,11 +256,12 @@ def test_what_does_not_record_where_it_came_from_is_refused(half, finished):
     assert contents(finished) == kept
 
 
+@pytest.mark.guarantee("damaged-records")
 @pytest.mark.parametrize("sessions", ["x", {"a": 1}, [1], [{"data": "0"}]], ids=repr)
 @pytest.mark.parametrize("name", ["result.json", "sessions.json"])
 def test_damaged_records_of_sessions_are_named(name, sessions, finished):
     path = finished / "seed0" / name
-    records.write_json(path, {**records.read_json(path), "sessions": sessions})
+    files.write_json(path, {**files.read_json(path), "sessions": sessions})
     if name == "sessions.json":
         unfinish(finished)
     kept = contents(finished)
@@ -260,7 +270,7 @@ def test_damaged_records_of_sessions_are_named(name, sessions, finished):
     assert contents(finished) == kept
 
 
-@pytest.mark.parametrize("error", [ConfigError, records.WriteError])
+@pytest.mark.parametrize("error", [ConfigError, files.WriteError])
 @pytest.mark.parametrize("index", [0, 1])
 def test_an_error_of_the_first_process_ends_all(index, error, monkeypatch):
     told = []
@@ -276,7 +286,7 @@ def test_an_error_of_the_first_process_ends_all(index, error, monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(provenance, "_from_first", broadcast)
     if index:
-        told.append({"error": "No room.", "full": error is records.WriteError})
+        told.append({"error": "No room.", "full": error is files.WriteError})
     monkeypatch.setattr(jax, "process_index", lambda: index)
     with pytest.raises(error, match="No room"):
         provenance.by_first(decide)
@@ -286,6 +296,7 @@ def test_an_error_of_the_first_process_ends_all(index, error, monkeypatch):
 # ---------------------------------------------------------------- configuration
 
 
+@pytest.mark.guarantee("refused-change")
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
@@ -303,8 +314,9 @@ def test_a_finished_run_keeps_its_configuration(changes, told, finished):
     assert ", 1 epoch " in text
 
 
+@pytest.mark.guarantee("refused-change")
 def test_a_finished_run_trains_on_to_more_epochs(finished, tmp_path, monkeypatch):
-    before = records.read_json(finished / "seed0" / "result.json")
+    before = files.read_json(finished / "seed0" / "result.json")
     begin = provenance.begin
 
     def stopped(*arguments):
@@ -316,13 +328,13 @@ def test_a_finished_run_trains_on_to_more_epochs(finished, tmp_path, monkeypatch
         run(finished, allow=True, epochs=3)
     monkeypatch.undo()
     # The result is replaced at the end.
-    assert records.read_json(finished / "seed0" / "result.json") == before
+    assert files.read_json(finished / "seed0" / "result.json") == before
     # The change was allowed already.
     summary, text = run(finished, epochs=3)
     assert "3 epochs" in text
     assert summary["config_changes"] == [{"epochs": [1, 3]}]
     (result,) = summary["seeds"]
-    assert records.read_json(finished / "seed0" / "result.json") == result
+    assert files.read_json(finished / "seed0" / "result.json") == result
     assert [(made["from_step"], made["epochs"]) for made in result["sessions"]] == [(0, 1), (4, 3)]
     # With a constant learning rate it is as if all had been asked for at once.
     whole, _ = run(tmp_path / "whole", epochs=3)
@@ -331,7 +343,7 @@ def test_a_finished_run_trains_on_to_more_epochs(finished, tmp_path, monkeypatch
         del made["sessions"]
     assert result == expected
     rows = [
-        records.read_rows(d / "seed0" / "metrics.jsonl") for d in (finished, tmp_path / "whole")
+        metric_log.read_rows(d / "seed0" / "metrics.jsonl") for d in (finished, tmp_path / "whole")
     ]
     assert rows[0] == rows[1]
     # Fewer would be another run.
@@ -340,11 +352,12 @@ def test_a_finished_run_trains_on_to_more_epochs(finished, tmp_path, monkeypatch
         run(finished, allow=True, epochs=2)
     assert contents(finished) == kept
     # The network of the first result is gone.
-    records.write_json(finished / "seed0" / "result.json", before)
+    files.write_json(finished / "seed0" / "result.json", before)
     with pytest.raises(ConfigError, match="has taken 12 steps, but this configuration has 4"):
         run(finished, allow=True, epochs=1)
 
 
+@pytest.mark.guarantee("refused-change")
 def test_a_finished_run_without_its_checkpoints_is_kept(finished):
     shutil.rmtree(finished / "seed0" / "checkpoints")
     kept = contents(finished)
@@ -353,6 +366,7 @@ def test_a_finished_run_without_its_checkpoints_is_kept(finished):
     assert contents(finished) == kept
 
 
+@pytest.mark.guarantee("refused-change")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize(
     ("changes", "error"),
@@ -362,7 +376,7 @@ def test_a_finished_run_without_its_checkpoints_is_kept(finished):
         ({"noise.rate": 0.5}, ConfigError),
     ],
 )
-def test_what_cannot_be_taken_on_leaves_the_configuration(changes, error, tmp_path):
+def test_what_cannot_be_resumed_keeps_the_configuration(changes, error, tmp_path):
     noise = {"noise.kind": "symmetric_exclusive", "noise.rate": 0.2}
     run(tmp_path, **noise)
     unfinish(tmp_path)
@@ -372,8 +386,10 @@ def test_what_cannot_be_taken_on_leaves_the_configuration(changes, error, tmp_pa
     assert contents(tmp_path) == kept
 
 
-def test_another_configuration_is_noticed_without_its_file(finished):
+def test_another_configuration_is_detected_without_its_file(finished):
     (finished / "config.json").unlink()
-    with pytest.raises(ConfigError, match=r"seed0 came of another configuration \(fingerprint"):
+    with pytest.raises(
+        ConfigError, match=r"seed0 was made with another configuration \(fingerprint"
+    ):
         run(finished, epochs=2)
     assert not (finished / "config.json").exists()

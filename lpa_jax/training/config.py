@@ -1,35 +1,13 @@
-"""What a run is made of: the keys of a configuration, their defaults, and methods by name."""
+"""The schema of a configuration: its keys, what they mean, their defaults, and what they take."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 import difflib
-import inspect
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 from ml_collections import config_dict
 
-import lpa_jax
-from lpa_jax.core import splits
-from lpa_jax.data import batching, long_tail, tasks
-from lpa_jax.methods import corrections, FACTS, METHODS
-
-# Those that depend on the network besides: which parameters SAM moves.
-UNSET = ("mask",)
-SPLIT = {
-    "name": "mean_threshold",
-    "statistic": "confidence",
-    "window": "ema",
-    "tau": 0.5,
-    "num_head": 1,
-    "head_scale": 1.0,
-    "inverted": False,
-}
-# For each kind of imbalance and noise, the key that it needs; the other keys must be left out.
-KINDS = {
-    "imbalance": {"none": None} | dict.fromkeys(long_tail.PROFILES, "ratio"),
-    "noise": {"none": None} | dict.fromkeys(tasks.NOISES, "rate") | {"human": "path"},
-}
-
+from lpa_jax.data import batching, long_tail, modifications
 
 # An ml_collections ConfigDict, whose own annotations give every key the union of all types.
 Config = Any
@@ -39,6 +17,182 @@ class ConfigError(ValueError):
     """A configuration that cannot be run; the message names the remedy."""
 
 
+class Key(NamedTuple):
+    """A key of a configuration.
+
+    Attributes:
+      default: Its value where nothing else is said; None where it is left out.
+      meaning: What it does, for people.
+      kind: Its type, where the default does not tell.
+      low: The smallest number that it takes.
+      above: What numbers must be larger than.
+      below: What numbers must be smaller than.
+      choices: The words that it takes.
+      free: Whether it may differ when a run is resumed: what changes no result but by rounding.
+    """
+
+    default: Any
+    meaning: str
+    kind: type | None = None
+    low: float | None = None
+    above: float | None = None
+    below: float | None = None
+    choices: tuple[str, ...] | None = None
+    free: bool = False
+
+
+_IMBALANCES = ("none", *long_tail.PROFILES)
+_NOISES = ("none", *modifications.NOISES)
+# For each kind of imbalance and noise, the key that it needs; the other keys must be left out.
+_NEEDED = {
+    "imbalance": dict.fromkeys(long_tail.PROFILES, "ratio"),
+    "noise": dict.fromkeys(modifications.NOISES, "rate") | {"human": "path"},
+}
+
+SCHEMA: dict[str, Any] = {
+    "dataset": Key(
+        "digits",
+        '"digits", "npz:PATH", a name of tensorflow-datasets, prepared in data_dir, or a function '
+        'of your own, "package.module:function"',
+    ),
+    "data_dir": Key(None, "directory of prepared tensorflow-datasets", str, free=True),
+    "image_size": Key(None, "side in pixels that images of differing size are resized to", int),
+    "limit": Key(
+        None, "number of examples of each split to use at most: for trials, not results", int, low=1
+    ),
+    "validation_fraction": Key(
+        0.1, "share of the training examples held out for selection, by class; in [0, 1)"
+    ),
+    "imbalance": {
+        "kind": Key("none", "long tail to make of the training set", choices=_IMBALANCES),
+        "ratio": Key(None, "of the largest class to the smallest, at least 1", float),
+    },
+    "noise": {
+        "kind": Key("none", "wrong labels in training and validation", choices=_NOISES),
+        "rate": Key(None, "share of labels that are changed, in [0, 1]", float),
+        "path": Key(None, "npz file of human labels", str),
+        "key": Key("labels", "name of the array in that file"),
+    },
+    "task": Key(
+        "classification", 'what labels mean; or "package.module:OBJECT", a task of your own'
+    ),
+    "sampling": Key(
+        "uniform",
+        "how an epoch draws its examples: each once, or all classes equally often",
+        choices=batching.SAMPLINGS,
+    ),
+    "augment": {
+        "padding": Key(4, "pixels of the border of zeros that random crops reach into", low=0),
+        "flip": Key(True, "whether to mirror half of the images"),
+    },
+    "model": {
+        "name": Key(
+            "wrn_28_10",
+            'network of lpa_jax.models, or "package.module:Class", a Flax module of your own',
+        ),
+        "dtype": Key("float32", "type it computes in", choices=("float32", "bfloat16")),
+        "head": Key("linear", 'last layer; "normalized": logits are 30 times a cosine'),
+        "options": Key({}, "further attributes of the network, by name"),
+    },
+    "remat": Key(
+        None, 'what blocks keep for the backward pass instead of all, as "nothing_saveable"', str
+    ),
+    "loss": {
+        "name": Key("softmax_cross_entropy", "loss of the task"),
+        "gamma": Key(2.0, "of softmax_focal_loss"),
+        "q": Key(0.7, "of generalized_cross_entropy"),
+    },
+    "method": Key("erm", "methods, joined by +, that are described under perturbation"),
+    "perturbation": Key({}, "arguments of each method, by name"),
+    "optimizer": {
+        "name": Key("sgd", "an optimizer of optax or optax.contrib"),
+        "weight_decay": Key(5e-4, "times the parameters, added to the gradient", low=0),
+        "decay": Key(
+            "all",
+            'parameters that decay: "all", or "kernels", those of at least two axes',
+            choices=("all", "kernels"),
+        ),
+        "options": Key(
+            {
+                "momentum": config_dict.placeholder(float),
+                "nesterov": config_dict.placeholder(bool),
+            },
+            "further arguments, by name; of sgd momentum 0.9 and Nesterov's where left out",
+        ),
+        "accumulate": Key(1, "steps whose gradients are averaged before parameters move", low=1),
+        "ema_decay": Key(
+            None,
+            "decay a step of an average of the weights, which is evaluated beside the last ones",
+            float,
+            low=0,
+            below=1,
+        ),
+    },
+    "schedule": {
+        "name": Key(
+            "piecewise", "of the learning rate", choices=("piecewise", "cosine", "constant")
+        ),
+        "learning_rate": Key(0.1, "after the warm-up", low=0),
+        "warmup_epochs": Key(0.0, "length of a linear rise from 0", low=0),
+        "boundaries": Key((100.0, 150.0), "epochs at which piecewise multiplies by factor"),
+        "factor": Key(0.1, "of piecewise, at each boundary", low=0),
+    },
+    "epochs": Key(200, "length of the run", low=1),
+    "batch_size": Key(128, "examples of a step", low=1),
+    "eval_batch_size": Key(500, "examples of a forward pass in evaluation", low=1),
+    "input": Key(
+        "auto",
+        'where training examples wait: memory of the "device" or the "host"',
+        choices=("auto", "device", "host"),
+        free=True,
+    ),
+    "steps_per_dispatch": Key(
+        1, "steps in one call; above 1 they run in a loop, for GPU and TPU", low=1, free=True
+    ),
+    "nonfinite": Key(
+        "stop",
+        "what a step does whose loss or update is NaN or infinite",
+        choices=("stop", "skip"),
+    ),
+    "fsdp": Key(
+        1, "devices that share one copy of parameters and optimizer state", low=1, free=True
+    ),
+    "data_seed": Key(
+        0, "decides what is held out, kept and mislabeled, the same for all seeds", low=0
+    ),
+    "seed": Key(0, "first seed; each draws its own parameters, batches and perturbations", low=0),
+    "num_seeds": Key(1, "number of seeds, counted from seed", low=1, free=True),
+    "evaluate_every": Key(1, "epochs between evaluations", low=1),
+    "checkpoint_every": Key(1.0, "epochs between checkpoints", above=0),
+    "selection": {
+        "split": Key("validation", "split whose metric selects the best epoch"),
+        "metric": Key(None, "metric that selects; left out: the task's", str),
+    },
+    "writers": Key(
+        ("tensorboard",),
+        'where metrics are written beside metrics.jsonl: "tensorboard", "wandb", "mlflow", or '
+        '"package.module:Class"',
+        free=True,
+    ),
+}
+
+
+def keys(schema: Mapping[str, Any] = SCHEMA, prefix: str = "") -> dict[str, Key]:
+    """Return every key of the schema by its dotted name.
+
+    Example:
+      >>> keys()["schedule.learning_rate"].meaning
+      'after the warm-up'
+    """
+    found: dict[str, Key] = {}
+    for name, entry in schema.items():
+        if isinstance(entry, Key):
+            found[f"{prefix}{name}"] = entry
+        else:
+            found |= keys(entry, f"{prefix}{name}.")
+    return found
+
+
 def default() -> Config:
     """Return every key of a configuration with its default.
 
@@ -46,267 +200,29 @@ def default() -> Config:
       >>> default().schedule.name
       'piecewise'
     """
-    return config_dict.ConfigDict(
-        {
-            # Examples: "digits", "npz:PATH", or a tensorflow-datasets name, prepared in data_dir.
-            "dataset": "digits",
-            "data_dir": config_dict.placeholder(str),
-            # Side that images of differing size are resized to.
-            "image_size": config_dict.placeholder(int),
-            # Use at most that many examples of each split: for trials, not for results.
-            "limit": config_dict.placeholder(int),
-            # Share of the training examples held out for tuning, by class.
-            "validation_fraction": 0.1,
-            # Training sets made long-tailed: "exponential" or "step", with the ratio of the largest
-            # class to the smallest.
-            "imbalance": {"kind": "none", "ratio": config_dict.placeholder(float)},
-            # Wrong labels in training and validation: "symmetric_inclusive", "symmetric_exclusive"
-            # or "asymmetric" with a rate in [0, 1], or "human": the array `key` of an npz file.
-            "noise": {
-                "kind": "none",
-                "rate": config_dict.placeholder(float),
-                "path": config_dict.placeholder(str),
-                "key": "labels",
-            },
-            # How an epoch draws its examples: "uniform" (each once), "class_balanced" or
-            # "class_aware".
-            "sampling": "uniform",
-            # The standard CIFAR augmentation: crops from zero padding, and horizontal flips.
-            "augment": {"padding": 4, "flip": True},
-            # A name that lpa_jax.models.create knows, the type it computes in, and its last module:
-            # "linear", or "normalized" for logits of 30 times a cosine.
-            "model": {"name": "wrn_28_10", "dtype": "float32", "head": "linear", "options": {}},
-            # What blocks keep for the backward pass instead of everything: "nothing_saveable", ...
-            "remat": config_dict.placeholder(str),
-            # "softmax_cross_entropy", "softmax_binary_cross_entropy", "softmax_focal_loss" (which
-            # takes gamma) or "generalized_cross_entropy" (which takes q).
-            "loss": {"name": "softmax_cross_entropy", "gamma": 2.0, "q": 0.7},
-            # What was asked for by name, and what that means.
-            "method": "erm",
-            "perturbation": {},
-            # An optimizer of optax or optax.contrib; weight decay is added to the gradient, as in
-            # the papers. Options of it are set by name; where these two are None, sgd has momentum
-            # 0.9 and Nesterov's, and other optimizers have their own defaults.
-            "optimizer": {
-                "name": "sgd",
-                "weight_decay": 5e-4,
-                "options": {
-                    "momentum": config_dict.placeholder(float),
-                    "nesterov": config_dict.placeholder(bool),
-                },
-                # Steps whose gradients are averaged before the parameters move; what is left over
-                # at the end of the run moves nothing.
-                "accumulate": 1,
-            },
-            # Of the learning rate: "piecewise" (times factor at each boundary), "cosine" to 0, or
-            # "constant"; each after a linear warm-up.
-            "schedule": {
-                "name": "piecewise",
-                "learning_rate": 0.1,
-                "warmup_epochs": 0.0,
-                "boundaries": (100.0, 150.0),
-                "factor": 0.1,
-            },
-            "epochs": 200,
-            "batch_size": 128,
-            "eval_batch_size": 500,
-            # Where training images wait: in the memory of the "device" or the "host", or "auto".
-            "input": "auto",
-            # Taken without word from the host; above 1 they run in a loop, which suits GPU and TPU.
-            "steps_per_dispatch": 1,
-            # What a step does whose loss or update is NaN or infinite: "stop" the run, or "skip".
-            "nonfinite": "stop",
-            # Devices that share one copy of parameters and states: fully sharded data parallel.
-            "fsdp": 1,
-            # Which examples are held out, which are kept and which labels are wrong, the same for
-            # all seeds.
-            "data_seed": 0,
-            # Seeds seed, seed + 1, ... each draw their own parameters, batches and perturbations.
-            "seed": 0,
-            "num_seeds": 1,
-            # In epochs.
-            "evaluate_every": 1,
-            "checkpoint_every": 1.0,
+
+    def values(schema):
+        return {
+            name: (
+                values(entry)
+                if not isinstance(entry, Key)
+                else config_dict.placeholder(entry.kind)
+                if entry.kind is not None
+                else dict(entry.default)
+                if isinstance(entry.default, dict)
+                else entry.default
+            )
+            for name, entry in schema.items()
         }
-    )
+
+    return config_dict.ConfigDict(values(SCHEMA))
 
 
-def choose(
-    config: Config,
-    argument: str,
-    smoke: Mapping[str, Any],
-    methods: Mapping[str, Mapping[str, Any]],
-) -> Config:
-    """Complete a configuration by the argument of its file, `"method=lpa+lpl,smoke"`.
-
-    Args:
-      config: The configuration for plain training.
-      argument: What stands after the colon of `--config=FILE:ARGUMENT`.
-      smoke: Keys, dotted where nested, that make a run of seconds.
-      methods: What differs on this data from the defaults of each method's row.
-
-    Raises:
-      ConfigError: If the argument or the method is unknown.
-
-    Example:
-      >>> config = choose(default(), "method=lpl+sam", smoke={}, methods={"sam": {"rho": 0.1}})
-      >>> config.perturbation.lpl.epsilon, config.perturbation.sam.rho
-      (0.4, 0.1)
-    """
-    words = [word for word in argument.split(",") if word]
-    if len(set(words)) < len(words) or sum(word.startswith("method=") for word in words) > 1:
-        raise ConfigError(f"The configuration's argument says something twice: {argument!r}.")
-    method = "erm"
-    for word in words:
-        if word == "smoke":
-            config.update_from_flattened_dict(dict(smoke))
-        elif word.startswith("method="):
-            method = word.removeprefix("method=")
-        else:
-            raise ConfigError(
-                f"The configuration takes 'method=NAME' and 'smoke' after its colon, not {word!r}."
-            )
-    names = [] if method == "erm" else method.split("+")
-    if len(set(names)) < len(names):
-        raise ConfigError(f"The method {method!r} names a transform twice.")
-    config.method = method
-    config.perturbation = {name: arguments_of(name, methods.get(name, {})) for name in names}
-    for name in names:
-        config.update_from_flattened_dict(dict(METHODS[name].settings))
-    return config
-
-
-def arguments_of(name: str, known: Mapping[str, Any]) -> dict[str, Any]:
-    """Return every argument of a method that a configuration can set, with its value.
-
-    What is known goes before the defaults of the method's row. What is in `methods.FACTS`, such as
-    the class counts of LDAM, comes from the training set and the run.
-    """
-    if name not in METHODS:
-        close = difflib.get_close_matches(name, METHODS, n=3)
-        hint = f"did you mean {' or '.join(close)}? " if close else ""
-        raise ConfigError(
-            f"There is no method {name!r}; {hint}The methods are erm, {', '.join(METHODS)}, "
-            "and several of them joined by '+'."
-        )
-    known = {**METHODS[name].defaults, **known}
-    arguments = {}
-    for parameter in inspect.signature(METHODS[name].factory).parameters.values():
-        if parameter.name in (*FACTS, *UNSET):
-            continue
-        if parameter.name == "split":
-            value: Any = dict(SPLIT) | dict(known.get("split", {}))
-        elif parameter.name in known:
-            value = known[parameter.name]
-        elif parameter.default is inspect.Parameter.empty:
-            raise ConfigError(
-                f"This configuration has no setting for {name!r}: add its {parameter.name!r} to "
-                "row of lpa_jax/methods.py."
-            )
-        elif parameter.default is None:
-            kind = {"step_size": float, "bounds": tuple}.get(parameter.name, int)
-            value = config_dict.placeholder(kind)
-        else:
-            value = parameter.default
-        arguments[parameter.name] = value
-    return arguments
-
-
-def needs_every_class(config: Config) -> bool:
-    """Return whether a transform uses how many training examples each class has."""
-    return any(
-        "class_counts" in inspect.signature(METHODS[name].factory).parameters
-        or arguments.get("split", {}).get("name") == "tail"
-        for name, arguments in config.perturbation.items()
-    )
-
-
-def perturbation(
-    config: Config, class_counts: list[int], mean: Sequence[float], num_steps: int
-) -> tuple[lpa_jax.Perturbation, ...]:
-    """Build the chain of a configuration, in the order in which `method` names its transforms.
-
-    Args:
-      config: The configuration.
-      class_counts: Number of training examples of each class.
-      mean: Of the training images, a number for each channel.
-      num_steps: Number of steps of the run.
-
-    Raises:
-      ConfigError: If class frequencies would be corrected more than once, by the sampling or by
-        transforms.
-      ValueError: If an argument is outside its range.
-    """
-    names = [] if config.method == "erm" else config.method.split("+")
-    if set(names) != set(config.perturbation):
-        raise ConfigError(
-            f"config.method is {config.method!r}, but config.perturbation describes "
-            f"{'+'.join(config.perturbation) or 'erm'}: choose the method after the colon of "
-            "--config, as in FILE.py:method=lpa."
-        )
-    corrected = corrections(names)
-    if corrected and config.sampling != "uniform":
-        named = " and ".join(corrected)
-        raise ConfigError(
-            f"config.sampling {config.sampling!r} draws all classes equally often, and {named} in "
-            "config.method would correct for their frequencies once more: take one of the two, "
-            f"config.sampling='uniform' or a method without {named}."
-        )
-    if len(corrected) > 1:
-        raise ConfigError(
-            f"{' and '.join(corrected)} in config.method would each correct for the frequencies "
-            "of the classes: name one of them."
-        )
-    task = {
-        "class_counts": class_counts,
-        "mean": tuple(mean),
-        "num_classes": len(class_counts),
-        "num_examples": sum(class_counts),
-        "num_steps": num_steps,
-    }
-    return lpa_jax.chain(*(_transform(name, config.perturbation[name], task) for name in names))
-
-
-def _transform(name: str, config: Config, task: Mapping[str, Any]) -> lpa_jax.Perturbation:
-    factory = METHODS[name].factory
-    arguments = dict(config)
-    taken = inspect.signature(factory).parameters
-    _refuse_unknown(f"perturbation.{name}.", arguments, taken)
-    for key, parameter in taken.items():
-        if parameter.default is inspect.Parameter.empty and key not in {*arguments, *FACTS}:
-            raise ConfigError(
-                f"config.perturbation.{name} lacks {key}: leave the others as they are, and set "
-                f"one by --config.perturbation.{name}.KEY=VALUE."
-            )
-    if "split" in arguments:
-        arguments["split"] = _split(
-            arguments["split"], task["class_counts"], f"perturbation.{name}."
-        )
-    for key in METHODS[name].shares:
-        if not 0 <= arguments[key] <= 1:
-            raise ConfigError(
-                f"config.perturbation.{name}.{key} must be a share of the run, between 0 and 1, "
-                f"not {arguments[key]!r}."
-            )
-    return METHODS[name].make(task, **arguments)
-
-
-def _refuse_unknown(prefix: str, given: Iterable[str], known: Iterable[str]) -> None:
-    known = [key for key in known if key not in (*FACTS, *UNSET)]
-    for name in sorted(set(given) - set(known)):
-        raise ConfigError(no_key(prefix, name, known))
-
-
-def _split(config: Config, class_counts: list[int], prefix: str) -> splits.Split:
-    names = ("mean_threshold", "threshold", "tail", "all_positive", "all_negative")
-    name = config.name
-    if name not in names:
-        raise ConfigError(f"There is no split {name!r}; the splits are {', '.join(names)}.")
-    factory = getattr(splits, name)
-    _refuse_unknown(f"{prefix}split.", config, SPLIT)
-    known = {**SPLIT, **config, "class_counts": class_counts}
-    split = factory(**{key: known[key] for key in inspect.signature(factory).parameters})
-    return splits.inverted(split) if known["inverted"] else split
+FREE = {name for name, key in keys().items() if key.free}
+"""What may differ when a run is resumed: more seeds may be asked for, and the place of the
+computation changes nothing but its rounding."""
+# What is under these keys differs from run to run.
+OPEN = tuple(name for name, key in keys().items() if isinstance(key.default, dict))
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -321,29 +237,6 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         name = f"{prefix}{key}"
         entries |= flat(value, f"{name}.") if isinstance(value, dict) and value else {name: value}
     return entries
-
-
-def _check_keys(config: Config, like: Config, prefix: str = "") -> None:
-    """Raise `ConfigError` unless `config` has the keys of `like` and values of their types."""
-    for key in like:
-        name, kind = f"config.{prefix}{key}", like.get_type(key)
-        if key not in config:
-            raise ConfigError(f"{name} is missing: begin with lpa_jax.training.config.default().")
-        value = config[key]
-        if isinstance(like[key], config_dict.ConfigDict):
-            if not isinstance(value, config_dict.ConfigDict):
-                raise ConfigError(f"{name} must be a dictionary, not {value!r}.")
-            # What has no entries by default takes any.
-            if like[key]:
-                _check_keys(value, like[key], f"{prefix}{key}.")
-            continue
-        kinds = {float: (float, int), tuple: (tuple, list)}.get(kind, kind)
-        wrong = not isinstance(value, kinds) or (isinstance(value, bool) and kind is not bool)
-        if wrong and not (value is None and like[key] is None):
-            raise ConfigError(f"{name} must be of type {kind.__name__}, not {value!r}.")
-    unknown = sorted(set(config) - set(like))
-    if unknown:
-        raise ConfigError(no_key(prefix, unknown[0], like))
 
 
 def no_key(prefix: str, name: str, known: Iterable[str]) -> str:
@@ -390,34 +283,8 @@ def absent(config: Config, key: str) -> str | None:
 
 
 def check(config: Config) -> None:
-    """Raise `ConfigError` unless every key is there, and every number in its range."""
-    like = default()
-    # Those of the optimizer that is named, whichever it is.
-    like.optimizer.options = config_dict.ConfigDict()
-    _check_keys(config, like)
-    for key, value in flat(config.to_dict()).items():
-        numbers = value if isinstance(value, (tuple, list)) else (value,)
-        if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
-            raise ConfigError(f"config.{key} must be finite, not {value!r}.")
-    names = ("epochs", "batch_size", "eval_batch_size", "num_seeds", "evaluate_every", "limit",
-             "steps_per_dispatch", "fsdp")  # fmt: skip
-    positive = {name: config[name] for name in names}
-    positive["optimizer.accumulate"] = config.optimizer.accumulate
-    for key, value in positive.items():
-        if value is not None and value < 1:
-            raise ConfigError(f"config.{key} must be at least 1, not {value!r}.")
-    not_negative = {
-        "seed": config.seed,
-        "data_seed": config.data_seed,
-        "augment.padding": config.augment.padding,
-        "optimizer.weight_decay": config.optimizer.weight_decay,
-        "schedule.learning_rate": config.schedule.learning_rate,
-        "schedule.warmup_epochs": config.schedule.warmup_epochs,
-        "schedule.factor": config.schedule.factor,
-    }
-    for key, value in not_negative.items():
-        if not 0 <= value < math.inf:
-            raise ConfigError(f"config.{key} must be at least 0, not {value!r}.")
+    """Raise `ConfigError` unless every key is there, and every value is one that its key takes."""
+    _check_tree(config, SCHEMA)
     boundaries = config.schedule.boundaries
     numbers = all(isinstance(epoch, (int, float)) and epoch >= 0 for epoch in boundaries)
     if not numbers or list(boundaries) != sorted(boundaries):
@@ -426,42 +293,87 @@ def check(config: Config) -> None:
         )
     if config.seed + config.num_seeds > 2**31:
         raise ConfigError(f"config.seed must be below 2**31, not {config.seed!r}.")
-    if not 0 < config.checkpoint_every < math.inf:
-        raise ConfigError(
-            f"config.checkpoint_every must be above 0 epochs, not {config.checkpoint_every!r}."
-        )
-    if config.nonfinite not in ("stop", "skip"):
-        raise ConfigError(f"config.nonfinite must be stop or skip, not {config.nonfinite!r}.")
-    for key, kinds in KINDS.items():
-        _check_kind(key, config[key], kinds)
-    if config.sampling not in batching.SAMPLINGS:
-        raise ConfigError(
-            f"config.sampling must be one of {', '.join(batching.SAMPLINGS)}, not "
-            f"{config.sampling!r}."
-        )
-    if config.model.dtype not in ("float32", "bfloat16"):
-        raise ConfigError(
-            f"config.model.dtype must be float32 or bfloat16, not {config.model.dtype!r}."
-        )
-    if config.model.head != "linear" and "isda" in config.perturbation:
-        raise ConfigError(
-            f"isda needs a linear head, whose kernel's columns its formula is of, but "
-            f"config.model.head is {config.model.head!r}: set it to 'linear', or leave out isda. "
-            "(ldam and additive_margin set 'normalized'; with a linear head, set their scale to 1.)"
-        )
+    for key, needed in _NEEDED.items():
+        _check_kind(key, config[key], needed)
 
 
-def _check_kind(key: str, config: Config, kinds: Mapping[str, str | None]) -> None:
-    if config.kind not in kinds:
-        raise ConfigError(
-            f"config.{key}.kind must be one of {', '.join(kinds)}, not {config.kind!r}."
-        )
-    needed = kinds[config.kind]
+def _check_tree(config: Config, schema: Mapping[str, Any], prefix: str = "") -> None:
+    for name, entry in schema.items():
+        key = f"config.{prefix}{name}"
+        if name not in config:
+            raise ConfigError(f"{key} is missing: begin with lpa_jax.training.config.default().")
+        value = config[name]
+        if isinstance(entry, Key) and not isinstance(entry.default, dict):
+            _check_value(key, value, entry)
+            continue
+        if not isinstance(value, config_dict.ConfigDict):
+            raise ConfigError(f"{key} must be a dictionary, not {value!r}.")
+        if isinstance(entry, Key):
+            for inner, number in flat(value.to_dict()).items():
+                _check_finite(f"{key}.{inner}", number)
+        else:
+            _check_tree(value, entry, f"{prefix}{name}.")
+    if unknown := sorted(set(config) - set(schema)):
+        raise ConfigError(no_key(prefix, unknown[0], schema))
+
+
+def _check_value(name: str, value: Any, key: Key) -> None:
+    kind = type(key.default) if key.kind is None else key.kind
+    if value is None and key.default is None:
+        return
+    kinds = {float: (float, int), tuple: (tuple, list)}.get(kind, kind)
+    if not isinstance(value, kinds) or (isinstance(value, bool) and kind is not bool):
+        raise ConfigError(f"{name} must be of type {kind.__name__}, not {value!r}.")
+    _check_finite(name, value)
+    if key.choices is not None and value not in key.choices:
+        raise ConfigError(f"{name} must be one of {', '.join(key.choices)}, not {value!r}.")
+    for limit, told, right in (
+        (key.low, "at least", lambda value, limit: value >= limit),
+        (key.above, "above", lambda value, limit: value > limit),
+        (key.below, "below", lambda value, limit: value < limit),
+    ):
+        if limit is not None and not right(value, limit):
+            raise ConfigError(f"{name} must be {told} {limit:g}, not {value!r}.")
+
+
+def _check_finite(name: str, value: Any) -> None:
+    numbers = value if isinstance(value, (tuple, list)) else (value,)
+    if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
+        raise ConfigError(f"{name} must be finite, not {value!r}.")
+
+
+def _check_kind(key: str, config: Config, needed_by: Mapping[str, str]) -> None:
+    needed = needed_by.get(config.kind)
     if needed is not None and config[needed] is None:
         raise ConfigError(f"config.{key}.kind {config.kind!r} needs config.{key}.{needed}.")
-    for name in {*kinds.values(), None} - {needed, None}:
+    for name in sorted({*needed_by.values()} - {needed}):
         if config[name] is not None:
             raise ConfigError(
                 f"config.{key}.{name} has no effect where config.{key}.kind is {config.kind!r}: "
                 "leave it out, or choose another kind."
             )
+
+
+def describe(config: Config | None = None) -> str:
+    """Return every key with its value and its meaning, one a line.
+
+    Args:
+      config: Whose values to show; None for the defaults.
+
+    Example:
+      >>> [line for line in describe().splitlines() if line.startswith("epochs")]
+      ['epochs = 200  # length of the run; at least 1']
+    """
+    known, lines = keys(), []
+    for name, value in flat((default() if config is None else config).to_dict()).items():
+        key = known.get(name)
+        told = "" if key is None else f"  # {key.meaning}{_limits(key)}"
+        lines.append(f"{name} = {value!r}{told}")
+    return "\n".join(lines)
+
+
+def _limits(key: Key) -> str:
+    words = [f"one of {', '.join(key.choices)}"] if key.choices else []
+    for limit, told in ((key.low, "at least"), (key.above, "above"), (key.below, "below")):
+        words += [] if limit is None else [f"{told} {limit:g}"]
+    return "".join(f"; {word}" for word in words)

@@ -1,4 +1,4 @@
-"""How examples reach the training step: from the devices' memory, or from the host's."""
+"""How examples reach the training step: from the memory of the devices, or of the host."""
 
 from collections.abc import Callable, Generator
 import functools
@@ -7,15 +7,15 @@ from typing import Any, NamedTuple
 import jax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
-from jaxtyping import Array, Int, UInt8
+from jaxtyping import Int
 import numpy as np
 
 from lpa_jax import data
 from lpa_jax.training import mesh as meshes
-from lpa_jax.training.config import ConfigError
 
-Batch = tuple[UInt8[Array, "batch height width channels"], Int[Array, "batch"], Int[Array, "batch"]]
-"""Images, labels, and which examples of the training set these are."""
+Batch = tuple[Any, Any, dict[str, Any]]
+"""Images, labels, and by name what else is known of each example: `"examples"`, which of the
+training set it is, and what the source adds."""
 Batches = Callable[[int, int], Int[np.ndarray, "steps batch"]]
 SHARE = 0.25
 """Part of a device's memory that the training images may fill."""
@@ -28,14 +28,16 @@ class Feed(NamedTuple):
 
     Attributes:
       open: `open(seed, first)` returns the generator of what steps are given from step `first`
-        on, a tuple of arrays each; where a run goes on after an interruption follows from `first`.
+        on, a tuple of trees of arrays each: a resumed run begins at the step it resumes from.
       take: Picks the batch of a step out of what it is given, `take(step, *given)`; traced.
       resident: Whether the examples are in the devices' memory.
+      like: Shapes and dtypes of a batch.
     """
 
-    open: Callable[[int, int], Generator[tuple[Array, ...], None, None]]
+    open: Callable[[int, int], Generator[tuple[Any, ...], None, None]]
     take: Callable[..., Batch]
     resident: bool
+    like: Batch
 
 
 def make_feed(
@@ -49,7 +51,7 @@ def make_feed(
     """Return the feed of a run.
 
     Args:
-      place: `"device"`: every device holds all examples as uint8, and a step moves nothing between
+      place: `"device"`: every device holds all examples, and a step moves nothing between
         host and device. `"host"`: batches are read ahead by threads, each process its own part.
         `"auto"`: on the devices if the images fill at most a quarter of their memory.
       examples: The training examples.
@@ -57,9 +59,6 @@ def make_feed(
       num_steps: Steps of the whole run.
       mesh: The devices.
       sampling: How an epoch draws the examples, see `data.train_batches`.
-
-    Raises:
-      ConfigError: If there is no such place.
     """
     if place == "auto":
         told = jax.local_devices()[0].memory_stats() or {}
@@ -69,8 +68,6 @@ def make_feed(
             # All must do the same, whatever else is in the memory of one's device.
             fits = bool(multihost_utils.broadcast_one_to_all(np.array(fits)))
         place = "device" if fits else "host"
-    if place not in ("device", "host"):
-        raise ConfigError(f"config.input must be auto, device or host, not {place!r}.")
     make = _from_device if place == "device" else _from_host
     batches = functools.partial(
         data.train_batches, labels=examples.labels, batch_size=batch_size, sampling=sampling
@@ -81,21 +78,22 @@ def make_feed(
 def _from_device(
     examples: data.Examples, batch_size: int, num_steps: int, mesh: Mesh, batches: Batches
 ) -> Feed:
-    steps_per_epoch = len(examples.labels) // batch_size
-    images, labels = meshes.put(tuple(examples), meshes.replicated(mesh))
+    steps_per_epoch = len(examples) // batch_size
+    whole = meshes.put(_columns(examples), meshes.replicated(mesh))
 
     def open_(seed, first):
         for epoch in range(first // steps_per_epoch, num_steps // steps_per_epoch):
             order = meshes.put(batches(seed, epoch), meshes.batched(mesh, axis=1))
             for _ in range(max(first - epoch * steps_per_epoch, 0), steps_per_epoch):
-                yield images, labels, order
+                yield whole, order
 
-    def take(step, images, labels, order):
+    def take(step, whole, order):
         indices = order[step % order.shape[0]]
-        batch = jax.lax.with_sharding_constraint(images[indices], meshes.batched(mesh))
-        return batch, labels[indices], indices
+        images, labels, extra = jax.tree.map(lambda column: column[indices], whole)
+        images = jax.lax.with_sharding_constraint(images, meshes.batched(mesh))
+        return images, labels, extra | {"examples": indices}
 
-    return Feed(open_, take, resident=True)
+    return Feed(open_, take, resident=True, like=_shapes(examples, batch_size))
 
 
 def _from_host(
@@ -104,10 +102,11 @@ def _from_host(
     # Its import costs a second or two, and sets that fit the devices do without.
     import grain
 
-    steps_per_epoch = len(examples.labels) // batch_size
+    steps_per_epoch = len(examples) // batch_size
     sharding = meshes.batched(mesh)
     here = sharding.addressable_devices_indices_map((batch_size,)).values()
     rows = np.unique(np.concatenate([np.arange(batch_size)[index] for index in here]))
+    columns = _columns(examples)
 
     def open_(seed, first):
         order = functools.lru_cache(maxsize=2)(functools.partial(batches, seed))
@@ -115,14 +114,28 @@ def _from_host(
         def read(step):
             epoch, at = divmod(int(step), steps_per_epoch)
             indices = order(epoch)[at][rows]
-            return examples.images[indices], examples.labels[indices], indices
+            images, labels, extra = jax.tree.map(lambda column: column[indices], columns)
+            return images, labels, extra | {"examples": indices}
 
         ahead = grain.ReadOptions(num_threads=4, prefetch_buffer_size=8)
         for local in grain.MapDataset.range(first, num_steps).map(read).to_iter_dataset(ahead):
-            yield tuple(jax.make_array_from_process_local_data(sharding, part) for part in local)
+            place = functools.partial(jax.make_array_from_process_local_data, sharding)
+            yield tuple(jax.tree.map(place, local))
 
-    def take(step: Any, images, labels, indices):
+    def take(step: Any, images, labels, extra):
         del step
-        return images, labels, indices
+        return images, labels, extra
 
-    return Feed(open_, take, resident=False)
+    return Feed(open_, take, resident=False, like=_shapes(examples, batch_size))
+
+
+def _columns(examples: data.Examples) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+    return examples.images, examples.labels, dict(examples.extra)
+
+
+def _shapes(examples: data.Examples, batch_size: int) -> Batch:
+    def shape(column):
+        return jax.ShapeDtypeStruct((batch_size, *column.shape[1:]), column.dtype)
+
+    images, labels, extra = jax.tree.map(shape, _columns(examples))
+    return images, labels, extra | {"examples": jax.ShapeDtypeStruct((batch_size,), np.int32)}

@@ -7,8 +7,6 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 import numpy as np
 
-from lpa_jax.training.config import ConfigError
-
 LARGE = 2**10
 """Arrays of fewer entries are not worth splitting: to gather them costs a message all the same."""
 
@@ -22,16 +20,16 @@ def make_mesh(batch_size: int, fsdp: int = 1) -> Mesh:
         and of the perturbations; 1 for a copy on every device.
 
     Raises:
-      ConfigError: If the devices cannot share a batch, or the copies the devices, evenly.
+      ValueError: If the devices cannot share a batch, or the copies the devices, evenly.
     """
     count = jax.device_count()
     if batch_size % count:
-        raise ConfigError(
+        raise ValueError(
             f"A batch of {batch_size} cannot be shared by {count} devices: set config.batch_size "
             f"to a multiple of {count}."
         )
     if count % fsdp:
-        raise ConfigError(f"config.fsdp must divide the {count} devices, not {fsdp}.")
+        raise ValueError(f"config.fsdp must divide the {count} devices, not {fsdp}.")
     # Explicit axes, make_mesh's default, do not go through Flax's modules.
     return jax.make_mesh((count // fsdp, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
 

@@ -20,8 +20,8 @@ from rich.progress import (
 )
 from rich.table import Column
 
-from lpa_jax.evaluation.metrics import wait
-from lpa_jax.training import report
+from lpa_jax.training import display
+from lpa_jax.training.predict import wait
 
 IN_FLIGHT = 2
 """Marks that are not reached yet, each half a second of work or one step, before the host waits."""
@@ -146,14 +146,14 @@ class Bar:
             return ""
         # What is in no rate, judging for instance, takes its time again.
         seconds = time.monotonic() - self._began
-        return f"{_clock((self._work / self._work_done - 1) * seconds)} left"
+        return f"{clock((self._work / self._work_done - 1) * seconds)} left"
 
     def _show(self) -> None:
         self._shown.update(self._task, completed=self.done, rate=self._rate(), left=self._left())
 
     def _line(self, text: str) -> None:
         name = self._shown.tasks[self._task].description
-        report.say(self._console, f"{name}: {text}")
+        display.say(self._console, f"{name}: {text}")
 
 
 @contextlib.contextmanager
@@ -222,8 +222,9 @@ class Left:
         """Return the words for the time that `count` more take."""
         if not self._count:
             return ""
-        return f", about {_clock(count * self._seconds / self._count)} left"
+        return f", about {clock(count * self._seconds / self._count)} left"
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Return a time as hours, minutes and seconds."""
     return str(datetime.timedelta(seconds=round(seconds)))

@@ -3,14 +3,12 @@
 from collections.abc import Callable, Mapping
 import difflib
 import inspect
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import optax
 import optax.contrib
-
-from lpa_jax.training.config import ConfigError
 
 OPTIONS = {"sgd": {"momentum": 0.9, "nesterov": True}}
 """Of optimizers, where they are not those of optax."""
@@ -38,7 +36,7 @@ def learning_rate(
       factor: See `boundaries`.
 
     Raises:
-      ConfigError: If there is no such schedule.
+      ValueError: If there is no such schedule.
 
     Example:
       >>> rate = learning_rate(
@@ -61,7 +59,7 @@ def learning_rate(
     elif name == "constant":
         main = optax.constant_schedule(learning_rate)
     else:
-        raise ConfigError(
+        raise ValueError(
             f"There is no schedule {name!r}; the schedules are piecewise, cosine and constant."
         )
     if warmup == 0:
@@ -75,6 +73,7 @@ def optimizer(
     weight_decay: float,
     options: Mapping[str, Any],
     accumulate: int = 1,
+    decay: Literal["all", "kernels"] = "all",
 ) -> optax.GradientTransformation:
     """Return an optax optimizer by name, with weight decay added to the gradient.
 
@@ -87,9 +86,10 @@ def optimizer(
         in `OPTIONS`, else optax's.
       accumulate: Number of gradients that are averaged before the parameters move; the schedule
         is of the number of moves.
+      decay: Which parameters decay: all, or those of at least two axes, without biases and scales.
 
     Raises:
-      ConfigError: If optax has no such optimizer, or it does not take the options.
+      ValueError: If optax has no such optimizer, or it does not take the options.
 
     Example:
       >>> tx = optimizer("sgd", optax.constant_schedule(0.1), 5e-4, {"momentum": 0.9})
@@ -100,19 +100,20 @@ def optimizer(
     if name not in known:
         close = difflib.get_close_matches(name, known, n=3)
         hint = f"did you mean {' or '.join(close)}? " if close else ""
-        raise ConfigError(
+        raise ValueError(
             f"There is no optimizer {name!r} of optax or optax.contrib that takes a learning rate "
             f"first; {hint}sgd, adamw and prodigy are three that do."
         )
     if name.startswith("schedule_free"):
-        raise ConfigError(
-            f"config.optimizer.name cannot be {name!r}: its networks are to be judged by other "
-            "parameters than are trained, which this trainer does not do; adamw is one that can be."
+        raise ValueError(
+            f"config.optimizer.name cannot be {name!r}: its networks are to be evaluated with "
+            "other parameters than are trained, which this trainer does not do; adamw is one that "
+            "can be used."
         )
     factory = known[name]
     taken = list(inspect.signature(factory).parameters)
     for key in sorted(set(given) - set(taken[1:])):
-        raise ConfigError(
+        raise ValueError(
             f"config.optimizer.options does not fit {name}: it takes no {key!r}, but "
             f"{', '.join(taken[1:])}."
         )
@@ -123,16 +124,21 @@ def optimizer(
     except Exception as error:  # Of any kind: whatever optax does with what it is given.
         reason = str(error).strip().partition("\n")[0]
         told = f"with the options {given} " if given else ""
-        raise ConfigError(
+        raise ValueError(
             f"The optimizer {name} {told}cannot be used ({reason}): give config.optimizer.options "
             "what it takes, or choose one that needs gradients and a learning rate alone, such as "
             "adamw."
         ) from error
     if weight_decay:
-        inner = optax.chain(optax.add_decayed_weights(weight_decay), inner)
+        mask = None if decay == "all" else _kernels
+        inner = optax.chain(optax.add_decayed_weights(weight_decay, mask), inner)
     if accumulate == 1:
         return inner
     return optax.MultiSteps(inner, accumulate).gradient_transformation()
+
+
+def _kernels(params: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
 
 
 def _optimizers() -> dict[str, Callable[..., Any]]:

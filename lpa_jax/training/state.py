@@ -1,5 +1,6 @@
 """What a training run carries from step to step."""
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -17,8 +18,8 @@ class Totals(NamedTuple):
       steps: Number of steps.
       examples: Number of examples.
       loss: Sum of training losses, of the perturbed objective.
-      correct: Number of examples whose logits, before their own perturbation, were right; of mixed
-        examples the share that is of the class predicted.
+      correct: Number of examples whose logits, before their own perturbation, were right, as the
+        task counts them; of mixed examples the share that is of the class predicted.
       perturbation: For each site, what is reported of it: `[C]`, summed by example, or summed by
         step where it is a scalar.
     """
@@ -31,7 +32,7 @@ class Totals(NamedTuple):
 
 
 class TrainState(NamedTuple):
-    """A pytree of arrays, and all that a checkpoint holds.
+    """A tree of arrays, and all that a checkpoint holds.
 
     Attributes:
       step: Number of steps taken.
@@ -42,6 +43,7 @@ class TrainState(NamedTuple):
       epoch: Sums over the last finished epoch.
       nonfinite_steps: Number of steps whose loss or update was not finite; they changed nothing
         else.
+      ema: Average of the variables over the steps, weighted by age; None where none is kept.
     """
 
     step: Int[Array, ""]
@@ -51,6 +53,20 @@ class TrainState(NamedTuple):
     running: Totals
     epoch: Totals
     nonfinite_steps: Int[Array, ""]
+    ema: PyTree | None = None
+
+    def items(self) -> dict[str, Any]:
+        """Return what is saved, each under a name of its own."""
+        rest = self._replace(step=None, variables=None, ema=None)
+        saved = {"progress": {"step": self.step}, "variables": self.variables, "training": rest}
+        return saved if self.ema is None else saved | {"ema": self.ema}
+
+    @classmethod
+    def of_items(cls, items: Mapping[str, Any]) -> "TrainState":
+        """Return the state of which `items` are, the inverse of that."""
+        return items["training"]._replace(
+            step=items["progress"]["step"], variables=items["variables"], ema=items.get("ema")
+        )
 
 
 def empty_totals(metrics: Any) -> Totals:
@@ -72,11 +88,11 @@ def add_to_totals(
     """Add a step to the sums."""
     count = correct.shape[0]
 
-    def weigh(report):
-        members = report.get("count", 1.0)
-        return {k: v * members if v.ndim and k != "count" else v for k, v in report.items()}
+    def weigh(numbers):
+        members = numbers.get("count", 1.0)
+        return {k: v * members if v.ndim and k != "count" else v for k, v in numbers.items()}
 
-    weighed = {site: weigh(report) for site, report in metrics.items()}
+    weighed = {site: weigh(numbers) for site, numbers in metrics.items()}
     return Totals(
         totals.steps + 1,
         totals.examples + count,
@@ -86,29 +102,39 @@ def add_to_totals(
     )
 
 
-def epoch_means(totals: Totals) -> tuple[dict[str, float], dict[str, dict[str, Any]]]:
-    """Return the means of an epoch: scalars by name, and the report of each site by class.
+class EpochMeans(NamedTuple):
+    """The means of an epoch.
+
+    Attributes:
+      train: `"loss"` and `"accuracy"`.
+      sites: Of each site, the mean over examples of each number that is reported of it.
+      by_class: Of each site, each of these numbers by class, `[C]`, 0 for a class without examples.
+    """
+
+    train: dict[str, float]
+    sites: dict[str, dict[str, float]]
+    by_class: dict[str, dict[str, Any]]
+
+
+def epoch_means(totals: Totals) -> EpochMeans:
+    """Return the means of an epoch.
 
     Args:
       totals: Sums over an epoch that has at least one example.
-
-    Returns:
-      `"train_loss"`, `"train_accuracy"` and `"SITE/NAME"`, the mean over examples of what is
-      reported of a site; and `{site: {name: [C] or scalar}}`, 0 for a class without examples.
     """
     totals = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), totals)
-    scalars = {
-        "train_loss": float(totals.loss / totals.examples),
-        "train_accuracy": float(totals.correct / totals.examples),
+    train = {
+        "loss": float(totals.loss / totals.examples),
+        "accuracy": float(totals.correct / totals.examples),
     }
-    by_class = {}
+    sites, by_class = {}, {}
     for site, sums in totals.perturbation.items():
         count = sums.get("count", totals.steps)
-        by_class[site] = {}
+        by_class[site], sites[site] = {}, {}
         for name, value in sums.items():
             if name == "count":
                 continue
             weight = count if value.ndim else totals.steps
             by_class[site][name] = (value / np.maximum(weight, 1e-12)).tolist()
-            scalars[f"{site}/{name}"] = float(value.sum() / weight.sum())
-    return scalars, by_class
+            sites[site][name] = float(value.sum() / weight.sum())
+    return EpochMeans(train, sites, by_class)

@@ -2,7 +2,6 @@
 
 from collections import OrderedDict
 from collections.abc import Callable
-import functools
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -12,15 +11,17 @@ from jaxtyping import Array, Bool, PyTree
 import optax
 
 from lpa_jax import data
-from lpa_jax.core import membership
 from lpa_jax.core.checks import all_finite
 from lpa_jax.core.step import Step
+from lpa_jax.tasks import Task
 from lpa_jax.training import mesh as meshes
 from lpa_jax.training.feed import Batch
+from lpa_jax.training.network import Network
 from lpa_jax.training.state import add_to_totals, empty_totals, TrainState
 
-APPLY = {"train": True, "mutable": ["batch_stats"]}
 NonFinite = Literal["stop", "skip"]
+DROPOUT = 2**20
+"""Folded into the key of a step for a dropout of the network's own."""
 
 
 class Steps(NamedTuple):
@@ -47,60 +48,70 @@ class Steps(NamedTuple):
 
 
 def make_steps(
-    init_fn: Callable[..., PyTree],
+    network: Network,
+    task: Task,
     perturbed: Step,
     tx: optax.GradientTransformation,
     mesh: Mesh,
-    shape: tuple[int, ...],
+    batch: Batch,
     take: Callable[..., Batch],
     *,
-    padding: int,
-    flip: bool,
+    padding: int = 0,
+    flip: bool = False,
     looped: bool = False,
     nonfinite: NonFinite = "stop",
+    ema_decay: float | None = None,
 ) -> Steps:
     """Return the functions of a training loop.
 
     A step whose loss or update is not finite changes nothing but its own count and, where the run
-    goes on, that of the perturbation's schedules.
+    continues, that of the perturbation's schedules.
 
     Args:
-      init_fn: The model's `init`.
+      network: The network.
+      task: What labels mean.
       perturbed: From `lpa_jax.value_and_grad`.
       tx: The optimizer.
       mesh: The devices.
-      shape: Of the images of a batch, `[B, H, W, channels]`.
+      batch: Shapes and dtypes of a batch.
       take: Picks a step's batch out of what it is given, see `feed.Feed`.
-      padding: Of the augmentation, see `data.augment`.
+      padding: Of the augmentation of images, see `data.augment`.
       flip: Likewise.
       looped: Whether a call of `train` takes `count` steps, in a loop on the device, or one.
         (XLA's convolutions are several times slower in loops on a CPU.)
-      nonfinite: `"stop"`: the state stands still at the first step that is not finite. `"skip"`:
-        the next step is taken from where it began.
+      nonfinite: `"stop"`: the state stays as it is from the first step that is not finite.
+        `"skip"`: the next step is taken from where it began.
+      ema_decay: Of an average of the variables, a step; None keeps none.
     """
     whole = meshes.replicated(mesh)
+
+    def arguments(variables, key):
+        return network.train_arguments(variables, jax.random.fold_in(key, DROPOUT))
+
     # Shared by all that follows, so that it is traced once.
-    run = jax.jit(functools.partial(perturbed, **APPLY))
+    @jax.jit
+    def run(variables, state, images, labels, key, extra):
+        kwargs = arguments(variables, key)
+        return perturbed(variables, state, images, labels, key, extra=extra, **kwargs)
 
     def batch_of(state, seed, *given):
         augment_key, perturb_key = jax.random.split(
             jax.random.fold_in(jax.random.key(seed), state.step)
         )
-        images, labels, examples = take(state.step, *given)
-        images = data.augment(augment_key, images, padding=padding, flip=flip)
-        return data.to_float(images), labels, perturb_key, examples
+        images, labels, extra = take(state.step, *given)
+        if padding or flip:
+            images = data.augment(augment_key, images, padding=padding, flip=flip)
+        return data.to_float(images), labels, perturb_key, extra
 
     @jax.jit
     def init(seed):
-        images, labels = jnp.zeros(shape, jnp.float32), jnp.zeros(shape[0], jnp.int32)
-        examples = jnp.arange(shape[0], dtype=jnp.int32)
-        key = jax.random.key(seed)
-        variables = init_fn(key, images[:1], train=False)
-        state = perturbed.init(variables, images, labels, **APPLY)
+        images, labels, extra = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), batch)
+        images, key = data.to_float(images), jax.random.key(seed)
+        variables = network.init(key, images[:1])
+        state = perturbed.init(variables, images, labels, **arguments(variables, key))
         # What is traced is shared only if the mesh is the same; values are not moved by this.
-        given = (variables, state, images, labels, key, examples)
-        *given, examples = jax.lax.with_sharding_constraint(given, whole)
-        (_, aux), _, _ = jax.eval_shape(run, *given, extra={"examples": examples})
+        given = (variables, state, images, labels, key, extra)
+        (_, aux), _, _ = jax.eval_shape(run, *jax.lax.with_sharding_constraint(given, whole))
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             variables=variables,
@@ -109,6 +120,7 @@ def make_steps(
             running=empty_totals(aux["metrics"]),
             epoch=empty_totals(aux["metrics"]),
             nonfinite_steps=jnp.zeros((), jnp.int32),
+            ema=None if ema_decay is None else jax.tree.map(jnp.copy, variables),
         )
 
     like = jax.eval_shape(init, jax.ShapeDtypeStruct((), jnp.int32))
@@ -119,14 +131,12 @@ def make_steps(
     )
 
     def train_step(state, seed, *given):
-        images, labels, key, examples = batch_of(state, seed, *given)
+        images, labels, key, extra = batch_of(state, seed, *given)
         # Sharded arrays are gathered for the step, and their gradients scattered after it.
         variables, perturbation = jax.lax.with_sharding_constraint(
             (state.variables, state.perturbation), whole
         )
-        (loss, aux), grads, perturbation = run(
-            variables, perturbation, images, labels, key, extra={"examples": examples}
-        )
+        (loss, aux), grads, perturbation = run(variables, perturbation, images, labels, key, extra)
         grads = jax.lax.with_sharding_constraint(grads, shardings.variables["params"])
         params = state.variables["params"]
         updates, opt_state = tx.update(grads, state.opt_state, params)
@@ -135,18 +145,19 @@ def make_steps(
             **aux["updates"],
             "params": optax.apply_updates(params, updates),
         }
-        correct = membership.share_of(aux["labels"], jnp.argmax(aux["logits"], axis=1))
+        correct = task.correct(aux["logits"], aux["labels"])
         new = state._replace(
             variables=variables,
             opt_state=opt_state,
             perturbation=perturbation,
             running=add_to_totals(state.running, loss, correct, aux["metrics"]),
+            ema=None if ema_decay is None else _averaged(state.ema, variables, ema_decay),
         )
         finite = jnp.isfinite(loss) & all_finite(updates)
         going = (nonfinite == "skip") | (state.nonfinite_steps == 0)
         kept = state.perturbation
         if nonfinite == "skip":
-            # Its schedules go on, or the next step would fail in the same way.
+            # Its schedules continue, or the next step would fail in the same way.
             kept = kept._replace(step=perturbation.step)
         state = jax.tree.map(
             lambda new, old: jnp.where(finite & going, new, old),
@@ -170,9 +181,10 @@ def make_steps(
         )
 
     def diagnose(state, seed, *given):
-        *batch, examples = batch_of(state, seed, *given)
+        *batch, extra = batch_of(state, seed, *given)
+        kwargs = arguments(state.variables, batch[-1])
         found, grads = perturbed.diagnose(
-            state.variables, state.perturbation, *batch, extra={"examples": examples}, **APPLY
+            state.variables, state.perturbation, *batch, extra=extra, **kwargs
         )
         updates, _ = tx.update(grads, state.opt_state, state.variables["params"])
         found["the update"] = all_finite(updates)
@@ -187,3 +199,13 @@ def make_steps(
         end_epoch=jax.jit(end_epoch, **into),
         diagnose=jax.jit(diagnose, out_shardings=whole),
     )
+
+
+def _averaged(average: PyTree, variables: PyTree, decay: float) -> PyTree:
+    """Return the moving average of the variables; what is no float is the last."""
+
+    def move(old, new):
+        floating = jnp.issubdtype(new.dtype, jnp.floating)
+        return decay * old + (1.0 - decay) * new if floating else new
+
+    return jax.tree.map(move, average, variables)
