@@ -1,1 +1,1 @@
-"""How a trained network is judged."""
+"""Trained networks on splits and conditions: predictions, attacks, corruptions."""

@@ -1,14 +1,13 @@
 """Attacks on the pixels of a trained network: FGSM and PGD, from a random start.
 
-They move images within `[0, 1]` uphill in the network's cross-entropy at the true labels.
+They move images within `[0, 1]` uphill in the loss at the true labels.
 """
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from lpa_jax.core.pgd import climb_within
-from lpa_jax.evaluation.metrics import Change
+from lpa_jax.training.predict import Change
 
 EPSILON = 8 / 255
 BOUNDS = (0.0, 1.0)
@@ -21,13 +20,13 @@ def fgsm(epsilon: float = EPSILON) -> Change:
       epsilon: Largest change of a pixel in [0, 1], at least 0.
 
     Returns:
-      What `metrics.make_predict` takes as `change`.
+      What `predict.make_predict` takes as `change`.
 
     Example:
       >>> import jax.numpy as jnp
-      >>> linear = lambda images: images.reshape(1, 2) * jnp.array([1.0, 4.0])
+      >>> losses = lambda images: images.reshape(1, 2) @ jnp.array([-1.0, 4.0])
       >>> images = jnp.array([0.5, 0.0]).reshape(1, 1, 2, 1)
-      >>> fgsm(0.1)(linear, images, jnp.array([0]), jnp.array([0])).ravel()
+      >>> fgsm(0.1)(losses, images, jnp.array([0])).ravel()
       Array([0.4, 0.1], dtype=float32)
 
     References:
@@ -35,10 +34,10 @@ def fgsm(epsilon: float = EPSILON) -> Change:
       arXiv:1412.6572.
     """
 
-    def change(logits_fn, images, labels, index):
+    def change(losses, images, index):
         del index
         start = jnp.zeros(images.shape, jnp.float32)
-        return _attack(logits_fn, images, labels, start, epsilon, epsilon, 1)
+        return _attack(losses, images, start, epsilon, epsilon, 1)
 
     return change
 
@@ -55,14 +54,14 @@ def pgd(
       seed: With the number of an example, decides where its attack starts.
 
     Returns:
-      What `metrics.make_predict` takes as `change`.
+      What `predict.make_predict` takes as `change`.
 
     Example:
       >>> import jax.numpy as jnp
-      >>> linear = lambda images: images.reshape(1, 2) * jnp.array([1.0, 4.0])
+      >>> losses = lambda images: images.reshape(1, 2) @ jnp.array([-1.0, 4.0])
       >>> images = jnp.array([0.5, 0.0]).reshape(1, 1, 2, 1)
       >>> attack = pgd(0.1, step_size=0.05, steps=4)
-      >>> attack(linear, images, jnp.array([0]), jnp.array([0])).ravel()
+      >>> attack(losses, images, jnp.array([0])).ravel()
       Array([0.4, 0.1], dtype=float32)
 
     References:
@@ -70,9 +69,9 @@ def pgd(
       arXiv:1706.06083.
     """
 
-    def change(logits_fn, images, labels, index):
+    def change(losses, images, index):
         start = random_start(images, index, epsilon, seed)
-        return _attack(logits_fn, images, labels, start, epsilon, step_size, steps)
+        return _attack(losses, images, start, epsilon, step_size, steps)
 
     return change
 
@@ -87,10 +86,6 @@ def random_start(images: jax.Array, index: jax.Array, epsilon: float, seed: int 
     return jnp.clip(images + jax.vmap(draw)(index), *BOUNDS) - images
 
 
-def _attack(logits_fn, images, labels, delta, epsilon, step_size, steps):
-    def total(images):
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits_fn(images), labels)
-        return jnp.sum(losses)
-
-    delta = climb_within(jax.grad(total), images, delta, epsilon, step_size, steps, "linf", BOUNDS)
-    return images + delta
+def _attack(losses, images, delta, epsilon, step_size, steps):
+    uphill = jax.grad(lambda moved: jnp.sum(losses(moved)))
+    return images + climb_within(uphill, images, delta, epsilon, step_size, steps, "linf", BOUNDS)

@@ -55,6 +55,8 @@ CORRUPTIONS: Mapping[str, tuple[Callable[..., Pixels], tuple[float, ...]]] = {
     "pixelate": (_pixelate, (2, 3, 4)),
 }
 """The strengths: standard deviation, width in pixels, share kept, amount added, side of blocks."""
+EVERY = tuple((name, severity) for name in CORRUPTIONS for severity in SEVERITIES)
+"""All of them, by name and severity."""
 
 
 def corrupt(
