@@ -9,15 +9,20 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import numpy as np
 import pytest
 from rich.console import Console
 from scipy import stats
 
-from lpa_jax.tables import catalogue, comparison, report, runs, tuning
+from lpa_jax import data
+from lpa_jax.data import digits
+from lpa_jax.evaluation import evaluate
+from lpa_jax.methods import Range
+from lpa_jax.tables import catalogue, comparison, runs, save, tuning
 from lpa_jax.tables.catalogue import Row
-from lpa_jax.training import evaluate, loop, provenance, records
+from lpa_jax.training import checkpoints, files, fit, loop, provenance
 from lpa_jax.training.config import ConfigError, flat
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -28,14 +33,14 @@ EVERY = [(table, row) for table in catalogue.TABLES for row in catalogue.TABLES[
 
 
 def small(seeds=2, **changes):
-    return runs.Protocol(CONFIGS, seeds, epochs=2, changes=SMALL | changes)
+    return runs.Protocol(seeds, epochs=2, changes=SMALL | changes)
 
 
 @pytest.mark.parametrize(("table", "row"), EVERY)
 def test_every_row_is_configured_as_its_command_says(table, row):
     table = catalogue.TABLES[table]
     row = table.rows[row]
-    config, command = runs.configure(table, row, runs.Protocol(CONFIGS, 3, epochs=100))
+    config, command = runs.configure(table, row, runs.Protocol(3, epochs=100))
     assert config.method == row.method
     assert (config.num_seeds, config.epochs) == (3, 100)
     assert shlex.split(command)[3].endswith(f":method={row.method}")
@@ -59,7 +64,7 @@ def test_every_row_can_be_asked_for_and_has_a_directory(table, row):
 def test_every_search_begins_with_a_default_within_its_range(table, row):
     table = catalogue.TABLES[table]
     row = table.rows[row]
-    config, _ = runs.configure(table, row, runs.Protocol(CONFIGS, 1))
+    config, _ = runs.configure(table, row, runs.Protocol(1))
     ranges = tuning.ranges(table, row, config)
     assert "schedule.learning_rate" in ranges
     known = flat(config.to_dict())
@@ -76,10 +81,10 @@ PUBLISHED = [
 
 
 @pytest.mark.parametrize(("table", "row", "label"), PUBLISHED)
-def test_a_published_number_stands_beside_its_form(table, row, label):
+def test_a_published_number_is_listed_with_its_form(table, row, label):
     table = catalogue.TABLES[table]
     row = table.rows[row]
-    config, _ = runs.configure(table, row, runs.Protocol(CONFIGS, 1))
+    config, _ = runs.configure(table, row, runs.Protocol(1))
     paper, *told = label.split(", ")
     assert paper in ("LPA", "LPL", "MM")
     # That paper's networks are trained for longer.
@@ -111,9 +116,9 @@ def names_of(transforms):
 
 
 @pytest.mark.parametrize(("table", "row"), EVERY)
-def test_rows_are_what_they_are_named(table, row):
+def test_the_configuration_of_a_row_matches_its_name(table, row):
     table = catalogue.TABLES[table]
-    config, _ = runs.configure(table, table.rows[row], runs.Protocol(CONFIGS, 1))
+    config, _ = runs.configure(table, table.rows[row], runs.Protocol(1))
     for name in names_of(row):
         method = name.removesuffix("_varied")
         if method in CLASS_LEVEL:
@@ -155,18 +160,18 @@ def test_published_numbers_are_the_papers(table, row, label, error):
     assert catalogue.TABLES[table].rows[row].published[label] == pytest.approx(error)
 
 
-def test_published_numbers_stand_in_one_place():
+def test_published_numbers_are_in_one_place():
     told = {f"{error:.2f}" for rows in catalogue.PUBLISHED.values() for row in rows.values()
             for error in row.values()}  # fmt: skip
     for path in CONFIGS.glob("cifar*.py"):
         assert not told & set(re.findall(r"\d+\.\d\d", path.read_text())), path
 
 
-def test_what_is_off_is_not_searched():
+def test_disabled_arguments_are_not_searched():
     table = catalogue.TABLES["cifar10_lt"]
     found = {}
     for name in ("lpl", "lpl_varied", "lpa", "lpa_varied"):
-        config, _ = runs.configure(table, table.rows[name], runs.Protocol(CONFIGS, 1))
+        config, _ = runs.configure(table, table.rows[name], runs.Protocol(1))
         keys = set(tuning.ranges(table, table.rows[name], config)) - {"schedule.learning_rate"}
         found[name] = {key.removeprefix("perturbation.") for key in keys}
     assert found == {
@@ -189,7 +194,7 @@ def test_what_is_off_is_not_searched():
 )
 def test_the_command_of_a_row_gives_its_configuration(table, method, changes):
     table = catalogue.TABLES[table]
-    protocol = runs.Protocol(CONFIGS, 3, epochs=7, changes=changes)
+    protocol = runs.Protocol(3, epochs=7, changes=changes)
     config, command = runs.configure(table, table.rows[method], protocol)
     program = (
         "import sys, json\nfrom absl import flags\nfrom lpa_jax import main\n"
@@ -204,16 +209,41 @@ def test_the_command_of_a_row_gives_its_configuration(table, method, changes):
     assert json.loads(found.stdout) == json.loads(json.dumps(config.to_dict()))
 
 
-def outcome(*accuracies):
-    results = [{"seed": s, "test_accuracy": a} for s, a in enumerate(accuracies)]
-    return runs.Outcome(Row("erm"), "", {"seeds": results})
+def result_of(*accuracies):
+    results = [
+        {"seed": s, "metrics": {"test": {"accuracy": a, "error": 1 - a}}}
+        for s, a in enumerate(accuracies)
+    ]
+    return runs.RowResult(Row("erm"), "", {"seeds": results})
+
+
+def test_a_table_names_a_configuration_or_a_file(tmp_path):
+    table = catalogue.TABLES["digits"]
+    with pytest.raises(ConfigError, match="no configuration 'digit'; did you mean digits"):
+        runs.configure(table._replace(config="digit"), table.rows["erm"], runs.Protocol(1))
+    path = tmp_path / "mine.py"
+    path.write_text((CONFIGS / "digits.py").read_text())
+    config, command = runs.configure(
+        table._replace(config=str(path)), table.rows["erm"], runs.Protocol(1)
+    )
+    assert config.dataset == "digits"
+    assert f"--config={path}:method=erm" in command
+
+
+def test_the_data_of_a_table_are_read_once(monkeypatch):
+    read, calls = digits.read, []
+    monkeypatch.setattr(digits, "read", lambda: calls.append(1) or read())
+    built = runs.build_all(catalogue.chosen("digits", ["erm", "lpl", "sam"]), small())
+    assert len(calls) == 1
+    splits = [parts.dataset.splits["test"] for parts, _ in built.values()]
+    assert {examples.fingerprint() for examples in splits} == {splits[0].fingerprint()}
 
 
 def test_rows_are_compared_by_a_paired_test_with_holms_correction():
     rng = np.random.default_rng(0)
     first, second, third = 0.7 + 0.05 * rng.standard_normal((3, 6))
     lines = comparison.compare(
-        {"erm": outcome(*first), "a": outcome(*second), "b": outcome(*third)}
+        {"erm": result_of(*first), "a": result_of(*second), "b": result_of(*third)}
     )
     ps = [stats.ttest_rel(first, other).pvalue for other in (second, third)]
     expected = [min(1.0, 2 * min(ps)), max(2 * min(ps), max(ps))]
@@ -226,27 +256,27 @@ def test_rows_are_compared_by_a_paired_test_with_holms_correction():
 
 
 def test_seeds_are_paired_by_number_and_not_by_place():
-    first = outcome(0.5, 0.6, 0.8)
-    second = outcome(0.55, 0.66, 0.87)
+    first = result_of(0.5, 0.6, 0.8)
+    second = result_of(0.55, 0.66, 0.87)
     second.summary["seeds"].reverse()
     assert comparison.compare({"erm": first, "a": second})[1].difference == pytest.approx(-6.0)
 
 
-def test_without_spread_or_seeds_there_is_no_p():
+def test_there_is_no_p_value_without_spread_or_seeds():
     lines = comparison.compare(
         {
-            "erm": outcome(0.5, 0.6),
-            "same": outcome(0.5, 0.6),
-            "one": outcome(0.7),
+            "erm": result_of(0.5, 0.6),
+            "same": result_of(0.5, 0.6),
+            "one": result_of(0.7),
             # By one image each, but for the rounding.
-            "shifted": outcome(0.5 - 1 / 359, 0.6 - 1 / 359),
-            "diverged": runs.Outcome(Row("erm"), "", None, "Step 3 was not finite."),
+            "shifted": result_of(0.5 - 1 / 359, 0.6 - 1 / 359),
+            "diverged": runs.RowResult(Row("erm"), "", None, "Step 3 was not finite."),
         }
     )
     assert [line.p for line in lines] == [None] * 5
     assert lines[1].difference == 0.0
     assert lines[2].std is None
-    assert (lines[4].error, lines[4].n) == (None, 0)
+    assert (lines[4].value, lines[4].n) == (None, 0)
 
 
 def test_a_row_that_would_correct_class_frequencies_twice_stops_the_table_before_it_trains(
@@ -259,6 +289,20 @@ def test_a_row_that_would_correct_class_frequencies_twice_stops_the_table_before
     assert not (tmp_path / "new").exists()
 
 
+def test_epochs_that_are_no_number_are_refused():
+    table = catalogue.chosen("digits", ["erm"])
+    with pytest.raises(ConfigError, match="cannot be 'x': give it the type int"):
+        runs.configure(table, table.rows["erm"], runs.Protocol(1, "x"))
+
+
+def test_a_search_whose_default_is_out_of_its_range_is_refused(tmp_path):
+    table = catalogue.chosen("digits", ["erm"])
+    table = table._replace(ranges={"schedule.learning_rate": Range(0.5, 1.0)})
+    with pytest.raises(ConfigError, match=r"config.schedule.learning_rate is 0.1, outside of 0.5"):
+        tuning.tuned(table, small(1), 1, tmp_path, QUIET)
+
+
+@pytest.mark.guarantee("killed-table")
 def test_a_table_trains_what_is_missing_and_nothing_twice(tmp_path, monkeypatch):
     table = catalogue.chosen("digits_lt", ["erm", "post_hoc_logit_adjustment"])
     table = table._replace(changes=table.changes | {"imbalance.ratio": 5.0})
@@ -273,27 +317,31 @@ def test_a_table_trains_what_is_missing_and_nothing_twice(tmp_path, monkeypatch)
         ours, before = second[name].summary["seeds"], first[name].summary["seeds"]
         assert ours[:1] == before
         assert [result["seed"] for result in ours] == [0, 1]
-    # Judged with adjusted logits, the networks of the first row.
-    judged = evaluate.evaluate_run(tmp_path / "erm", logit_adjustment=1.0, console=QUIET)
+    # The networks of the first row, evaluated with adjusted logits.
+    evaluated = evaluate.evaluate_run(tmp_path / "erm", logit_adjustment=1.0, console=QUIET)
     adjusted = second["post_hoc_logit_adjustment"].summary["seeds"]
-    assert [result["test_nll"] for result in adjusted] == [
-        result["logit_adjusted"]["nll"] for result in judged["seeds"]
+    assert [result["metrics"]["test"] for result in adjusted] == [
+        result["metrics"]["logit_adjusted"] for result in evaluated["seeds"]
     ]
-    assert adjusted[0]["test_nll"] != second["erm"].summary["seeds"][0]["test_nll"]
+    nll = second["erm"].summary["seeds"][0]["metrics"]["test"]["nll"]
+    assert adjusted[0]["metrics"]["test"]["nll"] != nll
 
     lines = comparison.compare(second)
     about = {"command": "the command", "trials": 0, **runs.about(second)}
-    report.leave(tmp_path, "digits_lt", lines, about, QUIET)
+    save.save_table(tmp_path, "digits_lt", lines, about, QUIET)
     told = json.loads((tmp_path / "table.json").read_text())
-    assert [line["name"] for line in told["lines"]] == list(table.rows)
-    for line in told["lines"]:
-        seeds = second[line["name"]].summary["seeds"]
-        errors = {str(r["seed"]): pytest.approx(100 * (1 - r["test_accuracy"])) for r in seeds}
-        assert line["errors"] == errors
+    assert [row["name"] for row in told["rows"]] == list(table.rows)
+    for row in told["rows"]:
+        seeds = second[row["name"]].summary["seeds"]
+        errors = {
+            str(r["seed"]): pytest.approx(100 * (1 - r["metrics"]["test"]["accuracy"]))
+            for r in seeds
+        }
+        assert row["values"] == errors
     assert told["commits"] == [provenance.commit()]
-    assert told["lines"][1]["error"] == pytest.approx(lines[1].error)
+    assert told["rows"][1]["value"] == pytest.approx(lines[1].value)
     markdown = (tmp_path / "table.md").read_text()
-    assert f"| erm | {lines[0].error:.2f} ± {lines[0].std:.2f} | 2 |" in markdown
+    assert f"| erm | {lines[0].value:.2f} ± {lines[0].std:.2f} | 2 |" in markdown
     assert f"; commit {provenance.commit()}." in markdown
     assert r"post\_hoc\_logit\_adjustment" in (tmp_path / "table.tex").read_text()
     assert (tmp_path / "table.png").read_bytes().startswith(b"\x89PNG")
@@ -301,7 +349,7 @@ def test_a_table_trains_what_is_missing_and_nothing_twice(tmp_path, monkeypatch)
     # With all there, no step is taken, and each seed keeps what is told of its machine.
     path = tmp_path / "erm" / "seed1" / "result.json"
     path.write_text(path.read_text().replace('"device": "', '"device": "another '))
-    monkeypatch.setattr(loop.checkpoints.Checkpoints, "save", None)
+    monkeypatch.setattr(checkpoints.Checkpoints, "save", None)
     third = runs.run(table, small(seeds=2), tmp_path, QUIET)
     assert comparison.compare(third) == lines
     (device,) = runs.about(second)["devices"]
@@ -311,46 +359,47 @@ def test_a_table_trains_what_is_missing_and_nothing_twice(tmp_path, monkeypatch)
     # The rows that share these networks do not share other code's.
     monkeypatch.setattr(provenance, "of_code", lambda: "0" * 32)
     for ask in (runs.run, runs.plan):
-        with pytest.raises(ConfigError, match="erm/seed0 came of other code"):
+        with pytest.raises(ConfigError, match="erm/seed0 was made with other code"):
             ask(table._replace(rows={"post": table.rows["post_hoc_logit_adjustment"]}),
                 small(seeds=2), tmp_path, QUIET)  # fmt: skip
 
 
+@pytest.mark.guarantee("fingerprints")
 def test_a_row_of_other_code_is_named_before_any_is_trained(tmp_path, monkeypatch):
     table = catalogue.chosen("digits", ["erm", "lpa"])
     _, last = table.rows
     made = dict.fromkeys(provenance.FINGERPRINTS, "0" * 32)
     (tmp_path / last / "seed0").mkdir(parents=True)
-    records.write_json(
+    files.write_json(
         tmp_path / last / "seed0" / "result.json",
         {
             "seed": 0,
-            "test_accuracy": 0.9,
+            "metrics": {},
             "perturbation": {},
             "sessions": [made | {"epochs": 2, "from_step": 0}],
         },
     )
-    monkeypatch.setattr(loop, "train_and_evaluate", None)
-    with pytest.raises(ConfigError, match=r"lpa/seed0 came of other data .* and other code"):
+    monkeypatch.setattr(loop, "train", None)
+    with pytest.raises(ConfigError, match=r"lpa/seed0 was made with other data .* and other code"):
         runs.run(table, small(seeds=1), tmp_path, QUIET)
 
 
-def test_a_row_that_diverges_is_said_to(tmp_path, monkeypatch):
-    def train(config, *_):
-        if config.schedule.learning_rate > 1:
-            raise loop.NonFiniteLossError("Step 3 was not finite.")
-        (result,) = outcome(0.9).summary["seeds"]
+def test_a_row_that_diverges_is_reported(tmp_path, monkeypatch):
+    def train(parts, *_):
+        if parts.config["schedule"]["learning_rate"] > 1:
+            raise fit.NonFiniteLossError("Step 3 was not finite.")
+        (result,) = result_of(0.9).summary["seeds"]
         session = {"device": "", "versions": {}, "commit": None}
-        return {"config": config.to_dict(), "seeds": [result | {"sessions": [session]}]}
+        return {"config": parts.config, "seeds": [result | {"sessions": [session]}]}
 
-    monkeypatch.setattr(loop, "train_and_evaluate", train)
+    monkeypatch.setattr(loop, "train", train)
     table = catalogue.chosen("digits", ["erm"])
     rows = {"hot": Row("erm", changes={"schedule.learning_rate": 1e30})} | table.rows
     outcomes = runs.run(table._replace(rows=rows), small(seeds=1), tmp_path, QUIET)
     assert outcomes["hot"].summary is None
     lines = comparison.compare(outcomes)
     about = {"command": "", "trials": 0, **runs.about(outcomes)}
-    report.leave(tmp_path, "digits", lines, about, QUIET)
+    save.save_table(tmp_path, "digits", lines, about, QUIET)
     markdown = (tmp_path / "table.md").read_text()
     assert "| hot | diverged | 0 |" in markdown
     assert "hot: Step 3 was not finite." in markdown
@@ -358,6 +407,7 @@ def test_a_row_that_diverges_is_said_to(tmp_path, monkeypatch):
     assert "; commit unknown." in markdown
 
 
+@pytest.mark.guarantee("search")
 def test_a_search_chooses_by_the_validation_set_alone(tmp_path, monkeypatch):
     tried = {}
 
@@ -368,11 +418,14 @@ def test_a_search_chooses_by_the_validation_set_alone(tmp_path, monkeypatch):
         workdir.mkdir(parents=True, exist_ok=True)
         tried.setdefault(workdir.parent.name, []).append(config.to_dict())
         if rate > 0.25:
-            raise loop.NonFiniteLossError("Step 3 was not finite.")
+            raise fit.NonFiniteLossError("Step 3 was not finite.")
         # Best near 0.04; worse there on the test set.
         accuracy = 1 - abs(np.log(rate / 0.04)) / 10
-        result = {"validation_accuracy": accuracy, "validation_nll": 1.0}
-        return {"seeds": [result | {"test_accuracy": 1 - accuracy}]}
+        metrics = {
+            "validation": {"accuracy": accuracy, "nll": 1.0},
+            "test": {"accuracy": 1 - accuracy},
+        }
+        return {"seeds": [{"metrics": metrics}]}
 
     monkeypatch.setattr(loop, "train_and_evaluate", train)
     table = catalogue.chosen("digits_lt", ["post_hoc_logit_adjustment", "erm", "lpa"])
@@ -394,13 +447,13 @@ def test_a_search_chooses_by_the_validation_set_alone(tmp_path, monkeypatch):
         )
     assert fixed.items() <= tuned.rows["lpa"].changes.items()
     assert tuned.rows["post_hoc_logit_adjustment"].changes == tuned.rows["erm"].changes
-    # What --set fixes is not searched.
+    # What the user fixes is not searched.
     protocol = small(1, **{"schedule.learning_rate": 0.05})
     erm = catalogue.chosen("digits", ["erm"])
     assert tuning.tuned(erm, protocol, 1, tmp_path, QUIET) == erm
 
 
-def test_a_plan_tells_what_is_left(tmp_path):
+def test_a_plan_lists_what_is_left_to_train(tmp_path):
     console = Console(record=True, width=120, quiet=False, file=open(os.devnull, "w"))  # noqa: SIM115
     table = catalogue.chosen("digits_lt", ["erm", "post_hoc_logit_adjustment"])
     table = table._replace(changes=table.changes | {"imbalance.ratio": 5.0})
@@ -421,19 +474,24 @@ def call(*arguments):
     )  # fmt: skip
 
 
+@pytest.mark.guarantee("bad-input")
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
         ([], "Say which table to run, for example --table=digits_lt."),
-        (["--table=digit"], "There is no table 'digit'; the tables are digits, digits_lt"),
-        (["--table=digits", "--set=epochs"], "--set takes KEY=VALUE, not 'epochs'."),
+        (["--table=digit"], "There is no table 'digit'; did you mean digits"),
+        (["--table=digits", "--config.epochs"], "sets no key: write --config.KEY=VALUE."),
+        (["--table=digits", "--seeds=2"], "There is no --seeds: give --config.num_seeds=VALUE."),
         (
-            ["--table=digits", "--set=seed=3"],
-            "--set does not take seed: the seeds of a table count",
+            ["--table=digits", "--config.seed=3"],
+            "--config.seed cannot be set for a table: the seeds of a table count",
         ),
-        (["--table=digits", "--seeds=0"], "--seeds cannot be '0': give a positive integer."),
+        (
+            ["--table=digits", "--config.num_seeds=0"],
+            "--config.num_seeds must be a whole number from 1, not 0.",
+        ),
         (["--table=digits", "--methods="], "--methods names no row"),
-        (["--table=digits", "--set=modle.name=x"], "did you mean config.model?"),
+        (["--table=digits", "--config.modle.name=x"], "did you mean config.model?"),
     ],
 )
 def test_a_wrong_call_ends_in_a_sentence(arguments, sentence, tmp_path):
@@ -445,39 +503,46 @@ def test_a_wrong_call_ends_in_a_sentence(arguments, sentence, tmp_path):
     assert not workdir.exists()
 
 
+@pytest.mark.guarantee("bad-input")
 @pytest.mark.parametrize(
-    ("methods", "changes", "configs", "sentence"),
+    ("methods", "changes", "sentence"),
     [
-        (["lpq"], {}, CONFIGS, "The table 'digits' has no row 'lpq'; its rows are erm, "),
-        (["erm", "erm"], {}, CONFIGS, "--methods names a row twice: erm, erm."),
-        (["erm"], {"epoch": 3}, CONFIGS, "no config.epoch: did you mean config.epochs?"),
-        (["erm"], {"model.options.depht": 4}, CONFIGS, "has 'depht', which small_cnn does not"),
-        (["erm"], {"modle.name": "x"}, CONFIGS, "did you mean config.model?"),
-        (["erm"], {"perturbation.lpa.epsilon": 3}, CONFIGS, "choose rows that have it by --method"),
-        (["lpa"], {"perturbation.lpa.site": "group9", "epochs": 1}, CONFIGS, "group9"),
-        (["erm"], {"epochs": "x"}, CONFIGS, "cannot be 'x': give it the type int."),
-        (["erm"], {"epochs.x": 1}, CONFIGS, "config.epochs has no keys of its own"),
-        (["erm"], {}, ROOT / "nowhere", "say where the configurations are, --configs=DIR."),
+        (["lpq"], {}, "The table 'digits' has no row 'lpq'; its rows are erm, "),
+        (["erm", "erm"], {}, "--methods names a row twice: erm, erm."),
+        (["erm"], {"epoch": 3}, "no config.epoch: did you mean config.epochs?"),
+        (["erm"], {"model.options.depht": 4}, "has 'depht', which small_cnn does not"),
+        (["erm"], {"modle.name": "x"}, "did you mean config.model?"),
+        (["erm"], {"perturbation.lpa.epsilon": 3}, "choose rows that have it by --method"),
+        (["lpa"], {"perturbation.lpa.site": "group9", "epochs": 1}, "group9"),
+        (["erm"], {"epochs": "x"}, "cannot be 'x': give it the type int."),
+        (["erm"], {"epochs.x": 1}, "config.epochs has no keys of its own"),
+        (["erm"], {"dataset": "datasets_of_ours:without_test"}, "row erm have no split 'test'"),
     ],
 )
-def test_what_cannot_be_run_is_refused_before_anything_is(
-    methods, changes, configs, sentence, tmp_path
+def test_a_table_that_cannot_be_run_is_refused_before_training(
+    methods, changes, sentence, tmp_path, monkeypatch
 ):
+    module = types.ModuleType("datasets_of_ours")
+    found = data.load("digits").splits
+    splits = {"train": found["train"], "other": found["test"]}
+    monkeypatch.setattr(module, "without_test", lambda: splits, raising=False)
+    monkeypatch.setitem(sys.modules, "datasets_of_ours", module)
     with pytest.raises(ConfigError, match=re.escape(sentence)):
         runs.run(
             catalogue.chosen("digits", methods),
-            runs.Protocol(configs, 1, changes=changes),
+            runs.Protocol(1, changes=changes),
             tmp_path / "table",
             QUIET,
         )
     assert not (tmp_path / "table").exists()
 
 
+@pytest.mark.guarantee("killed-table")
 @pytest.mark.slow
-def test_a_killed_table_goes_on_to_the_same_numbers(tmp_path):
+def test_a_killed_table_resumes_to_the_same_numbers(tmp_path):
     arguments = [
-        "--table=digits_noisy", "--methods=erm,elr", "--seeds=2", "--budget=3", "--trials=7",
-        "--set=limit=300", "--set=checkpoint_every=0.4",
+        "--table=digits_noisy", "--methods=erm,elr", "--config.num_seeds=2", "--config.epochs=3",
+        "--trials=7", "--config.limit=300", "--config.checkpoint_every=0.4",
     ]  # fmt: skip
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert call(*arguments, f"--workdir={whole}").returncode == 0
@@ -505,4 +570,4 @@ def test_a_killed_table_goes_on_to_the_same_numbers(tmp_path):
     print(f"{kills} kills")
     assert kills >= 4
     ours, theirs = (json.loads((d / "table.json").read_text()) for d in (killed, whole))
-    assert ours["lines"] == theirs["lines"]
+    assert ours["rows"] == theirs["rows"]

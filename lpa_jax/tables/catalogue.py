@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from lpa_jax.methods import Range
-from lpa_jax.training import experiment
+from lpa_jax.registry import Registry
+from lpa_jax.tasks.classification import LOSSES
 from lpa_jax.training.config import ConfigError
 
 
@@ -17,7 +18,7 @@ class Row(NamedTuple):
         paper, LPA's, LPL's or Manifold Mixup's (MM); for LPA, LPL and LPG the form of the bound,
         "fixed", "varied" or "form not stated"; and the protocol where it is not the table's.
       changes: Keys of the configuration, dotted where nested, that differ for it.
-      post_hoc: Tau of the logit adjustment that its networks are judged with, or None. They are
+      post_hoc: Tau of the logit adjustment that its networks are evaluated with, or None. They are
         trained as the row named `"erm"` is.
     """
 
@@ -31,7 +32,7 @@ class Table(NamedTuple):
     """Methods to be compared on one task.
 
     Attributes:
-      config: Name of a configuration file, without `.py`.
+      config: Name of a configuration of the package, or the path of a FILE.py.
       changes: Keys of the configuration, dotted where nested, that differ for all rows.
       rows: By name; the others are compared with the first.
       ranges: Of numbers, by key, which a search draws from on this task in place of the usual or
@@ -48,7 +49,7 @@ def _rows(names: str, published: Mapping[str, Mapping[str, float]] | None = None
     """Return rows named for their methods, or for their losses."""
     rows = {}
     for name in names.split():
-        loss = name in experiment.LOSSES
+        loss = name in LOSSES
         method, changes = ("erm", {"loss.name": name}) if loss else (name, {})
         rows[name] = Row(method, (published or {}).get(name, {}), changes)
     return rows
@@ -98,7 +99,7 @@ def _long_tail_rows(
     )
     for name in names.split():
         changes = {}
-        # In the order named, in which a command's flags stand as well.
+        # In the order named, which is that of a command's flags.
         for part in name.split("+"):
             transform = part.removesuffix("_varied")
             if transform in ("lpl", "lpg", "lpa"):
@@ -292,31 +293,39 @@ def _cifar_lt(name: str, ratio: float) -> Table:
     )
 
 
-TABLES = {
-    # Images of 8x8 pixels.
-    "digits": Table(
-        "digits",
-        {},
-        _balanced_rows(_BALANCED),
-        _VARIED_RANGES | {"perturbation.cutout.size": Range(1.0, 6.0)},
-    ),
-    "digits_lt": Table(
-        "digits", _LONG_TAIL | {"imbalance.ratio": 20.0}, _long_tail_rows(4, 0.6), _VARIED_RANGES
-    ),
-    "digits_noisy": Table("digits", _NOISE, _noisy_rows()),
-    "cifar10": Table(
-        "cifar10", _ALL, _balanced_rows(_BALANCED, PUBLISHED["cifar10"]), _VARIED_RANGES
-    ),
-    "cifar100": Table(
-        "cifar100", _ALL, _balanced_rows(_BALANCED, PUBLISHED["cifar100"]), _VARIED_RANGES
-    ),
-    "cifar10_lt": _cifar_lt("cifar10_lt", 100.0),
-    "cifar10_lt10": _cifar_lt("cifar10_lt10", 10.0),
-    "cifar100_lt": _cifar_lt("cifar100_lt", 100.0),
-    "cifar100_lt10": _cifar_lt("cifar100_lt10", 10.0),
-    "cifar10_noisy": Table("cifar10", _ALL | _NOISE | _RESNET, _noisy_rows()),
-    "cifar10_lt_ablation": Table("cifar10", _ALL | _LONG_TAIL | _RESNET, _ablation_rows(4)),
-}
+TABLES = Registry(
+    "table",
+    {
+        # Images of 8x8 pixels.
+        "digits": Table(
+            "digits",
+            {},
+            _balanced_rows(_BALANCED),
+            _VARIED_RANGES | {"perturbation.cutout.size": Range(1.0, 6.0)},
+        ),
+        "digits_lt": Table(
+            "digits",
+            _LONG_TAIL | {"imbalance.ratio": 20.0},
+            _long_tail_rows(4, 0.6),
+            _VARIED_RANGES,
+        ),
+        "digits_noisy": Table("digits", _NOISE, _noisy_rows()),
+        "cifar10": Table(
+            "cifar10", _ALL, _balanced_rows(_BALANCED, PUBLISHED["cifar10"]), _VARIED_RANGES
+        ),
+        "cifar100": Table(
+            "cifar100", _ALL, _balanced_rows(_BALANCED, PUBLISHED["cifar100"]), _VARIED_RANGES
+        ),
+        "cifar10_lt": _cifar_lt("cifar10_lt", 100.0),
+        "cifar10_lt10": _cifar_lt("cifar10_lt10", 10.0),
+        "cifar100_lt": _cifar_lt("cifar100_lt", 100.0),
+        "cifar100_lt10": _cifar_lt("cifar100_lt10", 10.0),
+        "cifar10_noisy": Table("cifar10", _ALL | _NOISE | _RESNET, _noisy_rows()),
+        "cifar10_lt_ablation": Table("cifar10", _ALL | _LONG_TAIL | _RESNET, _ablation_rows(4)),
+    },
+    Table,
+)
+"""Tables by name; `package.module:TABLE` names one of your own."""
 
 
 def chosen(name: str, methods: Sequence[str] | None) -> Table:
@@ -329,9 +338,15 @@ def chosen(name: str, methods: Sequence[str] | None) -> Table:
       >>> list(chosen("digits_lt", ["erm", "lpa"]).rows)
       ['erm', 'lpa']
     """
-    if name not in TABLES:
-        raise ConfigError(f"There is no table {name!r}; the tables are {', '.join(TABLES)}.")
-    table = TABLES[name]
+    try:
+        table = TABLES.find(name)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(str(error)) from error
+    rows = table.rows if isinstance(table.rows, Mapping) else {}
+    if not rows or not all(isinstance(row, Row) and "/" not in key for key, row in rows.items()):
+        raise ConfigError(
+            f"The table {name!r} needs rows, a dictionary from names without / to Row."
+        )
     if not methods:
         return table
     unknown = [method for method in methods if method not in table.rows]

@@ -7,46 +7,48 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import stats
 
-from lpa_jax.tables.runs import Outcome
-from lpa_jax.training import report
+from lpa_jax.tables.runs import RowResult
+from lpa_jax.tasks import Metric
+from lpa_jax.training.build import TEST
 
 Results = Sequence[Mapping[str, Any]]
 ROUNDING = 1e-9
 """Differences that differ by less are equal: by one image of a billion."""
 
 
-class Line(NamedTuple):
-    """A row as it is printed; errors are of the test set, in percent.
+class RowSummary(NamedTuple):
+    """A row as it is printed, in the units of the table: of errors percent.
 
     Attributes:
       name: Of the row.
-      error: Mean over the seeds; None where there are no results, as for the other numbers.
-      std: Sample standard deviation of the error; None for one seed.
+      value: Mean over the seeds of the metric that is compared, on the test set; None where there
+        are no results, as for the other numbers.
+      std: Sample standard deviation of it; None for one seed.
       n: Number of seeds.
-      errors: Error of each seed.
-      nll: Mean negative log-likelihood.
-      ece: Mean expected calibration error, in percent.
-      groups: Mean error of each group of classes.
-      validation: Mean error on the validation set at the last epoch, in percent.
-      best_validation: Mean test error at the epoch that was best on the validation set.
-      difference: Mean difference of the error from the first row, over the seeds both have.
+      values: The metric of each seed.
+      metrics: Means of the other metrics that the task shows, in their units.
+      groups: Mean error of each group of classes, in percent.
+      validation: Mean of the metric on the validation set at the last epoch.
+      best: Mean of the metric at the epoch that the selection chose.
+      ema: Mean of the metric of the averaged weights.
+      difference: Mean difference from the first row, over the seeds both have.
       p: Of a paired t-test of that difference, corrected by Holm's method for the number of rows;
         None for fewer than two seeds, or where all of them differ by the same.
-      published: Error by paper.
+      published: Published value by paper.
       command: What trains it.
       failure: Why there are no results.
     """
 
     name: str
-    error: float | None
+    value: float | None
     std: float | None
     n: int
-    errors: Mapping[int, float]
-    nll: float | None
-    ece: float | None
+    values: Mapping[int, float]
+    metrics: Mapping[str, float]
     groups: Mapping[str, float]
     validation: float | None
-    best_validation: float | None
+    best: float | None
+    ema: float | None
     difference: float | None
     p: float | None
     published: Mapping[str, float]
@@ -54,83 +56,93 @@ class Line(NamedTuple):
     failure: str
 
 
-def compare(outcomes: Mapping[str, Outcome]) -> list[Line]:
-    """Compare each row with the first, seed by seed.
+def compare(rows: Mapping[str, RowResult]) -> list[RowSummary]:
+    """Compare each row with the first, seed by seed, by the first metric that its task shows.
 
     Example:
       >>> from lpa_jax.tables.catalogue import Row
-      >>> accuracies = {"erm": (0.8, 0.7, 0.6), "lpa": (0.9, 0.8, 0.71)}
-      >>> lines = compare({
-      ...     name: Outcome(Row(name), "", {
+      >>> errors = {"erm": (0.2, 0.3, 0.4), "lpa": (0.1, 0.2, 0.29)}
+      >>> rows = compare({
+      ...     name: RowResult(Row(name), "", {
       ...         "seeds": [
-      ...             {"seed": seed, "test_accuracy": accuracy}
-      ...             for seed, accuracy in enumerate(row)
+      ...             {"seed": seed, "metrics": {"test": {"error": error}}}
+      ...             for seed, error in enumerate(found)
       ...         ],
       ...     })
-      ...     for name, row in accuracies.items()
+      ...     for name, found in errors.items()
       ... })
-      >>> round(lines[1].difference, 2), round(lines[1].p, 4)
+      >>> round(rows[1].difference, 2), round(rows[1].p, 4)
       (-10.33, 0.001)
     """
     results: dict[str, Results] = {
-        name: outcome.summary["seeds"] if outcome.summary else ()
-        for name, outcome in outcomes.items()
+        name: row.summary["seeds"] if row.summary else () for name, row in rows.items()
     }
-    first = next(iter(outcomes))
-    baseline = _errors(results[first])
-    lines: list[Line] = []
+    first = next(iter(rows))
+    task = rows[first].task
+    compared, metric = next(iter(task.shown.items()))
+    baseline = _by_seed(results[first], compared, metric)
+    summaries: list[RowSummary] = []
     ps: dict[str, float] = {}
-    for name, outcome in outcomes.items():
-        errors = _errors(results[name])
-        shared = [seed for seed in errors if seed in baseline and name != first]
-        differences = np.array([errors[seed] - baseline[seed] for seed in shared])
+    for name, row in rows.items():
+        found = results[name]
+        values = _by_seed(found, compared, metric)
+        shared = [seed for seed in values if seed in baseline and name != first]
+        differences = np.array([values[seed] - baseline[seed] for seed in shared])
         if len(differences) > 1 and np.ptp(differences) > ROUNDING:
             _, p = stats.ttest_1samp(differences, 0.0)
             ps[name] = float(p)  # pyright: ignore[reportArgumentType]
-        values = list(errors.values())
-        found = results[name]
-        ece = _mean(found, report.CALIBRATION)
-        lines.append(
-            Line(
+        numbers = list(values.values())
+        others = {
+            other: _mean(found, shown, "metrics", TEST, other)
+            for other, shown in task.shown.items()
+            if other != compared
+        }
+        summaries.append(
+            RowSummary(
                 name=name,
-                error=statistics.fmean(values) if values else None,
-                std=statistics.stdev(values) if len(values) > 1 else None,
-                n=len(values),
-                errors=errors,
-                nll=_mean(found, "test_nll"),
-                ece=None if ece is None else 100 * ece,
+                value=statistics.fmean(numbers) if numbers else None,
+                std=statistics.stdev(numbers) if len(numbers) > 1 else None,
+                n=len(numbers),
+                values=values,
+                metrics={other: mean for other, mean in others.items() if mean is not None},
                 groups=_group_errors(found),
-                validation=_mean_error(found, "validation_accuracy"),
-                best_validation=_mean_error(found, report.BEST),
+                validation=_mean(found, metric, "metrics", "validation", compared),
+                best=_mean(found, metric, "best", "metrics", TEST, compared),
+                ema=_mean(found, metric, "ema", TEST, compared),
                 difference=float(differences.mean()) if shared else None,
                 p=None,
-                published=outcome.row.published,
-                command=outcome.command,
-                failure=outcome.failure,
+                published=row.row.published,
+                command=row.command,
+                failure=row.failure,
             )
         )
     corrected = holm(ps)
-    return [line._replace(p=corrected.get(line.name)) for line in lines]
+    return [summary._replace(p=corrected.get(summary.name)) for summary in summaries]
 
 
-def _errors(results: Results) -> dict[int, float]:
-    return {result["seed"]: 100 * (1 - result["test_accuracy"]) for result in results}
+def _by_seed(results: Results, name: str, metric: Metric) -> dict[int, float]:
+    return {result["seed"]: metric.scale * result["metrics"][TEST][name] for result in results}
 
 
 def _group_errors(results: Results) -> dict[str, float]:
-    keys = dict.fromkeys(key for r in results for key in r if key.startswith(report.BY_GROUP))
-    errors = {key.removeprefix(report.BY_GROUP): _mean_error(results, key) for key in keys}
-    return {group: error for group, error in errors.items() if error is not None}
+    groups = dict.fromkeys(
+        group for result in results for group in result["metrics"][TEST].get("groups", ())
+    )
+    percent = Metric("", 100.0)
+    means = {group: _mean(results, percent, "metrics", TEST, "groups", group) for group in groups}
+    return {group: 100.0 - mean for group, mean in means.items() if mean is not None}
 
 
-def _mean_error(results: Results, key: str) -> float | None:
-    mean = _mean(results, key)
-    return None if mean is None else 100 * (1 - mean)
-
-
-def _mean(results: Results, key: str) -> float | None:
-    values = [result[key] for result in results if key in result]
-    return statistics.fmean(values) if values else None
+def _mean(results: Results, metric: Metric, *path: str) -> float | None:
+    """Return the mean over the seeds that have a number at a path, in the units of a metric."""
+    values = []
+    for result in results:
+        value: Any = result
+        for name in path:
+            value = value.get(name) if isinstance(value, Mapping) else None
+        if value is not None:
+            values.append(value)
+    return metric.scale * statistics.fmean(values) if values else None
 
 
 def holm(ps: Mapping[str, float]) -> dict[str, float]:

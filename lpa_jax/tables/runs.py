@@ -1,6 +1,6 @@
-"""The runs that a table asks for: what each is, how long it would take, and what came of it."""
+"""The runs that a table asks for: what each is, how long it would take, and its results."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import pathlib
 import runpy
 import shlex
@@ -15,45 +15,47 @@ import numpy as np
 from rich.console import Console
 import rich.table
 
+from lpa_jax import configs, data
+from lpa_jax.evaluation import evaluate
 from lpa_jax.tables.catalogue import Row, Table
+from lpa_jax.tasks import classification, Task
 from lpa_jax.training import config as configuration
-from lpa_jax.training import evaluate, experiment, loop, mesh, progress, provenance
-from lpa_jax.training import feed as feeds
+from lpa_jax.training import fit, identity, loop, mesh, progress, provenance
+from lpa_jax.training.build import as_config_error, build, Parts, TEST
 from lpa_jax.training.config import Config, ConfigError
-from lpa_jax.training.step import make_steps
 
 
 class Protocol(NamedTuple):
     """What all runs of a table have in common.
 
     Attributes:
-      configs: Directory of the configuration files.
       seeds: Number of seeds of each row.
       epochs: Of each run, for which the learning rate's boundaries are moved in proportion; None
         for the configuration's own.
       changes: Keys of the configuration, dotted where nested, that differ from the table's.
     """
 
-    configs: pathlib.Path
     seeds: int
     epochs: int | None = None
     changes: Mapping[str, Any] = {}
 
 
-class Outcome(NamedTuple):
-    """What came of a row.
+class RowResult(NamedTuple):
+    """The results of a row.
 
     Attributes:
       row: The row.
       command: What trains it, by itself.
       summary: `summary.json` of its runs; None if they failed.
       failure: Why they failed.
+      task: What labels mean.
     """
 
     row: Row
     command: str
     summary: Mapping[str, Any] | None
     failure: str = ""
+    task: Task = classification
 
 
 def configure(table: Table, row: Row, protocol: Protocol) -> tuple[Config, str]:
@@ -62,18 +64,22 @@ def configure(table: Table, row: Row, protocol: Protocol) -> tuple[Config, str]:
     Raises:
       ConfigError: If a file or key is unknown, or a value is of the wrong type.
     """
-    path = protocol.configs / f"{table.config}.py"
+    path = configs.FILES.get(table.config, pathlib.Path(table.config))
     if not path.is_file():
-        raise ConfigError(f"There is no {path}: say where the configurations are, --configs=DIR.")
+        raise ConfigError(
+            f"{configs.FILES.unknown(table.config)} A table names one of these, or a FILE.py."
+        )
     try:
         config = runpy.run_path(str(path))["get_config"](f"method={row.method}")
     except Exception as error:
         raise ConfigError(f"{path} gives no configuration: {error!r}.") from error
     changes = {**table.changes, **row.changes, "num_seeds": protocol.seeds}
-    if protocol.epochs is not None:
+    if isinstance(protocol.epochs, int):
         scale = protocol.epochs / config.epochs
         boundaries = tuple(scale * epoch for epoch in config.schedule.boundaries)
-        changes |= {"epochs": protocol.epochs, "schedule.boundaries": boundaries}
+        changes |= {"schedule.boundaries": boundaries}
+    if protocol.epochs is not None:
+        changes |= {"epochs": protocol.epochs}
     changes |= protocol.changes
     # What is set that is no key, the check below finds.
     config.unlock()
@@ -91,58 +97,76 @@ def configure(table: Table, row: Row, protocol: Protocol) -> tuple[Config, str]:
                 f"{kind.__name__}."
             ) from error
     configuration.check(config)
-    words = ["python", "-m", "lpa_jax.main", f"--config={path}:method={row.method}"]
+    words = ["python", "-m", "lpa_jax.main", f"--config={table.config}:method={row.method}"]
     words += [f"--config.{key}={value}" for key, value in changes.items() if value is not None]
     return config, shlex.join(words)
 
 
-def configure_all(
-    table: Table, protocol: Protocol, workdir: pathlib.Path | None = None
-) -> dict[str, tuple[Config, str]]:
-    """Return `configure` of each row, having found that each can be built.
+def build_all(
+    table: Table,
+    protocol: Protocol,
+    workdir: pathlib.Path | None = None,
+    *,
+    splits: Sequence[str] = (TEST,),
+) -> dict[str, tuple[Parts, str]]:
+    """Return the parts of each row and its command; a data set is loaded once for all rows.
 
     Args:
       table: The table.
       protocol: What all its runs have in common.
       workdir: Where the rows are trained: what is there must be fit to be pooled with what this
         process would make. None where that does not count.
+      splits: What the data of each row must have.
 
     Raises:
-      ConfigError: If one cannot, or a seed of it came of other data, code or configuration.
+      ConfigError: If one cannot, lacks a split, or a seed of it was made with other data, code or
+        configuration.
       DataError: If the data cannot be read.
     """
-    configured = {name: configure(table, row, protocol) for name, row in table.rows.items()}
-    for name, (config, _) in configured.items():
-        parts = experiment.build(config)
-        if table.rows[name].post_hoc is not None:
-            evaluate.check_adjustable(config)
-        if workdir is not None:
-            place = workdir / directory(name, table.rows[name])
-            ours = provenance.fingerprints(config, parts.dataset)
-            provenance.standing(place, config, ours, parts.num_steps)
-    return configured
+    built = {}
+    with data.loaded_once():
+        for name, row in table.rows.items():
+            config, command = configure(table, row, protocol)
+            parts = build(config)
+            for split in splits:
+                if split not in parts.dataset.splits:
+                    raise ConfigError(
+                        f"The data of row {name} have no split {split!r}, which a table compares "
+                        f"or searches by: they have {', '.join(parts.dataset.splits)}."
+                    )
+            built[name] = parts, command
+            if row.post_hoc is not None:
+                evaluate.check_adjustable(parts)
+            if workdir is not None:
+                place = workdir / directory(name, row)
+                ours = provenance.fingerprints(parts.config, parts.dataset)
+                identity.find_seeds(
+                    place, parts.config, parts.plan.seeds, ours, parts.plan.num_steps
+                )
+    return built
 
 
 def run(
     table: Table, protocol: Protocol, workdir: pathlib.Path, console: Console
-) -> dict[str, Outcome]:
-    """Train what is missing of a table, and return what came of each row.
+) -> dict[str, RowResult]:
+    """Train what is missing of a table, and return the results of each row.
 
-    Every row has a directory of its own, in which runs go on where they were cut off, and those
-    that are finished are only read. A row of which a seed diverges is reported as such, without a
+    Every row has a directory of its own, in which interrupted runs are resumed, and finished ones
+    are only read. A row of which a seed diverges is reported as such, without a
     number: a mean over the other seeds would flatter it.
 
     Raises:
-      ConfigError: If a row cannot be built, or a seed of it came of other data, code or
+      ConfigError: If a row cannot be built, or a seed of it was made with other data, code or
         configuration; none is trained then.
       DataError: If the data cannot be read.
       PreemptedError: If the process was sent SIGTERM, after the present step has been saved.
       WriteError: If the work directory takes no more.
     """
-    configured = configure_all(table, protocol, workdir)
-    outcomes, left, names = {}, progress.Left(), list(table.rows)
+    built = build_all(table, protocol, workdir)
+    results: dict[str, RowResult] = {}
+    left, names = progress.Left(), list(table.rows)
     for number, (name, row) in enumerate(table.rows.items(), 1):
-        config, command = configured[name]
+        parts, command = built[name]
         place = workdir / directory(name, row)
         # Rows that share their networks train them once.
         ahead = {workdir / directory(other, table.rows[other]) for other in names[number - 1 :]}
@@ -151,22 +175,22 @@ def run(
         console.rule(f"{name} ({number} of {len(names)}){left(sum(missing.values()))}")
         try:
             with left.timed(missing[place]):
-                summary = loop.train_and_evaluate(config, place, console)
-        except loop.NonFiniteLossError as error:
-            outcomes[name] = Outcome(row, command, None, str(error))
+                summary = loop.train(parts, place, console)
+        except fit.NonFiniteLossError as error:
+            results[name] = RowResult(row, command, None, str(error), parts.task)
             continue
         if row.post_hoc is not None:
             command += (
                 f" && python -m lpa_jax.evaluate --workdir=runs/again/{place.name} "
                 f"--logit_adjustment={row.post_hoc}"
             )
-            adjusted = _adjusted(config, place, row.post_hoc, console)
+            adjusted = _adjusted(parts, place, row.post_hoc, console)
             # The networks are those that were trained.
             trained = {result["seed"]: result["sessions"] for result in summary["seeds"]}
             adjusted = [{**result, "sessions": trained[result["seed"]]} for result in adjusted]
             summary = {**summary, "seeds": adjusted}
-        outcomes[name] = Outcome(row, command, summary)
-    return outcomes
+        results[name] = RowResult(row, command, summary, task=parts.task)
+    return results
 
 
 def directory(name: str, row: Row) -> str:
@@ -175,18 +199,14 @@ def directory(name: str, row: Row) -> str:
 
 
 def _adjusted(
-    config: Config, directory: pathlib.Path, tau: float, console: Console
+    parts: Parts, directory: pathlib.Path, tau: float, console: Console
 ) -> list[dict[str, Any]]:
-    """Judge finished runs with adjusted logits, as `result.json` has it."""
+    """Evaluate finished runs with adjusted logits, and return results like those of the runs."""
     found = evaluate.evaluate_run(
-        directory,
-        seeds=range(config.seed, config.seed + config.num_seeds),
-        logit_adjustment=tau,
-        console=console,
+        directory, seeds=parts.plan.seeds, logit_adjustment=tau, parts=parts, console=console
     )
     return [
-        {"seed": result["seed"]}
-        | {f"test_{key}": value for key, value in result["logit_adjusted"].items()}
+        {"seed": result["seed"], "metrics": {TEST: result["metrics"]["logit_adjusted"]}}
         for result in found["seeds"]
     ]
 
@@ -212,12 +232,12 @@ def plan(
       ConfigError: If a row cannot be configured, or what is there cannot be pooled with it.
       DataError: If the data cannot be read.
     """
-    shown = rich.table.Table(title="runs to be made")
+    shown = rich.table.Table(title="runs of the table")
     shown.add_column("row", overflow="fold", min_width=max(map(len, table.rows)))
-    for column in ("trials", "seeds", "steps a seed", "seconds a step", "hours left"):
+    for column in ("trials", "seeds", "steps a seed", "seconds a step", "time left"):
         shown.add_column(column, justify="right")
     # What a search would choose is not known here.
-    configured = configure_all(table, protocol, None if trials else workdir)
+    built = build_all(table, protocol, None if trials else workdir)
     rows = {name: directory(name, row) for name, row in table.rows.items()}
     shared = {name for name, place in rows.items() if place != name and place in rows}
     total = 0.0
@@ -229,17 +249,18 @@ def plan(
             done = finished(home(workdir, trials) / place)
             tried = sum(finished(path) for path in (workdir / "tuning" / place).glob("trial*"))
             bar.begin(f"timing {name}")
-            with experiment.as_config_error():
-                seconds, num_steps = _seconds_a_step(configured[name][0], bar)
+            with as_config_error():
+                seconds = _seconds_a_step(built[name][0], bar)
+            num_steps = built[name][0].plan.num_steps
             bar.finished()
             left = max(0, trials - tried) + max(0, protocol.seeds - done)
             left *= num_steps * seconds
             total += left
             cells = (f"{tried} of {trials}", f"{done} of {protocol.seeds}", str(num_steps))
-            shown.add_row(name, *cells, f"{seconds:.3f}", f"{left / 3600:.2f}")
+            shown.add_row(name, *cells, f"{seconds:.3f}", progress.clock(left))
     console.print(shown)
     console.print(
-        f"About {total / 3600:.2f} hours in all; compilation and evaluation are not counted.",
+        f"About {progress.clock(total)} in all; compilation and evaluation are not counted.",
         highlight=False,
     )
     return total
@@ -255,32 +276,24 @@ def finished(workdir: pathlib.Path) -> int:
     return len(list(workdir.glob("seed*/result.json")))
 
 
-def _seconds_a_step(config: Config, bar: progress.Bar) -> tuple[float, int]:
-    """Return the seconds of a step, median of up to 5 after the first, and the steps of a run."""
-    parts = experiment.build(config)
-    train = parts.dataset.train
-    devices = mesh.make_mesh(config.batch_size, config.fsdp)
-    feed = feeds.make_feed(
-        config.input, train, config.batch_size, parts.num_steps, devices, config.sampling
-    )
-    shape = (config.batch_size, *train.images.shape[1:])
-    steps = make_steps(
-        parts.model.init, parts.perturbed, parts.tx, devices, shape, feed.take, **config.augment
-    )
-    state = bar.call(steps.init, jnp.int32(0))
-    seed, one = mesh.put((np.int32(0), np.int32(1)), mesh.replicated(devices))
-    given, times = next(feed.open(0, 0)), []
+def _seconds_a_step(parts: Parts, bar: progress.Bar) -> float:
+    """Return the seconds of a step, median of up to 5 after the first."""
+    # Steps one at a time, whatever the run takes in one call.
+    compiled = fit.compile_parts(parts._replace(plan=parts.plan._replace(steps_per_dispatch=1)))
+    state = bar.call(compiled.steps.init, jnp.int32(0))
+    seed, one = mesh.put((np.int32(0), np.int32(1)), mesh.replicated(compiled.devices))
+    given, times = next(compiled.feed.open(0, 0)), []
     while len(times) < 6 and sum(times[1:]) < 10.0:
         began = time.perf_counter()
-        state = jax.block_until_ready(bar.call(steps.train, state, seed, one, *given))
+        state = jax.block_until_ready(bar.call(compiled.steps.train, state, seed, one, *given))
         times.append(time.perf_counter() - began)
     # The first compiled.
-    return statistics.median(times[1:]), parts.num_steps
+    return statistics.median(times[1:])
 
 
-def about(outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
+def about(results: Mapping[str, RowResult]) -> dict[str, Any]:
     """Return how the runs of a table were made: all `"devices"`, `"versions"` and `"commits"`."""
-    summaries = [o.summary for o in outcomes.values() if o.summary is not None]
+    summaries = [row.summary for row in results.values() if row.summary is not None]
     sessions = [
         session
         for summary in summaries
