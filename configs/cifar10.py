@@ -1,6 +1,6 @@
 r"""CIFAR-10 with WRN-28-10 and the papers' schedule.
 
-    python -m lpa_jax.main --config=configs/cifar10.py:method=lpa --workdir=runs/cifar10 \
+    lpa-jax main --config=cifar10:method=lpa --workdir=runs/cifar10 \
         --config.dataset=npz:cifar10.npz
 
 The set is a prepared tensorflow-datasets one (the default; `--config.data_dir=DIR`) or an npz file
@@ -9,7 +9,7 @@ any other transform by name, and several joined by `+`, such as `lpa+lpl+lpg`; `
 seconds. Any number can be set, for example `--config.perturbation.lpa.epsilon=0.1`; the LPA paper's
 other network is `--config.model.name=resnet_110`.
 
-Published test errors stand beside measured ones in the tables of
+Published test errors are beside measured ones in the tables of
 `python -m lpa_jax.table --table=cifar10` and, for long tails of ratio 100 and 10, of
 `--table=cifar10_lt` and `--table=cifar10_lt10`, with the paper, the form of the method and the
 protocol.
@@ -28,6 +28,7 @@ Measured: not yet; a run of 200 epochs needs a GPU.
 """
 
 from lpa_jax.training import config as configuration
+from lpa_jax.training import method_config
 
 SMOKE = {
     "model.name": "wrn_10_1",
@@ -42,4 +43,4 @@ def get_config(argument=""):
     """Return the configuration that `argument`, `"method=NAME,smoke"`, asks for."""
     config = configuration.default()
     config.dataset = "cifar10"
-    return configuration.choose(config, argument, SMOKE, {})
+    return method_config.choose(config, argument, SMOKE, "cifar10")

@@ -1,6 +1,6 @@
 r"""CIFAR-100 with WRN-28-10 and the papers' schedule.
 
-    python -m lpa_jax.main --config=configs/cifar100.py:method=lpa --workdir=runs/cifar100 \
+    lpa-jax main --config=cifar100:method=lpa --workdir=runs/cifar100 \
         --config.dataset=npz:cifar100.npz
 
 The set is a prepared tensorflow-datasets one (the default; `--config.data_dir=DIR`) or an npz file
@@ -9,7 +9,7 @@ any other transform by name, and several joined by `+`, such as `lpa+lpl+lpg`; `
 seconds. Any number can be set, for example `--config.perturbation.lpa.epsilon=0.1`; the LPA paper's
 other network is `--config.model.name=resnet_110`.
 
-Published test errors stand beside measured ones in the tables of
+Published test errors are beside measured ones in the tables of
 `python -m lpa_jax.table --table=cifar100` and, for long tails of ratio 100 and 10, of
 `--table=cifar100_lt` and `--table=cifar100_lt10`, with the paper, the form of the method and the
 protocol.
@@ -25,8 +25,8 @@ LDAM-DRW is `method=ldam+drw`.
 Measured: not yet; a run of 200 epochs needs a GPU.
 """
 
-from lpa_jax import methods
 from lpa_jax.training import config as configuration
+from lpa_jax.training import method_config
 
 SMOKE = {
     "model.name": "wrn_10_1",
@@ -41,4 +41,4 @@ def get_config(argument=""):
     """Return the configuration that `argument`, `"method=NAME,smoke"`, asks for."""
     config = configuration.default()
     config.dataset = "cifar100"
-    return configuration.choose(config, argument, SMOKE, methods.by_dataset("cifar100"))
+    return method_config.choose(config, argument, SMOKE, "cifar100")

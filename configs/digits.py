@@ -1,6 +1,6 @@
-"""scikit-learn's digits (1,797 real 8x8 images) with a small convolutional network: seconds a run.
+"""Digits (1,797 real 8x8 images that come along) with a small convolutional network: seconds a run.
 
-    python -m lpa_jax.main --config=configs/digits.py:method=lpa --workdir=runs/digits
+    lpa-jax main --config=digits:method=lpa --workdir=runs/digits
 
 Methods: erm, lpa, lpl, lpg, manifold_mixup, dropout, sam, any other transform by name, and several
 joined by `+`; `smoke` for a run of seconds. Any number can be set, for example
@@ -21,8 +21,8 @@ docs/results.md):
     sam             99.44 ± 0.20   0.024 ± 0.003
 """
 
-from lpa_jax import methods
 from lpa_jax.training import config as configuration
+from lpa_jax.training import method_config
 
 SMOKE = {
     "epochs": 2,
@@ -40,4 +40,4 @@ def get_config(argument=""):
     config.schedule.update({"name": "cosine", "learning_rate": 0.1})
     config.epochs = 30
     config.batch_size = 64
-    return configuration.choose(config, argument, SMOKE, methods.by_dataset("digits"))
+    return method_config.choose(config, argument, SMOKE, "digits")

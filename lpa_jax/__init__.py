@@ -1,7 +1,11 @@
 """Perturb a network while it learns: optax transforms at sites of the training computation."""
 
+import importlib
+import typing
+
 from lpa_jax import losses as losses
-from lpa_jax import methods as methods
+from lpa_jax import registry as registry
+from lpa_jax import tasks as tasks
 from lpa_jax.api import list_sites as list_sites
 from lpa_jax.api import value_and_grad as value_and_grad
 from lpa_jax.core import splits as splits
@@ -41,4 +45,38 @@ from lpa_jax.transforms.reweight import reweight as reweight
 from lpa_jax.transforms.sam import sam as sam
 from lpa_jax.transforms.shake import shake as shake
 
-__version__ = "0.1.0"
+# The rest is imported where it is first used: the core does not need it, and the trainer's packages
+# may not be installed.
+_LAZY = ("data", "evaluation", "methods", "models", "papers", "plots", "tables", "training")
+_FUNCTIONS = {
+    "evaluate_run": "evaluation.evaluate",
+    "load_run": "training.run",
+    "train_and_evaluate": "training.loop",
+}
+if typing.TYPE_CHECKING:
+    from lpa_jax import data as data
+    from lpa_jax import evaluation as evaluation
+    from lpa_jax import methods as methods
+    from lpa_jax import models as models
+    from lpa_jax import papers as papers
+    from lpa_jax import plots as plots
+    from lpa_jax import tables as tables
+    from lpa_jax import training as training
+    from lpa_jax.evaluation.evaluate import evaluate_run as evaluate_run
+    from lpa_jax.training.loop import train_and_evaluate as train_and_evaluate
+    from lpa_jax.training.run import load_run as load_run
+else:
+    # Hidden from type checkers, which would otherwise take every misspelled name.
+    def __getattr__(name: str) -> typing.Any:
+        if name in _LAZY:
+            return importlib.import_module(f"{__name__}.{name}")
+        if name in _FUNCTIONS:
+            return getattr(importlib.import_module(f"{__name__}.{_FUNCTIONS[name]}"), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY, *_FUNCTIONS})
+
+
+__version__ = "0.2.0"
