@@ -1,21 +1,46 @@
 """What the command lines share: flags, and errors that end in a sentence."""
 
+import ast
 from collections.abc import Callable, Iterator
 import contextlib
 import difflib
+import importlib
 import io
 import os
 import re
 import sys
 from typing import Any, NoReturn
 
+from lpa_jax import extras
+from lpa_jax.registry import reason
+
+try:
+    extras.require_train("The command line")
+except ImportError as error:
+    # Of a command, the sentence is enough.
+    print(f"lpa_jax: {error}", file=sys.stderr)
+    sys.exit(2)
+
 from absl import app, flags, logging
 
-WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; a run cut off goes on there.")
+WORKDIR = flags.DEFINE_string(
+    "workdir",
+    None,
+    "Directory of the run or table; rerunning resumes what was interrupted.",
+)
+LIST = flags.DEFINE_bool(
+    "list", False, "List methods, networks, data sets, tasks, tables, writers and configurations."
+)
+flags.DEFINE_multi_string(
+    "import", [], "Module of yours to import first: it may register methods, readers and more."
+)
+PRINT_CONFIG = flags.DEFINE_bool(
+    "print_config", False, "Print every key of the configuration, with its meaning."
+)
 
 TEMPORARY = 75
-"""Exit code of a run that the same command takes on, EX_TEMPFAIL in sysexits.h: SIGTERM stopped it,
-after it was saved, or it lost one of its processes."""
+"""Exit code of a run that rerunning resumes, EX_TEMPFAIL in sysexits.h: SIGTERM stopped it after
+it was saved, or it lost one of its processes."""
 
 IO_ERROR = 74
 """Exit code of a run whose work directory takes no more, EX_IOERR in sysexits.h."""
@@ -49,7 +74,7 @@ class _Output(io.FileIO):
             if not (self.told or isinstance(error, BrokenPipeError) or self.fileno() == 2):
                 self.told = True
                 print(
-                    f"lpa_jax: What is printed is lost ({error.strerror}); the command goes on.",
+                    f"lpa_jax: What is printed is lost ({error.strerror}); the command continues.",
                     file=sys.stderr,
                     flush=True,
                 )
@@ -100,9 +125,19 @@ def parse(
         app.usage(shorthelp=True, writeto_stdout=True)
         sys.exit(0)
     try:
+        # Before the configuration is read, which may name what they register.
+        for word in argv:
+            if named := re.fullmatch(r"--?import=(.+)", word):
+                _import(named[1])
         rest = flags.FLAGS(argv)
         if len(rest) > 1:
             raise UsageError(f"What is {rest[1]!r}? Options are written --name=value.")
+        if LIST.value:
+            # Imported late, as what is below.
+            from lpa_jax import listing
+
+            print(listing.everything())
+            sys.exit(0)
         check()
     except flags.IllegalFlagValueError as error:
         fail(UsageError(explain(argv, error) or _about_value(error)))
@@ -114,6 +149,48 @@ def parse(
             told = f"{lacking[1]} needs a value: {lacking[1]}=VALUE."
         fail(error if told is None else UsageError(told))
     return rest
+
+
+def _import(name: str) -> None:
+    try:
+        importlib.import_module(name)
+    except Exception as error:  # Of any kind: the module is the user's.
+        raise UsageError(
+            f"--import={name} cannot be imported ({reason(error)}): give a module that is "
+            "installed, or in the current directory."
+        ) from error
+
+
+KEY = re.compile(r"--?config\.(?P<key>[^\W\d]\w*(?:\.[^\W\d]\w*)*)=(?P<value>.*)", re.DOTALL)
+
+
+def changes(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
+    """Take the words `--config.KEY=VALUE` out of a command line without a configuration file.
+
+    Returns:
+      The other words, and the values by key: of Python where they are, else strings.
+
+    Raises:
+      UsageError: If a key has no value, or is no name.
+
+    Example:
+      >>> changes(["command", "--config.epochs=3", "--config.model.name=wrn_16_2", "--dry_run"])
+      (['command', '--dry_run'], {'epochs': 3, 'model.name': 'wrn_16_2'})
+    """
+    rest, found = [], {}
+    for word in argv:
+        if not re.match(r"--?(?:no)?config\.", word):
+            rest.append(word)
+            continue
+        parsed = KEY.fullmatch(word)
+        if parsed is None:
+            raise UsageError(f"{word!r} sets no key: write --config.KEY=VALUE.")
+        try:
+            found[parsed["key"]] = ast.literal_eval(parsed["value"])
+        except (ValueError, SyntaxError):
+            words = {"true": True, "false": False}
+            found[parsed["key"]] = words.get(parsed["value"], parsed["value"])
+    return rest, found
 
 
 def _about_flag(error: flags.UnrecognizedFlagError) -> str:
@@ -151,22 +228,23 @@ def sentences(stopped: str) -> Iterator[None]:
     """
     # Imported late: --help and a wrong flag need not wait for all that a run needs.
     from lpa_jax.data import DataError
-    from lpa_jax.training import checkpoints, loop, records
+    from lpa_jax.training import checkpoints, files, fit
+    from lpa_jax.training.config import ConfigError
 
     wrong = (
         *(OSError, UsageError, DataError),
-        *(loop.ConfigError, loop.NonFiniteLossError, checkpoints.CheckpointError),
+        *(ConfigError, fit.NonFiniteLossError, checkpoints.CheckpointError),
     )
     # Orbax narrates every checkpoint, and every failure at the length of a page.
     logging.set_verbosity(logging.WARNING)
     logging.get_absl_handler().addFilter(lambda record: "orbax" not in record.pathname)
     try:
         yield
-    except records.WriteError as error:
+    except files.WriteError as error:
         # On the way out, threads that could not write either would tell it at length.
         fail(error, IO_ERROR, at_once=True)
-    except loop.PreemptedError as error:
-        fail(loop.PreemptedError(f"{error} The same command goes on from there."), TEMPORARY)
+    except fit.PreemptedError as error:
+        fail(fit.PreemptedError(f"{error} Rerun the command to resume."), TEMPORARY)
     except wrong as error:
         fail(error)
     except KeyboardInterrupt:

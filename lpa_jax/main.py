@@ -1,31 +1,43 @@
-"""The command line: `python -m lpa_jax.main --config=configs/digits.py --workdir=runs/digits`."""
+"""The command line: `python -m lpa_jax.main --config=digits:method=lpa --workdir=runs/digits`."""
 
+import difflib
 import os
+import pathlib
 import re
+import sys
 from typing import Any
 
+# First: it says what is not installed.
+from lpa_jax import commands
+
+# isort: split
 from absl import flags
 import jax
 from ml_collections import config_flags
 
-from lpa_jax import commands
-from lpa_jax.commands import fail, sentences, TEMPORARY, UsageError, WORKDIR
+from lpa_jax import configs
+from lpa_jax.commands import fail, PRINT_CONFIG, sentences, TEMPORARY, UsageError, WORKDIR
 
 flags.adopt_module_key_flags(commands)
 _CONFIG = config_flags.DEFINE_config_file(
     "config",
     None,
-    "File of the configuration, FILE.py or FILE.py:method=NAME,smoke. --config.KEY=VALUE after it "
-    "sets one of its keys, such as --config.epochs=3, --config.perturbation.lpa.epsilon=0.1 or "
-    "--config.model.options.width=8; lpa_jax/training/config.py describes all keys.",
+    f"The configuration: one of {', '.join(configs.FILES)}, or a FILE.py of your own; NAME:method="
+    "METHOD,smoke chooses the method and a run of seconds. --config.KEY=VALUE after it sets one of "
+    "its keys, such as --config.epochs=3, --config.perturbation.lpa.epsilon=0.1 or "
+    "--config.model.options.width=8; "
+    "--print_config shows all keys.",
     # What is set that is no key, the check below finds, and says it better.
     lock_config=False,
     accept_new_attributes=True,
 )
+# A name stands for the file of that name that comes with the package.
+_PARSER: Any = flags.FLAGS["config"].parser
+_PARSER.parse = lambda argument, parse=_PARSER.parse: parse(configs.resolve(argument))
 _ALLOW_CHANGE = flags.DEFINE_bool(
     "allow_config_change",
     False,
-    "Let a run go on with another configuration, as far as its state fits; the change is recorded.",
+    "Let a run continue with another configuration, as far as its state fits; it is recorded.",
 )
 _COORDINATOR = flags.DEFINE_string(
     "coordinator_address", None, "HOST:PORT of the first of several processes."
@@ -45,16 +57,24 @@ class LostError(RuntimeError):
 
 
 def _check() -> None:
+    if PRINT_CONFIG.value and not flags.FLAGS["config"].present:
+        from lpa_jax.training import config as configuration
+
+        print(configuration.describe())
+        sys.exit(0)
     if flags.FLAGS["config"].value is None:
         if flags.FLAGS["config"].present:
             raise UsageError("get_config of --config returns None: return a configuration.")
-        raise UsageError("Say what to run, for example --config=configs/digits.py:method=lpa.")
+        raise UsageError("Say what to run, for example --config=digits:method=lpa.")
     # A file that cannot be read shows only when the configuration is first used.
     _CONFIG.value.to_dict()
     # Imported late: a wrong flag need not wait for it.
     from lpa_jax.training import config as configuration
 
     configuration.check(_CONFIG.value)
+    if PRINT_CONFIG.value:
+        print(configuration.describe(_CONFIG.value))
+        sys.exit(0)
     if not WORKDIR.value:
         raise UsageError("Say where to put the run, for example --workdir=runs/digits.")
 
@@ -64,7 +84,7 @@ def _parse(argv: list[str]) -> list[str]:
 
 
 def _explain(argv: list[str], error: Exception) -> str | None:
-    """Return what is wrong with a key of the configuration, if that is what an error came of."""
+    """Return what is wrong with a key of the configuration, if it caused the error."""
     from lpa_jax.training import config as configuration
 
     try:
@@ -90,11 +110,13 @@ def _explain(argv: list[str], error: Exception) -> str | None:
     _, equals, value = words[files[-1]].partition("=")
     value = value if equals else "".join(words[files[-1] + 1 :][:1])
     path = value.partition(":")[0]
-    if path and not os.path.exists(path):
+    if path and path not in configs.FILES and not os.path.exists(path):
         like = f"{path.partition(',')[0].removesuffix('.py')}.py"
-        found = [name for name in (like, f"configs/{like}") if os.path.exists(name)]
-        hint = f"did you mean {found[0]}?" if found else "give one such as configs/digits.py."
-        return f"There is no configuration {path}: {hint}"
+        close = difflib.get_close_matches(pathlib.PurePath(like).stem, configs.FILES, n=1)
+        close = [like] if os.path.exists(like) else close
+        hint = f"did you mean {close[0]}? " if close else ""
+        known = ", ".join(configs.FILES)
+        return f"There is no configuration {path}: {hint}Give one of {known}, or a FILE.py."
     try:
         config: Any = flags.FLAGS["config"].parser.parse(value)
         config.to_dict()
@@ -139,7 +161,7 @@ def _tells_of_a_loss(error: BaseException) -> bool:
 
 
 def _main(_: list[str]) -> None:
-    with sentences("stopped; the same command goes on from the last checkpoint."):
+    with sentences("stopped; rerun the command to resume from the last checkpoint."):
         # Imported late: --help and a wrong flag need not wait for all that a run needs.
         from lpa_jax.training import loop
 
@@ -153,8 +175,8 @@ def _main(_: list[str]) -> None:
             if jax.distributed.is_initialized() and _tells_of_a_loss(cause):
                 reason = str(cause).strip().partition("\n")[0]
                 lost = LostError(
-                    f"Another process of the run, or the way to it, is lost ({reason}). The same "
-                    "commands go on from the last checkpoint."
+                    f"Another process of the run, or the way to it, is lost ({reason}). Rerun the "
+                    "commands to resume from the last checkpoint."
                 )
                 fail(lost, TEMPORARY, at_once=True)
             raise

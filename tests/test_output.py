@@ -38,7 +38,7 @@ def call(module, *arguments, shell="", **options):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """Return the directory of a run that nobody read the output of, and what became of it."""
+    """Return the directory of a run whose output nobody read, and its result."""
     workdir = tmp_path_factory.mktemp("run")
     return workdir, call("main", *SMALL, f"--workdir={workdir}")
 
@@ -50,7 +50,7 @@ def complete(workdir):
     return True
 
 
-def test_a_closed_pipe_stops_no_training(run):
+def test_a_closed_pipe_does_not_stop_training(run):
     workdir, done = run
     assert (done.returncode, done.stderr) == (0, "")
     assert complete(workdir)
@@ -58,20 +58,21 @@ def test_a_closed_pipe_stops_no_training(run):
     assert json.loads((workdir / "config.json").read_text())["model"]["options"] == {"width": 4}
 
 
-def test_a_closed_pipe_stops_no_evaluation(run):
+def test_a_closed_pipe_does_not_stop_an_evaluation(run):
     workdir, _ = run
     done = call("evaluate", f"--workdir={workdir}")
     assert (done.returncode, done.stderr) == (0, "")
     assert json.loads((workdir / "evaluation.json").read_text())["metrics"]["clean"]
 
 
-def test_a_closed_pipe_stops_no_table(tmp_path):
+def test_a_closed_pipe_does_not_stop_a_table(tmp_path):
     done = call(
-        "table", "--table=digits", "--methods=erm", "--seeds=1", "--budget=1", "--set=limit=128",
+        "table", "--table=digits", "--methods=erm", "--config.num_seeds=1",
+        "--config.epochs=1", "--config.limit=128",
         f"--workdir={tmp_path}",
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
-    assert json.loads((tmp_path / "table.json").read_text())["lines"]
+    assert json.loads((tmp_path / "table.json").read_text())["rows"]
 
 
 @pytest.mark.parametrize(
@@ -81,11 +82,11 @@ def test_a_closed_pipe_stops_no_table(tmp_path):
         ("2>&1", ""),
         (
             "> /dev/full",
-            "lpa_jax: What is printed is lost (No space left on device); the command goes on.\n",
+            "lpa_jax: What is printed is lost (No space left on device); the command continues.\n",
         ),
     ],
 )
-def test_no_output_that_cannot_be_written_stops_training(shell, said, tmp_path):
+def test_output_that_cannot_be_written_does_not_stop_training(shell, said, tmp_path):
     if "/dev/full" in shell and not pathlib.Path("/dev/full").exists():
         pytest.skip("there is no /dev/full here")
     done = call("main", *SMALL, f"--workdir={tmp_path}", shell=shell)
@@ -96,21 +97,21 @@ def test_no_output_that_cannot_be_written_stops_training(shell, said, tmp_path):
 
 
 @pytest.mark.parametrize("names", [{"PYTHONIOENCODING": "ascii"}, {"LANG": "C", "LC_ALL": "C"}])
-def test_signs_that_a_terminal_lacks_stop_nothing(names, run, tmp_path):
+def test_characters_that_a_terminal_lacks_do_not_stop_a_run(names, run, tmp_path):
     workdir, _ = run
     done = call("main", *SMALL, f"--workdir={workdir}", shell=f"> {tmp_path}/out", **names)
     assert (done.returncode, done.stderr) == (0, "")
     assert "validation set: test accuracy" in (tmp_path / "out").read_text(encoding="utf-8")
 
 
-def test_a_wrong_flag_is_told_by_its_exit_code_where_no_one_listens():
+def test_a_wrong_flag_has_its_exit_code_without_a_reader():
     assert call("main", "--epochs=3", shell="2>&-").returncode == 2
 
 
 @pytest.mark.parametrize(
     ("module", "flags"),
     [
-        ("main", ["--workdir", "--config:", "--config.KEY=VALUE", "--allow_config_change"]),
+        ("main", ["--workdir", "--config:", "--allow_config_change"]),
         ("evaluate", ["--workdir", "--seed", "--attacks"]),
         ("table", ["--workdir", "--table", "--trials"]),
     ],
@@ -122,10 +123,11 @@ def test_help_names_every_flag(module, flags, tmp_path):
     for flag in flags:
         entry = rf"^ *--(\[no\])?{re.escape(flag[2:])}(?![a-z_])"
         assert re.search(entry, shown, re.MULTILINE), flag
+    assert module != "main" or "--config.KEY=VALUE" in shown
     # Those of absl and its like are not.
     assert "--logtostderr" not in shown
 
 
-def test_help_into_a_closed_pipe_is_no_error():
+def test_help_into_a_closed_pipe_is_not_an_error():
     done = call("main", "--help")
     assert (done.returncode, done.stderr) == (0, "")
