@@ -10,9 +10,8 @@ from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 import numpy as np
 import optax
-from probes import absolute, quick_jit
+from probes import absolute, quick_jit, residuals
 import pytest
-from test_program import residuals
 
 import lpa_jax
 from lpa_jax import api
@@ -235,7 +234,7 @@ def assert_nnx_is_as_by_hand(model, site, front, tail):
         (Tied, ["block[0]", "block[1]", "block[2]"]),
     ],
 )
-def test_lpa_within_an_nnx_model_is_what_one_would_write_by_hand(kind, names):
+def test_lpa_within_an_nnx_model_equals_lpa_by_hand(kind, names):
     model = kind()
     found, refused = names_of(model, model)
     assert [name for name in found if name in names] == names
@@ -285,7 +284,7 @@ class Branched(Classifier):
         return self.classify(x)
 
 
-def test_branches_of_an_nnx_model_are_no_sites_and_what_comes_before_them_is():
+def test_branches_of_an_nnx_model_are_not_sites_and_values_before_them_are():
     model = Branched()
     found, refused = names_of(model, model)
     assert found == ["stem/linear", "stem", "head"]
@@ -457,7 +456,7 @@ def haiku_network(kind):
 
 
 @pytest.mark.parametrize("kind", ["plain", "remat", "scan", "stack"])
-def test_lpa_within_a_haiku_function_is_what_one_would_write_by_hand(kind):
+def test_lpa_within_a_haiku_function_equals_lpa_by_hand(kind):
     network = haiku_network(kind)
     params = network.init(jax.random.key(0), X)
     found, _ = names_of(network, params)
@@ -528,7 +527,7 @@ def tail_of(params, x):
 
 @pytest.mark.parametrize("name", [lpa_jax.tap, lambda name, value: checkpoint_name(value, name)])
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.jit, jax.checkpoint, jax.vmap])
-def test_lpa_within_a_function_is_what_one_would_write_by_hand(name, wrap):
+def test_lpa_within_a_function_equals_lpa_by_hand(name, wrap):
     def network(params, x):
         return tail_of(params, wrap(lambda x: name("hidden", front_of(params, x)))(x))
 
@@ -537,7 +536,7 @@ def test_lpa_within_a_function_is_what_one_would_write_by_hand(name, wrap):
     assert_lpa_is_as_by_hand(network, params, "hidden", params, front_of, tail_of)
 
 
-def test_lpa_within_an_equinox_model_is_what_one_would_write_by_hand():
+def test_lpa_within_an_equinox_model_equals_lpa_by_hand():
     eqx = pytest.importorskip("equinox")
 
     class Network(eqx.Module):

@@ -683,7 +683,7 @@ def test_elr_follows_the_logits_that_other_perturbations_made():
     )
 
 
-def test_elr_that_is_not_told_the_examples_is_refused():
+def test_elr_without_the_numbers_of_the_examples_is_refused():
     with pytest.raises(ValueError, match="give the step extra="):
         one_step(lpa_jax.elr(12, 3.0), draw_batch(0))
 
@@ -892,7 +892,7 @@ def test_cutout_covers_a_square_of_each_image_with_the_mean():
 
 
 @pytest.mark.parametrize("make", [lambda: lpa_jax.cutmix(1.0), lambda: lpa_jax.cutout(4)])
-def test_what_cuts_images_needs_images(make):
+def test_cutmix_and_cutout_need_images(make):
     with pytest.raises(ValueError, match=r"needs inputs \[B, H, W, channels\], not \(7, 3\)"):
         one_step(make(), draw_batch(0))
 
@@ -1047,7 +1047,7 @@ def test_mixstyle_draws_from_the_beta_distribution_in_a_share_of_the_batches():
         ((4, 2, 3), {"domains": jnp.arange(3)}, "needs an integer for each example"),
     ],
 )
-def test_what_has_no_style_or_no_domains_is_refused(shape, extra, message):
+def test_mixstyle_without_a_style_or_domains_is_refused(shape, extra, message):
     style = lpa_jax.mixstyle("layer", alpha=1.0)
     with pytest.raises(ValueError, match=message):
         style.update(jnp.ones(shape), style.init(None), key=KEY, weights=jnp.ones(4), **extra)

@@ -136,7 +136,7 @@ def test_soft_labels_of_padding_may_be_anything():
     [(MODEL, "group1", {}), (MODEL, "logits", {}), (networks.BatchNorms(), "block", TRAIN)],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
 )
-def test_a_loss_that_is_no_number_at_padding_is_not_heard(model, site, mode):
+def test_a_loss_that_is_not_finite_at_padding_is_ignored(model, site, mode):
     weights = jnp.ones(BATCH).at[2].set(0.0)
     labels = jax.nn.one_hot(LABELS, CLASSES)
     variables = fill(model)
@@ -256,7 +256,7 @@ def test_chains_of_chains_are_flat():
     assert lpa_jax.chain(inner, watch("logits"))[:2] == inner
 
 
-def test_later_sites_see_what_earlier_ones_made_of_their_values():
+def test_later_sites_see_the_changes_at_earlier_sites():
     sites = ["inputs", *INNER]
     perturbation = lpa_jax.chain(*map(watch, sites), *map(shift, sites))
     aux, states = forward(perturbation)
@@ -307,7 +307,7 @@ def test_the_gradient_a_site_asks_for_is_that_of_the_losses_beyond_it():
         )
 
 
-def test_what_a_gradient_says_is_a_constant_to_back_propagation():
+def test_the_gradient_of_a_site_is_a_constant_in_back_propagation():
     """Though it depends on the parameters, by way of the value, the earlier sites and the tail."""
     model = networks.Skip()
     variables = fill(model)
@@ -367,7 +367,7 @@ def test_the_gradients_of_the_logits_and_the_parameters_are_sites():
 # --- What else comes back
 
 
-def test_metrics_tell_how_far_each_class_was_moved_and_why():
+def test_metrics_report_how_far_each_class_was_moved_and_why():
     split = lpa_jax.splits.tail(1, class_counts=[9, 3, 3, 1])
     perturbation = lpa_jax.chain(absolute("group2", 0.3, sharing="full", split=split))
     aux, _ = forward(perturbation)
@@ -539,7 +539,7 @@ def test_numbers_that_are_schedules_are_taken_at_the_step():
         np.testing.assert_allclose(state.perturbations[2], gradient / (1 + count), 1e-4, 1e-6)
 
 
-def test_a_donated_state_goes_round_without_tracing_again_and_epochs_end():
+def test_a_donated_state_is_reused_without_tracing_again_and_epochs_end():
     """With perturbations at every kind of site, some that draw and some that keep a state."""
     model = networks.BatchNorms()
     variables = fill(model)
@@ -800,18 +800,18 @@ def test_a_perturbation_that_has_its_sites_is_placed_nowhere_else():
 
 @pytest.mark.parametrize("make_one", [lpa_jax.lpa, lpa_jax.adversarial])
 @pytest.mark.parametrize("site", ["labels", "logit_grads", "param_grads"])
-def test_what_climbs_the_loss_is_refused_where_there_is_none_to_climb(make_one, site):
+def test_ascent_is_refused_at_sites_without_a_loss(make_one, site):
     def run():
         step = make(make_one(site, 0.1))
         return step(VARIABLES, step.init(VARIABLES, INPUTS, LABELS), INPUTS, LABELS, KEY)
 
     with pytest.raises(
-        lpa_jax.SiteError, match=rf"stands at 'inputs', a module or 'logits', not at '{site}'"
+        lpa_jax.SiteError, match=rf"acts at 'inputs', a module or 'logits', not at '{site}'"
     ):
         jax.eval_shape(run)
 
 
-def test_a_site_named_twice_by_one_perturbation_is_refused():
+def test_a_site_named_twice_or_no_site_is_refused():
     with pytest.raises(lpa_jax.SiteError, match="twice"):
         lpa_jax.lpa(("group1", "group2", "group1"), 0.1)
     with pytest.raises(lpa_jax.SiteError, match="at least one"):

@@ -1,7 +1,7 @@
 """What must hold whatever the network: the identities that need no other implementation.
 
-The numbers are those of the list of identities; number 13, agreement with loops in NumPy, is
-`test_oracle.py`.
+The numbers are those of the list of identities; number 12, agreement with optax's SAM, is in
+`test_outside.py`, and number 13, agreement with loops in NumPy, in `test_oracle.py`.
 """
 
 import functools
@@ -424,31 +424,6 @@ def test_11_manifold_mixup_of_the_inputs_is_mixup_and_unmixed_it_is_plain():
     # With alpha 0 lambda is 1.
     for (got, _), got_grads, _ in steps(jnp.float32(0.0), *arguments):
         close((got, got_grads), (loss, grads))
-
-
-def test_12_sam_is_that_of_optax():
-    variables, inputs = setting()
-    _, loss, grads = plain()
-
-    def gradient(params, _=0):
-        def loss(params):
-            logits = NET.apply({"params": params}, inputs)
-            return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, LABELS))
-
-        return jax.grad(loss)(params)
-
-    adversary = optax.chain(optax.contrib.normalize(), optax.sgd(0.1))
-    sam = optax.contrib.sam(optax.sgd(1.0), adversary, sync_period=2, opaque_mode=True)
-
-    @quick_jit
-    def theirs(params):
-        return sam.update(gradient(params), sam.init(params), params, grad_fn=gradient)[0]
-
-    (((ours_loss, _), ours, _),) = run(lpa_jax.sam(0.1))
-    close(ours, jax.tree.map(jnp.negative, theirs(variables["params"])))
-    close(ours_loss, loss)
-    with pytest.raises(AssertionError):
-        close(ours, grads)
 
 
 # ---------------------------------------------------------------- several sites

@@ -27,7 +27,7 @@ LPL = lpa_jax.lpl(0.5, solver="projected", split=UP)
 
 
 def take(chain, loss_fn=None):
-    """Return the loss, the gradients and what stood at `"group1"` after the chain."""
+    """Return the loss, the gradients and the value at `"group1"` after the chain."""
     options = {} if loss_fn is None else {"loss_fn": loss_fn}
     chain = lpa_jax.chain(chain, watch("group1"))
     step = lpa_jax.value_and_grad(MODEL.apply, chain, num_classes=CLASSES, **options)
@@ -45,7 +45,7 @@ def take(chain, loss_fn=None):
 
 PRIORS = jnp.log(jnp.array(COUNTS, jnp.float32) / sum(COUNTS))
 MARGINS = 0.5 * (min(COUNTS) / jnp.array(COUNTS, jnp.float32)) ** 0.25
-# What stands at the logits, and what it makes of logits and targets.
+# What acts at the logits, and what it makes of logits and targets.
 AT_LOGITS = {
     "logit_adjustment": (
         lambda: lpa_jax.logit_adjustment(COUNTS),
@@ -84,7 +84,7 @@ CLIMBERS = {
         *((name, "adversarial") for name in ("logit_adjustment", "scale")),
     ],
 )
-def test_what_stands_at_the_logits_is_part_of_the_loss_that_is_climbed(name, climber):
+def test_perturbations_of_the_logits_are_part_of_the_loss_that_is_climbed(name, climber):
     make, formula = AT_LOGITS[name]
 
     def loss_fn(logits, targets):
@@ -133,7 +133,7 @@ def test_lpa_climbs_the_loss_that_isda_augments():
     assert np.abs(got - hidden()).max() > 1e-2
 
 
-def test_lpl_climbs_the_loss_of_what_follows_it_at_the_logits():
+def test_lpl_climbs_the_loss_with_the_later_perturbations_of_the_logits():
     make, formula = AT_LOGITS["logit_adjustment"]
 
     def loss_fn(logits, targets):
@@ -144,7 +144,7 @@ def test_lpl_climbs_the_loss_of_what_follows_it_at_the_logits():
     assert np.abs(got[0] - take(lpa_jax.chain(make(), LPL))[0]) < 1e-5
 
 
-def test_what_asks_for_the_gradient_at_the_logits_is_left_out_of_the_loss_that_is_climbed():
+def test_what_uses_the_gradient_at_the_logits_is_excluded_from_the_loss_that_is_climbed():
     # In it every gradient step would contain all of LPL's.
     one, both = take(LPA)[2], take(lpa_jax.chain(LPA, LPL))[2]
     chex.assert_trees_all_close(both, one, rtol=1e-5, atol=1e-6)

@@ -13,6 +13,7 @@ from lpa_jax.methods import Method, METHODS, Range
 from lpa_jax.papers import PAPERS
 from lpa_jax.tables import catalogue, tuning
 from lpa_jax.training import config as configuration
+from lpa_jax.training import method_config
 
 ROOT = pathlib.Path(__file__).parent.parent
 FACTS = {
@@ -25,7 +26,7 @@ FACTS = {
 each_method = pytest.mark.parametrize("name", METHODS)
 
 
-def test_the_page_is_that_of_the_rows():
+def test_the_page_is_generated_from_the_rows():
     assert (ROOT / "docs" / "methods.md").read_text() == methods.page()
 
 
@@ -45,14 +46,6 @@ def test_a_row_fits_its_factory(name):
         default = row.defaults.get(key, taken[key].default)
         for value in (default, *(given.get(key, default) for given in row.by_dataset.values())):
             assert interval.low <= value <= interval.high
-
-
-@each_method
-def test_a_method_is_made_of_its_row(name):
-    row = METHODS[name]
-    assert row.make(FACTS).sites
-    for value in (row.ranges or {}).values():
-        assert value.low < value.high
 
 
 def double(site: str, factor: float, decay: int = 3) -> lpa_jax.Perturbation:
@@ -83,7 +76,7 @@ def test_a_method_of_the_users_own_is_used_like_these(own):
     config = digits.get_config("method=double+lpl")
     assert config.perturbation.double.to_dict() == {"site": "group3", "factor": 0.5, "decay": 0.5}
     assert config.epochs == 7
-    first, _ = configuration.perturbation(config, [5, 3], (0.5,), 20)
+    first, _ = method_config.perturbation(config, [5, 3], (0.5,), 20, 8)
     assert first.update(3.0, first.init(None))[0] == 4.5
     table = catalogue.TABLES["digits"]
     found = tuning.ranges(table, catalogue.Row("double+lpl"), config)
@@ -93,10 +86,10 @@ def test_a_method_of_the_users_own_is_used_like_these(own):
     assert line_of("double", FACTS).arguments == {"site": "first", "decay": 0}
     config.sampling = "class_balanced"
     with pytest.raises(configuration.ConfigError, match=r"double in config\.method would correct"):
-        configuration.perturbation(config, [5, 3], (0.5,), 20)
+        method_config.perturbation(config, [5, 3], (0.5,), 20, 8)
 
 
-def test_a_name_that_is_taken_is_not_registered():
+def test_an_existing_name_is_not_registered_again():
     with pytest.raises(ValueError, match="There is a method 'lpa' already"):
         METHODS.register("lpa", Method(double))
     assert METHODS["lpa"].factory is lpa_jax.lpa

@@ -602,7 +602,7 @@ def test_ties_of_rounded_steps_go_to_the_even_number(alpha):
         ({"epsilon": 0.5, "split": lpa_jax.splits.mean_threshold()}, 0),
     ],
 )
-def test_rounded_steps_are_at_least_one_and_none_where_nothing_is_to_move(arguments, expected):
+def test_rounded_steps_are_at_least_one_and_none_where_nothing_moves(arguments, expected):
     arguments = {"split": lpa_jax.splits.all_positive()} | arguments
     perturbation = lpa_jax.lpl(step_size=0.1, solver="rounded_steps", **arguments)
     reported, taken = steps_of(perturbation, 2)

@@ -29,7 +29,7 @@ def numbers(text):
 
 
 def faults(text):
-    """Return the numbers that are not in the list, or that do not stand behind their citation."""
+    """Return the numbers that are not in the list, or that do not follow their citation."""
     text = " ".join(text.replace("*", "").split())
     # Of a link only the address is read.
     text = re.sub(r"\[[\d.]+\]\(https://arxiv\.org/abs/([\d.]+)\)", r"arXiv:\1", text)
@@ -56,7 +56,7 @@ def test_docstrings_give_papers_their_titles(path):
         assert not [match[1] for match in numbers(before) if match[1] not in BY_NUMBER]
 
 
-def test_what_is_read_holds_references():
+def test_the_files_checked_contain_references():
     sections = [text for path in MODULES for text in docstrings(path) if "References:" in text]
     assert sum(len(numbers(text)) for text in sections) > 30
     assert len(numbers((ROOT / "README.md").read_text())) > 20

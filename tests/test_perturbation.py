@@ -100,7 +100,7 @@ def test_perturbations_that_differ_in_one_part_are_not_equal(name):
     assert len({one, other, made()}) == 2
 
 
-def test_a_perturbation_is_no_bare_transform():
+def test_a_perturbation_does_not_equal_a_bare_transform():
     bare = optax.GradientTransformationExtraArgs(begin, same)
     assert made() != bare
     assert bare != made()
@@ -109,7 +109,7 @@ def test_a_perturbation_is_no_bare_transform():
 # ---------------------------------------------------------------- what is declared
 
 
-def test_what_is_not_declared():
+def test_defaults_of_declarations():
     def traits(perturbation):
         return [getattr(perturbation, name) for name in TRAITS]
 
@@ -129,7 +129,7 @@ def test_what_is_not_declared():
 
 @pytest.mark.parametrize("name", TRAITS)
 @pytest.mark.parametrize("value", [True, False])
-def test_what_is_declared_is_kept(name, value):
+def test_declarations_are_kept(name, value):
     sites = ("first", "labels") if name == "mixes" else "first"
 
     def update(value, **_):
@@ -145,7 +145,7 @@ def test_what_is_declared_is_kept(name, value):
 
 
 @pytest.mark.parametrize("site", ["labels", "logit_grads"])
-def test_what_needs_a_gradient_is_refused_where_there_is_none(site):
+def test_needs_gradient_is_refused_at_sites_without_a_gradient(site):
     message = f"needs the gradient of the loss at its site, which '{site}' does not have"
     with pytest.raises(lpa_jax.SiteError, match=message):
         lpa_jax.stateless(site, lambda value, **_: value, needs_gradient=True)
@@ -164,7 +164,7 @@ def test_what_needs_a_gradient_is_refused_where_there_is_none(site):
 
 def test_mixing_needs_the_labels_and_another_site():
     for site in ("labels", "first", ("first", "second")):
-        with pytest.raises(lpa_jax.SiteError, match="stands at 'labels' and at another site"):
+        with pytest.raises(lpa_jax.SiteError, match="acts at 'labels' and at another site"):
             lpa_jax.stateless(site, lambda value, **_: value, mixes=True)
 
 
@@ -176,7 +176,7 @@ def test_mixing_needs_the_labels_and_another_site():
     ],
     ids=["class_stats", "gradient_fn"],
 )
-def test_what_is_used_and_declared_to_be_unused_is_refused(update, given):
+def test_using_what_is_declared_unused_is_refused(update, given):
     trait = {"class_stats": "class_level", "gradient_fn": "needs_gradient"}[given]
 
     def run(value):
@@ -208,7 +208,7 @@ def test_targets_are_perturbed_apart_from_the_examples_where_nothing_is_mixed():
 # ---------------------------------------------------------------- what an update is given
 
 
-def test_an_update_is_given_what_the_protocol_says():
+def test_an_update_gets_the_arguments_of_the_protocol():
     seen = {}
 
     def update(value, state, params=None, **given):
@@ -241,7 +241,7 @@ def keep(name):
 @pytest.mark.parametrize(
     ("shape", "labels"), [((), 1), ((2,), 1), ((), 2), ((2,), 2), ((3,), 2), ((3, 2), 2)], ids=repr
 )
-def test_what_is_extra_is_given_by_its_name_to_every_transform(shape, labels):
+def test_extra_values_are_given_by_name_to_every_transform(shape, labels):
     """Of labels `[B, T]`, one for each position, or one for each example that they share."""
     rows = (BATCH, 3) if labels == 2 else (BATCH,)
     array = jnp.arange(BATCH * int(np.prod(shape, dtype=int))).reshape(BATCH, *shape)
@@ -282,7 +282,7 @@ def test_what_is_extra_is_given_by_its_name_to_every_transform(shape, labels):
     ],
     ids=lambda value: str([*value])[:30] if not isinstance(value, str) else "",
 )
-def test_what_is_extra_and_does_not_fit_is_refused(extra, message):
+def test_extra_values_that_do_not_fit_are_refused(extra, message):
     step = lpa_jax.value_and_grad(MODEL.apply, lpa_jax.chain(), num_classes=CLASSES)
     state = step.init(VARIABLES, INPUTS, LABELS)
     for take in (step, step.diagnose):

@@ -1,15 +1,13 @@
 """A traced program: its sites and their order, replacing values, tails, cuts of remat and scan."""
 
-import contextlib
 import functools
-import io
 
 import chex
 import jax
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name, print_saved_residuals
+from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
-from probes import quick_jit
+from probes import quick_jit, residuals
 import pytest
 
 from lpa_jax.core.program import MARK, Program, tap
@@ -129,7 +127,7 @@ def test_a_value_is_replaced_at_its_site_alone(network, place, visit):
     assert set(seen) == {name}
 
 
-def test_a_later_site_sees_what_an_earlier_one_made_of_its_value():
+def test_a_later_site_sees_the_change_at_an_earlier_site():
     got = walked(loop, STACK, X, wanted=["layer0", "layer2"], visit=double)
 
     def by_hand(stack, x):
@@ -155,7 +153,7 @@ def test_turns_of_a_reversed_scan_are_visited_as_they_are_computed():
     close(walked(function, STACK, X, wanted=["layer[1]"], visit=double), plain(by_hand, STACK, X))
 
 
-def test_what_a_scan_stacks_is_put_together_again():
+def test_stacked_outputs_of_a_scan_are_reassembled():
     def stacked(stack, x):
         return lax.scan(lambda x, w: (tap("layer", layer(w, x)), (x, w.sum())), x, stack)
 
@@ -228,7 +226,7 @@ def unreachable(kind):
         ("integers", "it is int32"),
     ],
 )
-def test_what_cannot_be_replaced_is_named_with_the_reason(kind, reason):
+def test_values_that_cannot_be_replaced_are_named_with_the_reason(kind, reason):
     function = unreachable(kind)
     network = lambda w, x: tap("after", function(x @ w)).sum(axis=1)  # noqa: E731
     program = Program.trace(network, W, X)
@@ -273,7 +271,7 @@ def test_each_piece_is_computed_once_and_a_gradient_costs_the_tail(network, plac
 
 
 @pytest.mark.parametrize("network", NETWORKS)
-def test_the_share_of_what_comes_after_a_site_is_counted(network):
+def test_the_cost_after_a_site_is_counted(network):
     wide = jnp.stack([jnp.eye(64)] * 4), jnp.ones((32, 64))
     costs = Program.trace(NETWORKS[network], *wide).costs()
     got = [costs[name_of(network, place)] for place in range(4)]
@@ -293,14 +291,6 @@ def test_a_convolution_is_counted():
 
 
 # ---------------------------------------------------------------- remat
-
-
-def residuals(function, *args):
-    """Return what back-propagation through a function keeps, in words."""
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out):
-        print_saved_residuals(function, *args)
-    return sorted(line.split(" from ")[0] for line in out.getvalue().splitlines())
 
 
 POLICIES = {

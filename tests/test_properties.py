@@ -410,7 +410,7 @@ def another_line(draw, setting, kind=None):
 
 
 def fit(lines):
-    """Return whether no class-level line stands ahead of the last layer of a mixing one."""
+    """Return whether no class-level line comes before the last layer of a mixing one."""
     order = [*WHERE, "logit_grads", "param_grads"]
 
     # At one site the order of the chain decides.
@@ -865,12 +865,14 @@ def draw_and_check(program, data, batches):
     check(program, [data.draw(any_batch(program[0])) for _ in range(batches)])
 
 
+@pytest.mark.guarantee("random-chains", "batch-order")
 @draws(max_examples=13)
 @given(any_program(), data)
 def test_any_chain_on_any_batch(program, data):
     draw_and_check(program, data, batches=8)
 
 
+@pytest.mark.guarantee("random-chains", "batch-order")
 @pytest.mark.slow
 def test_many_chains_on_many_batches(capsys):
     chains, batches, factories = 0, 16, set()

@@ -115,13 +115,13 @@ def test_the_logits_are_picked_from_any_output(form, how):
 
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("form", PICKS)
-def test_an_output_that_is_no_array_of_logits_is_refused(form):
+def test_an_output_without_an_array_of_logits_is_refused(form):
     model = Outputs(form)
     with pytest.raises(ValueError, match=r"logits=lambda output: output\[0\]"):
         lpa_jax.list_sites(model.apply, networks.fill(model, X), X)
 
 
-def test_what_a_wrapper_makes_mutable_is_not_taken_for_logits():
+def test_mutable_collections_of_a_wrapper_are_not_taken_for_logits():
     model = networks.BatchNorms()
     variables = networks.fill(model, X)
 
@@ -132,7 +132,7 @@ def test_what_a_wrapper_makes_mutable_is_not_taken_for_logits():
         lpa_jax.list_sites(wrapped, variables, X)
 
 
-def test_training_goes_on_where_everything_is_mutable():
+def test_training_continues_where_everything_is_mutable():
     step = lpa_jax.value_and_grad(MLP.apply, lpa_jax.chain(), num_classes=3)
     variables, losses = VARIABLES, []
     state = step.init(variables, X, Y, mutable=True)
@@ -231,7 +231,7 @@ BY_ROW = {
 
 
 @pytest.mark.parametrize("name", BY_ROW)
-def test_positions_are_what_examples_are_to_a_network_that_treats_each_alone(name):
+def test_positions_are_perturbed_like_examples(name):
     weights = jnp.array([[1.0, 0.5, 0.0, 2.0], [1.0] * 4, [0.0, 1.0, 1.0, 1.0]])
     kwargs = {"extra": {"examples": jnp.arange(12).reshape(3, 4)}, "weights": weights}
     flat = jax.tree.map(lambda value: value.reshape(12), kwargs)
@@ -279,7 +279,7 @@ class Segmenter(nn.Module):
         return nn.Dense(3, name="head")(jnp.tanh(up + pixels + whole[:, None, None]))
 
 
-def test_pixels_have_classes_and_what_is_not_one_value_a_pixel_is_no_site():
+def test_pixels_have_classes_and_sites_have_one_value_for_each_pixel():
     images = jax.random.normal(KEY, (3, 4, 4, 2))
     labels = jnp.arange(48).reshape(3, 4, 4) % 3
     model = Segmenter()
@@ -356,7 +356,7 @@ def test_a_tree_of_inputs_is_listed_by_its_paths():
     assert list(found)[:4] == ["inputs['image']", "inputs['more'][0]", "labels", "image"]
 
 
-def test_a_perturbation_of_one_array_says_what_to_do_with_a_tree():
+def test_a_perturbation_of_one_array_refuses_a_tree_with_advice():
     with pytest.raises(lpa_jax.SiteError, match=r"name the array in the network, by lpa_jax\.tap"):
         run(TWO.apply, TWO_VARIABLES, lpa("inputs"), TREE)
     (moved, _), _, _ = run(TWO.apply, TWO_VARIABLES, lpa("image"), TREE)
@@ -413,7 +413,7 @@ def test_a_keyword_input_of_each_example_is_refused_by_mixing():
             run(MASKED.apply, MASKED_VARIABLES, perturbation, IDS, given=GIVEN, mask=MASK)
 
 
-def test_a_keyword_input_that_is_not_declared_leaves_training_alone_and_says_what_to_do():
+def test_a_keyword_input_that_is_not_declared_is_refused_at_sites_alone():
     (loss, _), grads, _ = run(MASKED.apply, MASKED_VARIABLES, lpa_jax.chain(), IDS, mask=MASK)
     close((loss, grads), plain(lambda v: MASKED.apply(v, IDS, MASK), MASKED_VARIABLES))
     with pytest.raises(
@@ -491,7 +491,7 @@ def test_a_time_major_value_is_perturbed_as_a_batch_major_one(positions):
     assert found.refused == {"table": f"no axis of its shape, {shape}, grows with the batch"}
 
 
-def test_a_value_that_joins_examples_and_positions_is_no_site():
+def test_a_value_that_joins_examples_and_positions_is_not_a_site():
     inputs = jax.random.normal(KEY, (6, 4, 5))
     variables = networks.fill(Layout(), inputs)
     found = lpa_jax.list_sites(Layout("joined").apply, variables, inputs)
@@ -546,7 +546,7 @@ def test_a_pattern_names_all_sites_that_it_matches():
     assert set(by_pattern[0][1]["metrics"]) == {f"layer{i}/mlp" for i in range(3)}
 
 
-def test_a_pattern_serves_lpa_and_draws_anew_at_each_site():
+def test_lpa_takes_a_pattern_and_draws_separately_at_each_site():
     by_pattern = run(DEEP.apply, DEEP_VARIABLES, lpa("layer*"))
     by_name = run(DEEP.apply, DEEP_VARIABLES, lpa_jax.chain(*(lpa(f"layer{i}") for i in range(3))))
     close(by_pattern[:2], by_name[:2])
@@ -574,7 +574,7 @@ def test_a_pattern_serves_lpa_and_draws_anew_at_each_site():
         ("**mlp", ["layer0/mlp", "layer1/mlp", "layer2/mlp"]),
     ],
 )
-def test_what_a_pattern_matches(pattern, expected):
+def test_matches_of_a_pattern(pattern, expected):
     (_, aux), _, _ = run(DEEP.apply, DEEP_VARIABLES, shift(pattern, 0.1))
     assert sorted(aux["metrics"]) == expected
 
@@ -634,7 +634,7 @@ class Coder(nn.Module):
         return jnp.tanh(self.dense(x))
 
 
-def test_what_is_no_site_is_listed_with_the_reason():
+def test_values_that_are_not_sites_are_listed_with_the_reason():
     model = Hidden()
 
     def init(module, x):
@@ -694,7 +694,7 @@ def test_costs_are_those_of_the_rest_of_the_network():
     ],
     ids=["a model", "a name", "weights", "labels"],
 )
-def test_what_does_not_fit_is_refused(call, error, message):
+def test_calls_that_do_not_fit_are_refused(call, error, message):
     with pytest.raises(error, match=message):
         call()
 
@@ -702,7 +702,7 @@ def test_what_does_not_fit_is_refused(call, error, message):
 # ---------------------------------------------------------------- what is refused
 
 
-def test_a_layer_with_the_name_of_another_site_is_no_site_by_a_pattern_either():
+def test_a_layer_with_the_name_of_another_site_is_not_matched_by_a_pattern():
     class Taken(nn.Module):
         @nn.compact
         def __call__(self, x):
@@ -716,7 +716,7 @@ def test_a_layer_with_the_name_of_another_site_is_no_site_by_a_pattern_either():
         run(model.apply, variables, lpa_jax.chain(shift("logits"), shift("*")))
 
 
-def test_a_value_that_is_not_used_is_no_site():
+def test_an_unused_value_is_not_a_site():
     def network(params, x):
         lpa_jax.tap("unused", x @ params["a"])
         turns = jax.lax.scan(turn, (x, x), jnp.arange(2.0))[0]
@@ -840,7 +840,7 @@ def test_state_of_the_size_of_the_batch_grows_with_it():
         assert aux["updates"]["carry"]["h"].shape == (6, 7)
 
 
-def test_what_comes_after_a_site_may_depend_on_the_size_of_the_batch():
+def test_the_network_after_a_site_may_depend_on_the_batch_size():
     def network(params, x):
         hidden = lpa_jax.tap("hidden", jnp.tanh(x @ params["a"]))
         chunks = [hidden[i : i + 3] @ params["b"] for i in range(0, x.shape[0], 3)]
@@ -870,7 +870,7 @@ def test_one_hot_labels_of_integers_are_refused():
         )
 
 
-def test_the_list_of_sites_is_copied_with_all_it_tells():
+def test_the_list_of_sites_is_copied_with_all_its_attributes():
     found = lpa_jax.list_sites(DEEP.apply, DEEP_VARIABLES, X)
     again = pickle.loads(pickle.dumps(found))
     assert again == found

@@ -203,7 +203,7 @@ STACK_PARAMS = fill(networks.Stack("plain"))["params"]
 
 @pytest.mark.parametrize("kind", networks.KINDS)
 @pytest.mark.parametrize(("sharing", "split"), [("channel", "threshold"), ("full", "all positive")])
-def test_lpa_at_a_block_is_what_one_would_write_by_hand(kind, sharing, split):
+def test_lpa_at_a_block_equals_lpa_by_hand(kind, sharing, split):
     model = networks.Stack(kind)
     site = "block0" if kind in networks.BLOCKS else "layers[0]"
     _, _, metrics = assert_lpa_is_as_by_hand(
@@ -251,7 +251,7 @@ def test_a_shared_module_can_be_perturbed_at_one_call(call):
     assert list(metrics) == [f"shared[{call}]"]
 
 
-def test_lpa_serves_a_transformer_of_tokens():
+def test_lpa_perturbs_a_transformer_of_tokens():
     tokens = jnp.arange(BATCH * 5).reshape(BATCH, 5) % 11
     model = networks.Transformer(num_layers=1)
     assert_lpa_is_as_by_hand(model, "embed", encoder_parts, (0,), inputs=tokens)
@@ -261,7 +261,7 @@ def test_lpa_serves_a_transformer_of_tokens():
 
 
 @pytest.mark.parametrize("kind", networks.BLOCKS)
-def test_sites_bear_the_paths_of_the_modules_whatever_transforms_them(kind):
+def test_sites_have_the_paths_of_the_modules_whatever_transforms_them(kind):
     model = networks.Stack(kind)
     assert list(sites_of(model, fill(model)).items()) == [
         ("stem", (3, 6)),
@@ -435,7 +435,7 @@ def test_modules_made_in_setup_are_perturbed_when_helpers_call_them():
     chex.assert_trees_all_close(logits, dense(params["fc"]["dense"], value) + 2.0, atol=1e-5)
 
 
-def test_modules_that_hand_on_the_same_value_are_perturbed_in_the_order_of_their_calls():
+def test_modules_that_return_the_same_value_are_perturbed_in_the_order_of_their_calls():
     perturbation = lpa_jax.chain(
         *(scale("alone"), shift("alone", -2.0)),
         *(scale("wrapper", 0.5), shift("wrapper")),

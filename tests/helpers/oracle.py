@@ -1,4 +1,4 @@
-"""The methods once more, as loops over examples, classes and steps in float64: slow and obvious.
+"""The methods again, as loops over examples, classes and steps in float64: slow and obvious.
 
 Nothing here is vectorized, differentiated automatically or shared with the library. Vectors are
 lists of floats; an activation `[positions, channels]` is one list, position after position.

@@ -1,7 +1,7 @@
 """The command line, many times over: a process that imports all of it once, and forks for each.
 
-Started as `python tests/forking.py`; for each line of its input, the arguments as JSON, it writes a
-line with the exit code and what went to the standard error.
+Started as `python tests/helpers/forking.py`; for each line of its input, the arguments as JSON, it
+writes a line with the exit code and what went to the standard error.
 """
 
 import gc
@@ -14,7 +14,6 @@ import warnings
 
 import jax
 import orbax.checkpoint
-import sklearn.datasets
 import tensorboardX
 import tensorflow_datasets
 
@@ -24,7 +23,7 @@ from lpa_jax.training import loop
 SECONDS = 300
 """After which a call is killed."""
 # Imported for the forks, which find them there.
-IMPORTED = (orbax.checkpoint, sklearn.datasets, tensorboardX, tensorflow_datasets, loop)
+IMPORTED = (orbax.checkpoint, tensorboardX, tensorflow_datasets, loop)
 
 
 def call(arguments):

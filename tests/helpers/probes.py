@@ -1,12 +1,15 @@
 """Perturbations that change nothing and remember what they saw, to look inside a step."""
 
 from collections.abc import Callable
+import contextlib
 import dataclasses
 import functools
 import inspect
+import io
 from typing import Any
 
 import jax
+from jax.ad_checkpoint import print_saved_residuals
 import jax.numpy as jnp
 import optax
 
@@ -54,6 +57,14 @@ def storable(tree):
         lambda x: jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x,
         tree,
     )
+
+
+def residuals(function, *args):
+    """Return what back-propagation through a function keeps, in words."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        print_saved_residuals(function, *args)
+    return sorted(line.split(" from ")[0] for line in out.getvalue().splitlines())
 
 
 @dataclasses.dataclass(frozen=True)

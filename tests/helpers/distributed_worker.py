@@ -17,7 +17,9 @@ import optax
 
 import lpa_jax
 from lpa_jax import data
-from lpa_jax.training import checkpoints, feed, mesh, step
+from lpa_jax.tasks import classification
+from lpa_jax.training import checkpoints, feed, fit, mesh, step
+from lpa_jax.training.network import Network
 
 STEPS, BATCH = 50, 64
 METHODS = {
@@ -76,9 +78,8 @@ def main(out, fsdp):
         place = "host" if "host" in name else "device"
         source = feed.make_feed(place, digits.train, BATCH, 3 * STEPS, grid)
         at_once = 5 if "loop" in name else 1
-        shape = (BATCH, 8, 8, 1)
         steps = step.make_steps(
-            model.init, perturbed, tx, grid, shape, source.take,
+            Network(model), classification, perturbed, tx, grid, source.like, source.take,
             padding=1, flip=False, looped=at_once > 1,
         )  # fmt: skip
         state = steps.init(jnp.int32(0))
@@ -107,12 +108,12 @@ def main(out, fsdp):
     results["bytes"] = np.array(sum(shard.nbytes for shard in shards))
     results["collectives"] = np.array(json.dumps(counts))
     saved = checkpoints.Checkpoints(out.with_suffix(".checkpoint"))
-    saved.save(STEPS, state)
+    saved.save(STEPS, state.items())
     saved.close()
     results["state"] = np.concatenate([x.ravel().astype(np.float64) for x in whole(state)])
     for path in sorted(out.parent.glob("*.checkpoint")):
         other = checkpoints.Checkpoints(path)
-        restored = whole(other.restore(steps.like, steps.shardings))
+        restored = whole(fit.restore(other, steps))
         other.close()
         results[f"restored/{path.stem}"] = np.concatenate(
             [leaf.ravel().astype(np.float64) for leaf in restored]
