@@ -15,6 +15,7 @@ import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import record
 from rich.console import Console
@@ -22,7 +23,9 @@ from rich.table import Table
 
 import lpa_jax
 from lpa_jax import data, models
+from lpa_jax.tasks import classification
 from lpa_jax.training import feed, mesh, step
+from lpa_jax.training.network import Network
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 WIDTHS = {"pred": 1, "u8": 1, "s32": 4, "u32": 4, "f32": 4, "bf16": 2}
@@ -88,8 +91,10 @@ def main():
     labels = jax.ShapeDtypeStruct((50_000,), jnp.int32, sharding=whole)
     order = jax.ShapeDtypeStruct((390, args.batch), jnp.int32, sharding=mesh.batched(grid, 1))
     number = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
-    tiny = data.Examples(jnp.zeros((args.batch, 2, 2, 3), jnp.uint8), jnp.zeros(args.batch, int))
-    take = feed.make_feed("device", tiny, args.batch, 1, grid).take
+    tiny = data.Examples(
+        np.zeros((args.batch, 32, 32, 3), np.uint8), np.zeros(args.batch, np.int32)
+    )
+    source = feed.make_feed("device", tiny, args.batch, 1, grid)
     rows = []
     setting = f"{args.model}, batch {args.batch}, {args.classes} classes, {args.devices} devices"
     table = Table(title=f"{setting}, fsdp {args.fsdp}: collectives of a step (kB)")
@@ -97,14 +102,16 @@ def main():
         table.add_column(column, justify="left" if column == "method" else "right")
     for name, perturbation in chains.items():
         perturbed = lpa_jax.value_and_grad(model.apply, perturbation, num_classes=args.classes)
-        shape = (args.batch, 32, 32, 3)
-        steps = step.make_steps(model.init, perturbed, tx, grid, shape, take, padding=4, flip=True)
+        steps = step.make_steps(
+            Network(model), classification, perturbed, tx, grid, source.like, source.take,
+            padding=4, flip=True,
+        )  # fmt: skip
         state = jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
             steps.like,
             steps.shardings,
         )
-        compiled = steps.train.lower(state, number, number, images, labels, order).compile()
+        compiled = steps.train.lower(state, number, number, (images, labels, {}), order).compile()
         found = collectives(compiled.as_text())
         rows.append({"method": name, "collectives": found})
         cells = (found.get(kind) for kind in KINDS)

@@ -2,9 +2,9 @@
 
     python benchmarks/families.py [--only=NAME ...] [--out=FILE.json] [--table=FILE.md]
 
-Every family of `tests/families` whose package is installed is measured as `tests/test_families.py`
-does it. The table goes between the two marks in a file that has them. With `--out`, rows that the
-file has are not measured again, unless they are named by `--only`.
+Every family of `tests/helpers/families` whose package is installed is measured as
+`tests/test_families.py` does it. The table goes between the two marks in a file that has them. With
+`--out`, rows that the file has are not measured again, unless they are named by `--only`.
 """
 
 import argparse
@@ -21,7 +21,7 @@ import jax
 import record
 
 ROOT = pathlib.Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(ROOT / "tests" / "helpers"))
 COLUMNS = (
     *("family", "layers by", "sites", "refused"),
     *("empty chain", "zero strength", "LPA by hand", "FLOPs", "tail"),

@@ -21,10 +21,10 @@ from rich.table import Table
 
 import lpa_jax
 from lpa_jax.core import class_plan, membership, pgd
+from lpa_jax.methods import METHODS
 from lpa_jax.tables import catalogue, runs
-from lpa_jax.training import loop
+from lpa_jax.training import fit, loop
 
-CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
 STEPS = 3
 
 
@@ -49,13 +49,13 @@ def through(site, epsilon, *, radius, split, **_):
         kernel, bias = params["head"]["kernel"], params["head"]["bias"]
         delta = jnp.zeros((len(signs), value.shape[1]))
         for _ in range(STEPS):
-            logits = (value + members.spread(delta)) @ kernel + bias
+            logits = (value + members.to_examples(delta)) @ kernel + bias
             uphill = members.total((jax.nn.softmax(logits) - targets) @ kernel.T)
             pace = signs * 2 * radii / STEPS / _length(uphill, 1.0)
             delta += pgd.column(pace, uphill) * uphill
             shrink = jnp.minimum(radii / _length(delta, 1.0), 1.0)
             delta *= pgd.column(shrink, delta)
-        return value + members.spread(delta)
+        return value + members.to_examples(delta)
 
     return lpa_jax.stateless(site, update, class_level=True, needs_gradient=False)
 
@@ -82,19 +82,20 @@ def main():
     ablation = catalogue.TABLES["cifar10_lt_ablation"]
     row = ablation.rows["lpa"]
     row = row._replace(changes={**row.changes, "perturbation.lpa.site": "features"})
-    protocol = runs.Protocol(CONFIGS, args.seeds, args.epochs, changes)
+    protocol = runs.Protocol(args.seeds, args.epochs, changes)
     config, _ = runs.configure(ablation, row, protocol)
     rows, errors = [], {}
     shown = Table("perturbation", "test error, %")
     for name, factory in (("a constant", lpa_jax.lpa), ("differentiated", through)):
         try:
-            with mock.patch.object(lpa_jax, "lpa", factory):
+            row = METHODS["lpa"]._replace(factory=factory)
+            with mock.patch.dict(METHODS._entries, lpa=row):
                 summary = loop.train_and_evaluate(config, args.workdir / name.replace(" ", "_"))
-        except loop.NonFiniteLossError as error:
+        except fit.NonFiniteLossError as error:
             rows.append({"perturbation": name, "failure": str(error)})
             shown.add_row(name, "diverged")
             continue
-        errors[name] = [100.0 * (1.0 - result["test_accuracy"]) for result in summary["seeds"]]
+        errors[name] = [100.0 * result["metrics"]["test"]["error"] for result in summary["seeds"]]
         rows.append({"perturbation": name, "test_errors": errors[name]} | _spread(errors[name]))
         shown.add_row(name, "{mean:.2f} ± {std:.2f}".format_map(rows[-1]))
     if len(errors) == 2:

@@ -31,7 +31,9 @@ def measure(args):
 
     import lpa_jax
     from lpa_jax import data, models
+    from lpa_jax.tasks import classification
     from lpa_jax.training import feed, mesh, step
+    from lpa_jax.training.network import Network
 
     if args.host_devices:
         jax.config.update("jax_platforms", "cpu")
@@ -57,10 +59,10 @@ def measure(args):
     perturbed = lpa_jax.value_and_grad(model.apply, chains[args.method], num_classes=10)
     tx = optax.sgd(1e-4, momentum=0.9, nesterov=True)
     source = feed.make_feed(args.input, examples, args.batch, 10**6, grid)
-    shape = (args.batch, 32, 32, 3)
     steps = step.make_steps(
-        model.init, perturbed, tx, grid, shape, source.take, padding=4, flip=True
-    )
+        Network(model), classification, perturbed, tx, grid, source.like, source.take,
+        padding=4, flip=True,
+    )  # fmt: skip
     state = steps.init(jnp.int32(0))
     # The clock runs over the end of an epoch, where the next one's order is drawn.
     epoch = args.examples // args.batch
