@@ -683,10 +683,10 @@ def test_soft_labels_need_a_task_and_splits_a_plain_name(tmp_path, unchecked):
 
     soft = IMAGES, np.eye(2)[CLASSES]
     given = {"train": soft, "test": soft}
-    with pytest.raises(ConfigError, match="are of a task of your own"):
+    with pytest.raises(ConfigError, match="takes one class an example"):
         lpa_jax.train_and_evaluate(small(), tmp_path / "x", QUIET, dataset=given)
     config = small(**{"imbalance.kind": "step", "imbalance.ratio": 2.0})
-    with pytest.raises(lpa_jax.data.DataError, match="Imbalance and label noise are of labels"):
+    with pytest.raises(lpa_jax.data.DataError, match="neither a long tail nor label"):
         lpa_jax.train_and_evaluate(config, tmp_path / "x", QUIET, dataset=given)
     with pytest.raises(lpa_jax.data.DataError, match=r"has the split '../x'"):
         lpa_jax.data.make_dataset("mine", {"train": (IMAGES, CLASSES), "../x": (IMAGES, CLASSES)})

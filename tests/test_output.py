@@ -101,7 +101,9 @@ def test_characters_that_a_terminal_lacks_do_not_stop_a_run(names, run, tmp_path
     workdir, _ = run
     done = call("main", *SMALL, f"--workdir={workdir}", shell=f"> {tmp_path}/out", **names)
     assert (done.returncode, done.stderr) == (0, "")
-    assert "validation set: test accuracy" in (tmp_path / "out").read_text(encoding="utf-8")
+    assert "that the selection chose: test accuracy" in (tmp_path / "out").read_text(
+        encoding="utf-8"
+    )
 
 
 def test_a_wrong_flag_has_its_exit_code_without_a_reader():

@@ -100,9 +100,10 @@ def make_dataset(
             f"The data set {name!r} must give sources by the names of its splits, 'train' and "
             f"'test' at least, not {splits!r:.100}."
         )
-    if odd := [split for split in splits if not re.fullmatch(r"[\w-]+", str(split), re.ASCII)]:
+    plain = re.compile(r"[\w-]+(/[\w-]+)*", re.ASCII)
+    if odd := [split for split in splits if not plain.fullmatch(str(split))]:
         raise DataError(
-            f"{name!r} has the split {odd[0]!r}: name splits by letters, digits, _ and - alone."
+            f"{name!r} has the split {odd[0]!r}: name splits by letters, digits, _, - and /."
         )
     found = {
         str(split): in_memory(source, f"The split {split!r}") for split, source in splits.items()
