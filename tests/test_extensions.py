@@ -816,6 +816,7 @@ def test_a_network_of_one_logit_is_told_of_two_classes(broken, tmp_path, uncheck
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.slow
 def test_metrics_may_be_numbers_of_numpy(broken, tmp_path):
     import lpa_jax
 
@@ -861,6 +862,7 @@ def test_entries_and_tables_of_the_wrong_kind_are_refused(broken, tmp_path):
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.slow
 def test_a_damaged_journal_of_a_search_is_told_and_a_line_cut_short_is_left_out(tmp_path):
     from lpa_jax.tables import catalogue, runs, tuning
     from lpa_jax.training.config import ConfigError
