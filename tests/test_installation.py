@@ -259,7 +259,7 @@ def test_the_trainer_runs_from_any_directory_however_it_is_installed(distributio
     assert "test accuracy %" in done.stdout
     call(programs / "lpa-jax", "evaluate", run[1], cwd=tmp_path, check=True)
     done = call(programs / "python", "-m", "lpa_jax.table", *table, cwd=tmp_path, check=True)
-    assert "About 0.0" in done.stdout
+    assert "About 0:0" in done.stdout
 
     pip = (programs / "python", "-m", "pip", "install", "--no-deps")
     call(*pip, "--editable", tree, check=True)
@@ -268,7 +268,7 @@ def test_the_trainer_runs_from_any_directory_however_it_is_installed(distributio
         found = call(programs / "python", "-c", program, check=True, **options).stdout.strip()
         assert pathlib.Path(found).samefile(tree / "configs" / "digits.py")
     done = call(programs / "lpa-jax", "table", *table, cwd=tmp_path, check=True)
-    assert "About 0.0" in done.stdout
+    assert "About 0:0" in done.stdout
 
 
 @pytest.mark.slow
