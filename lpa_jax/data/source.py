@@ -224,21 +224,14 @@ def checked_labels(where: str, array: np.ndarray) -> Int[np.ndarray, "n"]:
 def checked(
     where: str,
     images: Shaped[np.ndarray, "n ..."],
-    labels: Shaped[np.ndarray, "m ..."],
+    labels: Int[np.ndarray, "m"],
     class_names: tuple[str, ...],
 ) -> Examples:
-    """Return images and labels as examples; `where` says in an error which they are.
+    """Return images and numbers of classes as examples; `where` says in an error which they are.
 
     Raises:
-      DataError: If there are none, their numbers or shapes do not fit, or a label is outside the
-        classes.
+      DataError: If there are none, their numbers do not fit, or a label is outside the classes.
     """
-    if images.ndim < 2 or labels.ndim not in (1, 2):
-        raise DataError(
-            f"{where}: the images have the shape {images.shape} and the labels {labels.shape}; "
-            "give images [N, ...], such as x.reshape(-1, 1) of one number each, and labels [N] or "
-            "[N, C]."
-        )
     if len(images) != len(labels):
         raise DataError(
             f"{where}: there are {len(images)} images but {len(labels)} labels; give each image "
@@ -247,18 +240,6 @@ def checked(
     if not images.size:
         raise DataError(f"{where}: it is empty; give at least one image.")
     num_classes = len(class_names)
-    if labels.ndim == 2:
-        if labels.dtype.kind not in "iufb" or labels.shape[1] != num_classes:
-            raise DataError(
-                f"{where}: labels of dtype {labels.dtype} and shape {labels.shape} are not one "
-                f"number for each of the {num_classes} classes."
-            )
-        return Examples(images, labels.astype(np.float32), class_names)
-    if labels.dtype.kind not in "iu":
-        raise DataError(
-            f"{where}: labels [N] must be integers, numbers of classes, not {labels.dtype}; labels "
-            "by class are [N, C]."
-        )
     outside = labels[(labels < 0) | (labels >= num_classes)]
     if outside.size:
         from_1 = labels.min() == 1 and labels.max() == num_classes

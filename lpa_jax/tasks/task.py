@@ -6,7 +6,6 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import jax
 import numpy as np
 
-LossFn = Callable[[jax.Array, jax.Array], jax.Array]
 Metrics = dict[str, Any]
 """Of one split in one condition: numbers by name; lists and dictionaries of numbers besides."""
 
