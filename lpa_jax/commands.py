@@ -193,6 +193,19 @@ def changes(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
     return rest, found
 
 
+def parse_with_changes(
+    argv: list[str],
+    changed: dict[str, Any],
+    check: Callable[[], None],
+    explain: Callable[[list[str], Exception], str | None] = lambda *_: None,
+) -> list[str]:
+    """Parse as `parse` does, after putting the values that `changes` finds into `changed`."""
+    with sentences("stopped."):
+        argv, found = changes(argv)
+    changed.update(found)
+    return parse(argv, check, explain)
+
+
 def _about_flag(error: flags.UnrecognizedFlagError) -> str:
     known = [name for name in flags.FLAGS if len(name) > 1]
     close = difflib.get_close_matches(error.flagname.replace("-", "_"), known, n=1)
@@ -204,18 +217,18 @@ def _about_value(error: flags.IllegalFlagValueError) -> str:
     """Say which values a flag takes, where its parser does not."""
     flag, equals, told = str(error).removeprefix("flag ").partition("=")
     name = flag.removeprefix("--")
-    reason = f": {error.__context__}"
-    if not equals or name not in flags.FLAGS or not told.endswith(reason):
+    cause = f": {error.__context__}"
+    if not equals or name not in flags.FLAGS or not told.endswith(cause):
         return str(error)
-    parser, value = flags.FLAGS[name].parser, told.removesuffix(reason)
+    parser, value = flags.FLAGS[name].parser, told.removesuffix(cause)
     kinds = {"bool": "true or false", "tuple": 'a tuple such as "(100.0, 150.0)"'}
     wanted = getattr(parser, "syntactic_help", "") or kinds.get(parser.flag_type())
-    if "as a ConfigDict" in reason:
+    if "as a ConfigDict" in cause:
         wanted = f"a dictionary such as \"{{'key': 1}}\", or set its keys alone, {flag}.KEY=VALUE"
     if isinstance(parser, flags.EnumParser):
         wanted = " or ".join(parser.enum_values)
     if wanted is None:
-        return f"{flag} cannot be {value!r}{reason}."
+        return f"{flag} cannot be {value!r}{cause}."
     return f"{flag} cannot be {value!r}: give {wanted}."
 
 

@@ -31,10 +31,7 @@ def _check() -> None:
 
 
 def _parse(argv: list[str]) -> list[str]:
-    with sentences("stopped."):
-        argv, changed = commands.changes(argv)
-    _changes.update(changed)
-    return commands.parse(argv, _check)
+    return commands.parse_with_changes(argv, _changes, _check)
 
 
 def _main(_: list[str]) -> None:

@@ -54,10 +54,7 @@ def _explain(_: list[str], error: Exception) -> str | None:
 
 
 def _parse(argv: list[str]) -> list[str]:
-    with sentences("stopped."):
-        argv, changed = commands.changes(argv)
-    _changes.update(changed)
-    return commands.parse(argv, _check, _explain)
+    return commands.parse_with_changes(argv, _changes, _check, _explain)
 
 
 def _main(_: list[str]) -> None:
