@@ -243,8 +243,7 @@ def _limited(
         return data.missing_classes(range(len(counts)), np.array(present, int), dataset.class_names)
 
     def counted(dataset):
-        with as_config_error():
-            return task.class_counts(dataset.train.labels, dataset.num_classes)
+        return task.class_counts(dataset.train.labels, dataset.num_classes)
 
     counts = counted(dataset)
     lacking = absent(counts)
