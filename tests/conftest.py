@@ -1,9 +1,18 @@
 """Shared by all tests: eight host devices, and shapes checked at run time."""
 
+import os
 import signal
 import typing
 
 from beartype import beartype, BeartypeConf
+
+# Programs are tiny here: what XLA gains by optimizing them is lost many times over in compiling.
+# Before JAX begins, and for the commands that tests start.
+os.environ.setdefault(
+    "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+)
+
+# isort: split
 import jax
 import jaxtyping
 from jaxtyping import install_import_hook

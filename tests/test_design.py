@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import optax
 
 import lpa_jax
-from lpa_jax.models import WideResNet
+from lpa_jax.models import SmallCNN
 
 
 def test_every_kind_of_perturbation_in_one_chain_without_jit():
-    model = WideResNet(depth=10, widen_factor=1, num_classes=10)
+    model = SmallCNN(num_classes=10, width=2)
     key = jax.random.key(0)
     inputs, labels = jax.random.uniform(key, (8, 8, 8, 3)), jnp.arange(8)
     variables = model.init(key, inputs)
