@@ -9,6 +9,7 @@ from flax import linen as nn
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from lpa_jax.models.convolution import conv_general_dilated as conv_general_dilated
 from lpa_jax.models.layers import HEADS
 from lpa_jax.models.preact_resnet import PreActResNet as PreActResNet
 from lpa_jax.models.resnet import ResNet as ResNet

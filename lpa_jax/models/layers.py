@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32
 
+from lpa_jax.models.convolution import conv_general_dilated
+
 HEADS = ("linear", "normalized")
 SCALE = 30.0
 """Of the cosines that a normalized head makes logits of."""
@@ -62,6 +64,7 @@ def conv(
         use_bias=False,
         dtype=dtype,
         kernel_init=nn.initializers.variance_scaling(2.0, "fan_out", "normal"),
+        conv_general_dilated=conv_general_dilated,
         name=name,
     )
 

@@ -1,0 +1,175 @@
+"""The convolution with a quick kernel gradient is XLA's, under every transformation."""
+
+from flax import linen as nn
+import jax
+from jax import lax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lpa_jax import models
+
+DIMENSIONS = ("NHWC", "HWIO", "NHWC")
+# Each has at least POSITIONS positions, but for the kernel of one, for which any number will do.
+CASES = {
+    "same": {},
+    "valid": {"padding": "VALID"},
+    "same, stride": {"window_strides": (2, 2), "size": (47, 46)},
+    "lower": {"padding": "SAME_LOWER", "kernel": (4, 2)},
+    "odd padding": {"padding": ((0, 3), (2, 1))},
+    "cropped": {"padding": ((-1, 2), (0, -2)), "size": (30, 30)},
+    "strides": {"window_strides": (1, 3), "padding": ((1, 1), (2, 0)), "size": (26, 67)},
+    "dilation": {"rhs_dilation": (2, 3)},
+    "one position": {"kernel": (1, 1), "size": (5, 4)},
+    "one position, stride": {"kernel": (1, 1), "window_strides": (2, 2), "size": (5, 4)},
+    "large": {"kernel": (5, 5)},
+}
+
+
+def close(one, other):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4), one, other)
+
+
+def both(case):
+    """Return losses through our convolution and through XLA's, and what they are of."""
+    options = {"window_strides": (1, 1), "padding": "SAME", "dimension_numbers": DIMENSIONS}
+    options |= CASES[case]
+    height, width = options.pop("size", (25, 26))
+    kernel = options.pop("kernel", (3, 3))
+    images = jax.random.normal(jax.random.key(0), (3, height, width, 4))
+    kernel = jax.random.normal(jax.random.key(1), (*kernel, 4, 5)) / 4
+
+    def loss(convolve):
+        return lambda images, kernel: jnp.mean(jnp.sin(convolve(images, kernel, **options)))
+
+    return loss(models.conv_general_dilated), loss(lax.conv_general_dilated), (images, kernel)
+
+
+def products_in(function, *arguments):
+    """Return how many products a CPU's program has."""
+    return jax.jit(function).lower(*arguments).as_text().count("stablehlo.dot_general")
+
+
+TRANSFORMED = {
+    "value": lambda loss: loss,
+    "gradient": lambda loss: jax.grad(loss, (0, 1)),
+    "forward": lambda loss: lambda *given: jax.jvp(loss, given, given),
+    "forward over reverse": lambda loss: (
+        lambda *given: jax.jvp(jax.grad(loss, (0, 1)), given, given)
+    ),
+    "reverse over reverse": lambda loss: jax.grad(
+        lambda *given: sum(jnp.sum(leaf**2) for leaf in jax.grad(loss, (0, 1))(*given)), (0, 1)
+    ),
+    "remat": lambda loss: jax.grad(jax.checkpoint(loss), (0, 1)),
+    "vmap of images": lambda loss: (
+        lambda images, kernel: jax.vmap(jax.grad(loss, (0, 1)), (0, None))(
+            jnp.stack([images, 2 * images]), kernel
+        )
+    ),
+    "vmap of kernels": lambda loss: (
+        lambda images, kernel: jax.vmap(jax.grad(loss, (0, 1)), (None, 0))(
+            images, jnp.stack([kernel, 2 * kernel])
+        )
+    ),
+    "vmap of both": lambda loss: (
+        lambda *given: jax.vmap(jax.grad(loss, (0, 1)))(
+            *(jnp.stack([value, 2 * value]) for value in given)
+        )
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_gradient_is_that_of_xla_and_made_of_products(case):
+    ours, plain, given = both(case)
+    close(jax.grad(ours, (0, 1))(*given), jax.grad(plain, (0, 1))(*given))
+    kernel = given[1]
+    assert products_in(jax.grad(ours, 1), *given) == kernel.shape[0] * kernel.shape[1]
+
+
+@pytest.mark.parametrize("name", TRANSFORMED)
+@pytest.mark.parametrize("case", ["same", "strides"])
+def test_every_transformation_works(case, name):
+    ours, plain, given = both(case)
+    found, expected = (jax.jit(TRANSFORMED[name](loss))(*given) for loss in (ours, plain))
+    close(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("images", "kernel", "options"),
+    [
+        ((2, 22, 22, 4), (3, 3, 4, 4), {}),
+        ((2, 32, 32, 4), (3, 3, 2, 4), {"feature_group_count": 2}),
+        ((2, 32, 32, 4), (3, 3, 4, 4), {"lhs_dilation": (2, 2), "padding": ((1, 1), (1, 1))}),
+        ((2, 4, 32, 32), (4, 4, 3, 3), {"dimension_numbers": ("NCHW", "OIHW", "NCHW")}),
+        (
+            (2, 900, 4), (3, 4, 4),
+            {"window_strides": (1,), "dimension_numbers": ("NHC", "HIO", "NHC")},
+        ),
+    ],
+    ids=["few positions", "groups", "dilated images", "channels first", "one axis"],
+)  # fmt: skip
+def test_what_is_not_quicker_is_left_to_xla(images, kernel, options):
+    options = {
+        "window_strides": (1, 1), "padding": "SAME", "dimension_numbers": DIMENSIONS, **options
+    }  # fmt: skip
+
+    def loss(convolve):
+        return lambda *given: jnp.sum(convolve(*given, **options) ** 2)
+
+    given = jnp.ones(images), jnp.ones(kernel)
+    ours, plain = (
+        jax.make_jaxpr(jax.grad(loss(convolve), (0, 1)))(*given)
+        for convolve in (models.conv_general_dilated, lax.conv_general_dilated)
+    )
+    assert str(ours) == str(plain)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_narrow_types_are_left_to_xla(dtype):
+    given = jnp.ones((2, 32, 32, 3), dtype), jnp.ones((3, 3, 3, 4), dtype)
+    text = str(jax.make_jaxpr(lambda *given: models.conv_general_dilated(
+        *given, (1, 1), "SAME", dimension_numbers=DIMENSIONS))(*given))  # fmt: skip
+    assert "custom_jvp" not in text
+
+
+def test_other_platforms_convolve_as_before():
+    ours, plain, given = both("same")
+    texts = []
+    for loss in (ours, plain):
+        traced = jax.jit(jax.grad(loss, (0, 1))).trace(*given)
+        texts.append(traced.lower(lowering_platforms=("cuda",)).as_text())
+    for operation in ("convolution", "dot_general", "reduce"):
+        found = [text.count(f"stablehlo.{operation}") for text in texts]
+        assert found[0] == found[1], operation
+
+
+def test_a_gradient_of_the_images_alone_costs_no_kernel_gradient():
+    ours, _, given = both("same")
+    assert products_in(jax.grad(ours), *given) == 0
+
+
+def test_one_argument_gives_it_to_a_layer_of_flax():
+    class Network(nn.Module):
+        convolve: object = None
+
+        @nn.compact
+        def __call__(self, images):
+            layer = nn.Conv(5, (3, 3), padding="CIRCULAR", conv_general_dilated=self.convolve)
+            return nn.Dense(3)(jax.nn.relu(layer(images)).mean((1, 2)))
+
+    images = jax.random.normal(jax.random.key(0), (2, 32, 32, 3))
+    variables = Network().init(jax.random.key(1), images)
+
+    def grads(made):
+        return jax.grad(lambda v: made.apply(v, images).sum())(variables)
+
+    close(grads(Network(models.conv_general_dilated)), grads(Network()))
+
+
+def test_networks_take_it():
+    model = models.create("resnet_8", num_classes=3, mean=(0.5,), std=(0.5,))
+    images = jnp.ones((2, 32, 32, 3))
+    variables = model.init(jax.random.key(0), images)
+    # Of the stem and the first group, which have more positions than POSITIONS.
+    assert products_in(jax.grad(lambda v: model.apply(v, images).sum()), variables) >= 3 * 9
