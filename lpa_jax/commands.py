@@ -6,12 +6,13 @@ import contextlib
 import difflib
 import importlib
 import io
+import itertools
 import os
 import re
 import sys
 from typing import Any, NoReturn
 
-from lpa_jax import extras
+from lpa_jax import extras, memory
 from lpa_jax.registry import reason
 
 try:
@@ -36,6 +37,11 @@ flags.DEFINE_multi_string(
 )
 PRINT_CONFIG = flags.DEFINE_bool(
     "print_config", False, "Print every key of the configuration, with its meaning."
+)
+_KEEP_MEMORY = flags.DEFINE_bool(
+    "keep_memory",
+    True,
+    "Keep memory that is freed and use it again, up to 2 GiB: steps on a CPU are faster.",
 )
 
 TEMPORARY = 75
@@ -126,12 +132,14 @@ def parse(
         sys.exit(0)
     try:
         # Before the configuration is read, which may name what they register.
-        for word in argv:
-            if named := re.fullmatch(r"--?import=(.+)", word):
-                _import(named[1])
+        for word, after in itertools.zip_longest(argv, argv[1:], fillvalue=""):
+            if named := re.fullmatch(r"--?import(?:=(.+))?", word):
+                _import(named[1] or after)
         rest = flags.FLAGS(argv)
         if len(rest) > 1:
             raise UsageError(f"What is {rest[1]!r}? Options are written --name=value.")
+        if _KEEP_MEMORY.value:
+            memory.keep_freed_memory()
         if LIST.value:
             # Imported late, as what is below.
             from lpa_jax import listing

@@ -12,7 +12,7 @@ ROOT = pathlib.Path(lpa_jax.__file__).parent
 # of one layer do not import each other, and `None` stands for the public names of `lpa_jax` itself.
 LAYERS = [
     ["core"],
-    ["extras", "losses", "papers", "plots", "registry"],
+    ["extras", "losses", "memory", "papers", "plots", "registry"],
     ["backends", "tasks", "transforms"],
     ["methods"],
     ["api"],
