@@ -1,6 +1,8 @@
 """The command line that runs a table of methods: `python -m lpa_jax.table --table=digits_lt`."""
 
+import functools
 import pathlib
+import re
 import shlex
 import sys
 from typing import Any
@@ -10,6 +12,7 @@ from lpa_jax import commands
 
 # isort: split
 from absl import flags
+import jax
 
 from lpa_jax.commands import PRINT_CONFIG, sentences, UsageError, WORKDIR
 
@@ -25,6 +28,19 @@ _TRIALS = flags.DEFINE_integer(
     lower_bound=0,
 )
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Show the runs and how long they would take.")
+_JOBS = flags.DEFINE_string(
+    "jobs",
+    "1",
+    "Runs at once, each in a process of its own with its share of the cores, or a GPU; auto: one a "
+    "core or GPU.",
+)
+_SLURM = flags.DEFINE_string(
+    "slurm",
+    None,
+    "Write scripts that submit the runs to Slurm, with these options of sbatch, such as "
+    "--slurm='--time=4:00:00 --gres=gpu:1'.",
+)
+_JOB = flags.DEFINE_string("job", None, "Run ROW/seedN or ROW/trialN of the table alone.")
 SEEDS = 5
 """Of each row, where --config.num_seeds says nothing else."""
 RESERVED = {"method": "use --methods", "seed": "the seeds of a table count from 0"}
@@ -38,6 +54,8 @@ def _check() -> None:
         raise UsageError("Say which table to run, for example --table=digits_lt.")
     if _METHODS.value == []:
         raise UsageError("--methods names no row: give one or several, or leave it out for all.")
+    if _JOBS.value != "auto" and not re.fullmatch(r"[1-9]\d*", str(_JOBS.value)):
+        raise UsageError(f"--jobs must be a number from 1, or auto, not {_JOBS.value!r}.")
     for key, told in RESERVED.items():
         if key in _changes:
             raise UsageError(f"--config.{key} cannot be set for a table: {told}.")
@@ -62,7 +80,7 @@ def _main(_: list[str]) -> None:
         # Imported late: --help and a wrong flag need not wait for all that a run needs.
         from rich.console import Console
 
-        from lpa_jax.tables import catalogue, comparison, runs, save, tuning
+        from lpa_jax.tables import catalogue, comparison, jobs, runs, save, tuning
         from lpa_jax.training import config as configuration
 
         console, name, trials = Console(), str(_TABLE.value), _TRIALS.value
@@ -79,13 +97,73 @@ def _main(_: list[str]) -> None:
         if _DRY_RUN.value:
             runs.plan(table, protocol, workdir, console, trials=trials)
             return
+        tuned_in, home = workdir / "tuning", runs.home(workdir, trials)
+        if _JOB.value is not None:
+            try:
+                jobs.run_one(jobs.job(_JOB.value), table, protocol, trials, workdir, console)
+            finally:
+                jobs.tell_memory()
+            return
+        if _SLURM.value is not None:
+            _submit(table, protocol, workdir, console)
+            return
+        where = jobs.places(None if _JOBS.value == "auto" else int(str(_JOBS.value)))
+        several, failed = len(where) > 1, {}
+        apart = functools.partial(
+            jobs.run_all,
+            command=_command(workdir),
+            where=where,
+            logs=workdir / "logs",
+            console=console,
+        )
+        if several:
+            # The devices are for the runs.
+            jax.config.update("jax_platforms", "cpu")
         if trials:
-            table = tuning.tuned(table, protocol, trials, workdir / "tuning", console)
-        results = runs.run(table, protocol, runs.home(workdir, trials), console)
+            if several:
+                failed = apart(jobs.trials(table, protocol, trials, tuned_in))
+            whole = {
+                name: row
+                for name, row in table.rows.items()
+                if runs.directory(name, row) not in failed
+            }
+            found = tuning.tuned(table._replace(rows=whole), protocol, trials, tuned_in, console)
+            table = table._replace(rows={**table.rows, **found.rows})
+        if several:
+            left = jobs.seeds(table, protocol, home)
+            failed |= apart([one for one in left if one.row not in failed])
+        results = runs.run(table, protocol, home, console, failed)
         command = f"python -m lpa_jax.table {shlex.join(sys.argv[1:])}"
         about = {"command": command, "trials": trials, **runs.about(results)}
         task = next(iter(results.values())).task
         save.save_table(workdir, name, comparison.compare(results), about, console, task)
+
+
+def _command(workdir: pathlib.Path) -> list[str]:
+    """Return what runs this table, or with `--job` a part of it."""
+    words = [f"--table={_TABLE.value}", f"--workdir={workdir}", f"--trials={_TRIALS.value}"]
+    words += [f"--import={name}" for name in flags.FLAGS["import"].value or ()]
+    methods = _METHODS.value
+    words += [] if methods is None else [f"--methods={','.join(methods)}"]
+    words += [] if flags.FLAGS["keep_memory"].value else ["--nokeep_memory"]
+    words += [f"--config.{key}={value!r}" for key, value in _changes.items()]
+    return [sys.executable, "-m", "lpa_jax.table", *words]
+
+
+def _submit(table: Any, protocol: Any, workdir: pathlib.Path, console: Any) -> None:
+    """Write the scripts for Slurm, and say how to submit them."""
+    from lpa_jax.tables import jobs, runs
+    from lpa_jax.training import display
+
+    stages, trials = [], _TRIALS.value
+    if trials:
+        stages.append(("trials", jobs.trials(table, protocol, trials, workdir / "tuning")))
+    stages.append(("seeds", jobs.seeds(table, protocol, runs.home(workdir, trials))))
+    stages = [(stage, [str(one) for one in found]) for stage, found in stages if found]
+    options = shlex.split(str(_SLURM.value))
+    script = jobs.slurm(stages, _command(workdir), options, workdir)
+    number = sum(len(names) for _, names in stages)
+    display.say(console, f"{number} runs are to be made; submit them by: bash {script}")
 
 
 if __name__ == "__main__":

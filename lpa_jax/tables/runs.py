@@ -6,6 +6,7 @@ import runpy
 import shlex
 import statistics
 import time
+import types
 from typing import Any, NamedTuple
 
 import jax
@@ -147,13 +148,24 @@ def build_all(
 
 
 def run(
-    table: Table, protocol: Protocol, workdir: pathlib.Path, console: Console
+    table: Table,
+    protocol: Protocol,
+    workdir: pathlib.Path,
+    console: Console,
+    failed: Mapping[str, str] = types.MappingProxyType({}),
 ) -> dict[str, RowResult]:
     """Train what is missing of a table, and return the results of each row.
 
     Every row has a directory of its own, in which interrupted runs are resumed, and finished ones
     are only read. A row of which a seed diverges is reported as such, without a
     number: a mean over the other seeds would flatter it.
+
+    Args:
+      table: The table.
+      protocol: What all its runs have in common.
+      workdir: Directory of the rows.
+      console: Where to print.
+      failed: Why rows failed already, by their directory; they are reported likewise.
 
     Raises:
       ConfigError: If a row cannot be built, or a seed of it was made with other data, code or
@@ -172,6 +184,9 @@ def run(
         ahead = {workdir / directory(other, table.rows[other]) for other in names[number - 1 :]}
         missing = {path: max(0, protocol.seeds - finished(path)) for path in ahead}
         command += f" {shlex.quote(f'--workdir=runs/again/{place.name}')}"
+        if place.name in failed:
+            results[name] = RowResult(row, command, None, failed[place.name], parts.task)
+            continue
         console.rule(f"{name} ({number} of {len(names)}){left(sum(missing.values()))}")
         try:
             with left.timed(missing[place]):
@@ -279,7 +294,8 @@ def finished(workdir: pathlib.Path) -> int:
 def _seconds_a_step(parts: Parts, bar: progress.Bar) -> float:
     """Return the seconds of a step, median of up to 5 after the first."""
     # Steps one at a time, whatever the run takes in one call.
-    compiled = fit.compile_parts(parts._replace(plan=parts.plan._replace(steps_per_dispatch=1)))
+    single = parts._replace(plan=parts.plan._replace(steps_per_dispatch=1))
+    compiled = fit.compile_parts(single, fit.make_devices(single))
     state = bar.call(compiled.steps.init, jnp.int32(0))
     seed, one = mesh.put((np.int32(0), np.int32(1)), mesh.replicated(compiled.devices))
     given, times = next(compiled.feed.open(0, 0)), []

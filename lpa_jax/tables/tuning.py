@@ -1,10 +1,13 @@
 """The search for each method's numbers: on a validation set, with the same budget for each."""
 
+import contextlib
 import math
 import pathlib
 from typing import Any
+import zlib
 
 from rich.console import Console
+from scipy.stats import qmc
 
 from lpa_jax import data
 from lpa_jax.methods import METHODS, Range
@@ -18,6 +21,8 @@ VALIDATION_FRACTION = 0.1
 VALIDATION = "validation"
 SEED = 1000
 """Of the trials: a table's own seeds count from 0."""
+NUMBER = "number"
+"""What Optuna's journal names the number of a trial by, which is not that of its end."""
 
 
 # For all rows alike, plain training included.
@@ -74,14 +79,22 @@ def ranges(table: Table, row: Row, config: Config) -> dict[str, Range]:
 
 
 def tuned(
-    table: Table, protocol: runs.Protocol, trials: int, workdir: pathlib.Path, console: Console
+    table: Table,
+    protocol: runs.Protocol,
+    trials: int,
+    workdir: pathlib.Path,
+    console: Console,
+    *,
+    write: bool = True,
 ) -> Table:
     """Return a table with the numbers of each row that did best on the validation set.
 
-    The search is Optuna's tree-structured Parzen estimator, which begins with the defaults. A trial
-    is a run of one seed, that none of the table's own is, with a tenth of the training examples
-    held out; the test set has no part in the choice. The searches are kept in `optuna.log`, a
-    journal that Optuna's own tools read: rerunning resumes an interrupted search.
+    The first setting is the defaults. Each other is a point of a scrambled Halton sequence in the
+    row's ranges, which depends on the name of the row and the number of the trial alone, so that
+    trials may run in any order, and several at once. A trial is a run of one seed, that none of
+    the table's own is, with a tenth of the training examples held out; the test set has no part in
+    the choice. The searches are kept in `optuna.log`, a journal that Optuna's own tools read, and
+    that several processes may share: rerunning resumes an interrupted search.
 
     Args:
       table: The table.
@@ -89,31 +102,30 @@ def tuned(
       trials: Number of settings that each row tries, at least 1.
       workdir: Directory of the trials.
       console: Where to print.
+      write: Whether to keep what was chosen in `search.json` of each row, which one process does.
 
     Raises:
       ConfigError: If Optuna is not installed, a row cannot be configured, or all trials of a row
         fail.
 
     References:
+      Halton, On the efficiency of certain quasi-random sequences of points, Numer. Math. 1960;
       Akiba et al., Optuna: A Next-generation Hyperparameter Optimization Framework, KDD 2019,
       arXiv:1907.10902.
     """
-    # What cannot be run is told before anything is.
-    built = runs.build_all(table, _on_trial(protocol), splits=(TEST, VALIDATION))
-    best: dict[str, dict[str, Any]] = {}
-    # Rows that share their networks share the search.
-    searches: dict[str, Row] = {}
-    for name, row in table.rows.items():
-        searches.setdefault(runs.directory(name, row), row)
-    left, ahead = progress.Left(), len(searches) * trials
+    if write:
+        mend(workdir)
     with data.loaded_once():
-        begun = []
-        for shared, row in searches.items():
-            name = next(n for n, other in table.rows.items() if other is row)
-            begun.append(_Search(table, shared, row, protocol, workdir, built[name][0]))
-        for search in begun:
+        searches = begin(table, protocol, workdir)
+        left, ahead = progress.Left(), len(searches) * trials
+        best = {}
+        for search in searches.values():
             ahead -= trials
-            best[search.name] = search.run(trials, console, left, ahead)
+            told = search.run(trials, console, left, ahead)
+            best[search.name] = told["chosen"]
+            if write and search.intervals:
+                with files.writing(f"The search in {workdir}"):
+                    files.write_json(workdir / search.name / "search.json", told)
     rows = {
         name: row._replace(changes={**row.changes, **best[runs.directory(name, row)]})
         for name, row in table.rows.items()
@@ -121,21 +133,33 @@ def tuned(
     return table._replace(rows=rows)
 
 
+def begin(table: Table, protocol: runs.Protocol, workdir: pathlib.Path) -> dict[str, "Search"]:
+    """Return the searches of a table by name; rows that share their networks share one.
+
+    Raises:
+      ConfigError: If a row cannot be searched, which is told before anything is run.
+    """
+    built = runs.build_all(table, _on_trial(protocol), splits=(TEST, VALIDATION))
+    searches: dict[str, Search] = {}
+    for name, row in table.rows.items():
+        shared = runs.directory(name, row)
+        if shared not in searches:
+            searches[shared] = Search(table, shared, row, protocol, workdir, built[name][0])
+    return searches
+
+
 def _on_trial(protocol: runs.Protocol) -> runs.Protocol:
     changes = {"validation_fraction": VALIDATION_FRACTION, "seed": SEED}
     return protocol._replace(seeds=1, changes={**protocol.changes, **changes})
 
 
-def _cut(journal: pathlib.Path) -> None:
-    """Leave out a line that a crash cut short, which the next would be written behind."""
-    content = journal.read_bytes() if journal.exists() else b""
-    whole = content[: content.rfind(b"\n") + 1]
-    if whole != content:
-        journal.write_bytes(whole)
+class Search:
+    """The search for the numbers of one row.
 
-
-class _Search:
-    """The search for the numbers of one row."""
+    Attributes:
+      name: Of the directory of its trials, and of the study in Optuna's journal.
+      intervals: The ranges that are searched, by key; none if the row has nothing to search.
+    """
 
     def __init__(
         self,
@@ -146,6 +170,7 @@ class _Search:
         workdir: pathlib.Path,
         parts: Parts,
     ):
+        """Open the search; its study is made where there is none."""
         self.table, self.name, self.row, self.workdir = table, name, row, workdir
         self.protocol, self.task, self.metric = _on_trial(protocol), parts.task, parts.selection[1]
         self.defaults, _ = runs.configure(table, row, self.protocol)
@@ -161,8 +186,98 @@ class _Search:
                     f"--config.{key}, or give the table a range in which it is."
                 )
 
+    def draw(self, number: int) -> dict[str, float]:
+        """Return the setting of a trial, which depends on its number and the row's name alone."""
+        if number == 0:
+            known = flat(self.defaults.to_dict())
+            return {key: float(known[key]) for key in self.intervals}
+        points = qmc.Halton(len(self.intervals), rng=zlib.crc32(self.name.encode()))
+        points.fast_forward(number - 1)
+        (point,) = points.random(1)
+        return {
+            key: one.low * (one.high / one.low) ** share
+            if one.log
+            else one.low + share * (one.high - one.low)
+            for (key, one), share in zip(self.intervals.items(), map(float, point), strict=True)
+        }
+
+    def left(self, trials: int) -> list[int]:
+        """Return the numbers of the trials that have not ended; none if nothing is searched."""
+        ended = self._ended() if self.intervals else {}
+        return [number for number in range(trials) if self.intervals and number not in ended]
+
+    def attempt(self, number: int, console: Console) -> dict[str, Any] | None:
+        """Train and record a trial that has not ended; return its metrics, None if it diverged."""
+        import optuna
+
+        drawn, found, value = self.draw(number), None, None
+        # Taken for worse than all that ended.
+        state = optuna.trial.TrialState.PRUNED
+        with contextlib.suppress(fit.NonFiniteLossError):
+            found = self._train(drawn, number, console)
+            value, state = found[self.metric], optuna.trial.TrialState.COMPLETE
+        spans: dict[str, Any] = {
+            key: optuna.distributions.FloatDistribution(one.low, one.high, log=one.log)
+            for key, one in self.intervals.items()
+        }
+        trial = optuna.trial.create_trial(
+            state=state,
+            value=value,
+            params=drawn,
+            distributions=spans,
+            user_attrs={NUMBER: number},
+        )
+        with files.writing(str(self._journal)):
+            self._study().add_trial(trial)
+        return found
+
     def run(self, trials: int, console: Console, left: progress.Left, after: int) -> dict[str, Any]:
-        """Try so many settings, and return the best."""
+        """Try what has not been tried of so many settings, and return the `"chosen"` and more."""
+        if not self.intervals:
+            return {"chosen": {}}
+        ended = self._ended()
+        tried = []
+        for number in range(trials):
+            time_left = left(after + trials - number)
+            console.rule(f"{self.name}, trial {number + 1} of {trials}{time_left}")
+            with left.timed(number not in ended):
+                if number not in ended:
+                    found = self.attempt(number, console)
+                elif ended[number].value is None:
+                    found = None
+                else:
+                    # What was made with other data or code is refused there.
+                    found = self._train(dict(ended[number].params), number, console)
+            if found is not None:
+                tried.append((found, number))
+        if not tried:
+            raise ConfigError(f"All {trials} trials of {self.name} diverged: give narrower ranges.")
+        # Of equals the more likely, then the first.
+        sign = 1 if self.task.shown[self.metric].maximize else -1
+        found, number = max(
+            tried, key=lambda one: (sign * one[0][self.metric], -one[0].get("nll", 0.0))
+        )
+        return {
+            "ranges": {key: interval._asdict() for key, interval in self.intervals.items()},
+            "trial": number,
+            VALIDATION: {self.metric: found[self.metric]},
+            "chosen": self.draw(number),
+        }
+
+    @property
+    def _journal(self) -> pathlib.Path:
+        return self.workdir / "optuna.log"
+
+    def _ended(self) -> dict[int, Any]:
+        """Return the trials that ended, by number; not those of Optuna's own samplers."""
+        trials = self._study().get_trials(deepcopy=False)
+        return {
+            trial.user_attrs[NUMBER]: trial
+            for trial in trials
+            if NUMBER in trial.user_attrs and trial.state.is_finished()
+        }
+
+    def _study(self) -> Any:
         try:
             import optuna
             from optuna.storages.journal import JournalFileBackend
@@ -171,93 +286,37 @@ class _Search:
                 "--trials needs Optuna: run `pip install 'lpa_jax[tune]'`, or leave --trials out."
             ) from error
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        if not self.intervals:
-            return {}
-        states = optuna.trial.TrialState
-        spans: dict[str, Any] = {
-            key: optuna.distributions.FloatDistribution(one.low, one.high, log=one.log)
-            for key, one in self.intervals.items()
-        }
-        journal = self.workdir / "optuna.log"
-        with files.writing(str(journal)):
+        with files.writing(str(self._journal)):
             self.workdir.mkdir(parents=True, exist_ok=True)
-            _cut(journal)
-            backend = JournalFileBackend(str(journal))
             try:
-                study = optuna.create_study(
+                return optuna.create_study(
                     study_name=self.name,
                     direction="maximize" if self.task.shown[self.metric].maximize else "minimize",
-                    storage=optuna.storages.JournalStorage(backend),
+                    storage=optuna.storages.JournalStorage(JournalFileBackend(str(self._journal))),
                     load_if_exists=True,
                 )
             except OSError:
                 raise
             except Exception as error:  # Of any kind: Optuna checks nothing that it reads.
                 raise ConfigError(
-                    f"{journal} is damaged ({error!r}): restore it, or remove it and rerun the "
-                    "command, which uses the trials again that are there."
+                    f"{self._journal} is damaged ({error!r}): restore it, or remove it and rerun "
+                    "the command, which uses the trials again that are there."
                 ) from error
-        for trial in study.trials:
-            # Its settings are drawn again, and the run itself is resumed.
-            if trial.state == states.RUNNING:
-                study.tell(trial.number, state=states.FAIL)
-        known = flat(self.defaults.to_dict())
-        tried = []
-        for number in range(trials):
-            ended = [t for t in study.trials if t.state in (states.COMPLETE, states.PRUNED)]
-            trial = None
-            if number < len(ended):
-                drawn = dict(ended[number].params)
-            elif number == 0:
-                drawn = {key: float(known[key]) for key in spans}
-            else:
-                # By number: the draws of a resumed search are those of an uninterrupted one.
-                study.sampler = optuna.samplers.TPESampler(seed=number, n_startup_trials=5)
-                trial = study.ask(spans)
-                drawn = dict(trial.params)
-            place = self.workdir / self.name / f"trial{number}"
-            time_left = left(after + trials - number)
-            console.rule(f"{self.name}, trial {number + 1} of {trials}{time_left}")
-            value, state = None, states.COMPLETE
-            try:
-                with left.timed(1 - runs.finished(place)):
-                    found = self._train(drawn, place, console)
-                value = found[self.metric]
-                tried.append((found, number, drawn))
-            except fit.NonFiniteLossError:
-                # Taken for worse than all that ended.
-                state = states.PRUNED
-            if trial is not None:
-                study.tell(trial, value, state)
-            elif number == len(ended):
-                study.add_trial(
-                    optuna.trial.create_trial(
-                        state=state, value=value, params=drawn, distributions=spans
-                    )
-                )
-        if not tried:
-            raise ConfigError(f"All {trials} trials of {self.name} diverged: give narrower ranges.")
-        # Of equals the more likely, then the first.
-        sign = 1 if self.task.shown[self.metric].maximize else -1
-        found, number, drawn = max(
-            tried, key=lambda one: (sign * one[0][self.metric], -one[0].get("nll", 0.0))
-        )
-        told = {
-            "ranges": {key: interval._asdict() for key, interval in self.intervals.items()},
-            "optuna": optuna.__version__,
-            "trial": number,
-            VALIDATION: {self.metric: found[self.metric]},
-            "chosen": drawn,
-        }
-        with files.writing(f"The search in {self.workdir}"):
-            files.write_json(self.workdir / self.name / "search.json", told)
-        return drawn
 
-    def _train(
-        self, drawn: dict[str, Any], place: pathlib.Path, console: Console
-    ) -> dict[str, float]:
+    def _train(self, drawn: dict[str, Any], number: int, console: Console) -> dict[str, float]:
         """Return the metrics of a trial on the validation set."""
         row = self.row._replace(changes={**self.row.changes, **drawn})
         config, _ = runs.configure(self.table, row, self.protocol)
+        place = self.workdir / self.name / f"trial{number}"
         (result,) = loop.train_and_evaluate(config, place, console)["seeds"]
         return result["metrics"][VALIDATION]
+
+
+def mend(workdir: pathlib.Path) -> None:
+    """Leave out a line of the journal that a crash cut short; no other process may write then."""
+    journal = workdir / "optuna.log"
+    content = journal.read_bytes() if journal.exists() else b""
+    whole = content[: content.rfind(b"\n") + 1]
+    if whole != content:
+        with files.writing(str(journal)):
+            journal.write_bytes(whole)

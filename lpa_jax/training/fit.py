@@ -58,15 +58,24 @@ class Compiled(NamedTuple):
     done: set[Any]
 
 
-def compile_parts(parts: Parts) -> Compiled:
-    """Set up the devices for a run; nothing is compiled before it is called.
+def make_devices(parts: Parts) -> Mesh:
+    """Return the mesh of devices that share the batches of a run.
 
     Raises:
-      ConfigError: If the devices cannot share a batch, or the steps cannot be traced.
+      ConfigError: If they cannot share one.
+    """
+    with as_config_error():
+        return mesh.make_mesh(parts.plan.batch_size, parts.plan.fsdp)
+
+
+def compile_parts(parts: Parts, devices: Mesh) -> Compiled:
+    """Set up the functions of a run; nothing is compiled before it is called.
+
+    Raises:
+      ConfigError: If the steps cannot be traced.
     """
     plan = parts.plan
     with as_config_error():
-        devices = mesh.make_mesh(plan.batch_size, plan.fsdp)
         feed = feeds.make_feed(
             plan.place,
             parts.dataset.train,

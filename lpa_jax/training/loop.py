@@ -4,7 +4,7 @@ from collections.abc import Sequence
 import contextlib
 import pathlib
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 from flax import linen as nn
 import jax
@@ -91,10 +91,67 @@ def train(
     console = console or Console(quiet=jax.process_index() > 0)
     workdir = pathlib.Path(workdir)
     began = time.monotonic()
+    trained = train_seeds(parts, workdir, console, allow_config_change=allow_config_change)
+    results, first_step_time = trained.results, trained.first_step_time
+    summary_path = workdir / "summary.json"
+    if first_step_time is None and summary_path.exists():
+        # Nothing was trained: what was is not to be taken for the work of this machine.
+        kept = files.read_json(summary_path)
+        if kept.get("seeds") == results:
+            display.show_run(parts.title, results, parts.task, console)
+            return kept
+    summary = {
+        **display.summarize(results),
+        "seeds": results,
+        "num_examples": {split: len(found) for split, found in parts.dataset.splits.items()},
+        **trained.about_data,
+        "session_seconds": round(time.monotonic() - began, 1),
+        "first_step_time": first_step_time,
+        "config": parts.config,
+        "config_changes": trained.config_changes,
+    }
+    if jax.process_index() == 0:
+        with files.writing(f"The summary in {workdir}"):
+            files.write_json(summary_path, summary)
+            display.plot_run(workdir, parts.title, trained.rows, results[0])
+        display.show_run(parts.title, results, parts.task, console)
+        display.say(console, f"Plots, metrics and checkpoints are in {workdir}.")
+    return summary
 
+
+class Trained(NamedTuple):
+    """What the seeds of a run have come to.
+
+    Attributes:
+      results: Of each seed, in order.
+      rows: What was recorded of each epoch, by seed.
+      first_step_time: When the first step here began, in seconds since the epoch; None if all seeds
+        were finished before.
+      about_data: `"groups"`, `"noise_rate"` and `"labels_sha256"`, where they were modified.
+      config_changes: With what other configurations the run was continued.
+    """
+
+    results: list[dict[str, Any]]
+    rows: dict[int, list[dict[str, Any]]]
+    first_step_time: float | None
+    about_data: dict[str, Any]
+    config_changes: list[dict[str, Any]]
+
+
+def train_seeds(
+    parts: Parts,
+    workdir: pathlib.Path,
+    console: Console,
+    *,
+    allow_config_change: bool = False,
+) -> Trained:
+    """Train the seeds of a run that are not finished, and return what all have come to.
+
+    After `claim`, several processes may do so in one directory, each with seeds of its own.
+    """
     # --- Nothing is written until all of it fits together. ---------------------------------------
-    compiled = fit.compile_parts(parts)
-    session = provenance.session(parts.config, parts.dataset, compiled.devices)
+    devices = fit.make_devices(parts)
+    session = provenance.session(parts.config, parts.dataset, devices)
     finished, resumed = provenance.by_first(
         lambda: identity.find_seeds(
             workdir,
@@ -105,30 +162,24 @@ def train(
             allow_change=allow_config_change,
         )
     )
-    about_data: dict[str, Any] = {"groups": parts.groups} if parts.groups else {}
-    labels = data.training_labels(parts.dataset) if parts.modified else None
-    if labels is not None:
-        sha256 = identity.save_labels(workdir / "labels.npz", labels, write=False)
-        about_data |= {"noise_rate": data.noise_rates(parts.dataset), "labels_sha256": sha256}
+    # Nothing is traced only to read results.
+    left = [seed for seed in parts.plan.seeds if seed not in finished]
+    compiled = fit.compile_parts(parts, devices) if left else None
     # What another configuration cannot continue is refused before anything is written.
-    for seed in resumed if allow_config_change else ():
-        path = workdir / f"seed{seed}" / "checkpoints"
-        with contextlib.closing(checkpoints.Checkpoints(path, read_only=True)) as saved:
-            fit.restore(saved, compiled.steps)
-    config_changes = provenance.by_first(
-        lambda: identity.claim(workdir, parts.config, allow_change=allow_config_change)
-    )
-    # Of several processes, which share the work directory, the first keeps its records.
+    if allow_config_change and compiled is not None:
+        for seed in resumed:
+            path = workdir / f"seed{seed}" / "checkpoints"
+            with contextlib.closing(checkpoints.Checkpoints(path, read_only=True)) as saved:
+                fit.restore(saved, compiled.steps)
+    about_data, config_changes = claim(parts, workdir, allow_config_change=allow_config_change)
     first_process = jax.process_index() == 0
-    if labels is not None:
-        identity.save_labels(workdir / "labels.npz", labels, write=first_process)
 
     # --- Train each seed; the step is compiled once for all of them. -----------------------------
     results, rows_by_seed, first_step_time = [], {}, None
     with preemption() as preempted:
         for seed in parts.plan.seeds:
             directory = workdir / f"seed{seed}"
-            if seed in finished:
+            if compiled is None or seed in finished:
                 results.append(files.read_json(directory / "result.json"))
                 rows_by_seed[seed] = read_rows(directory / "metrics.jsonl")
                 continue
@@ -142,29 +193,27 @@ def train(
                     files.write_json(directory / "result.json", result)
             results.append(result)
             rows_by_seed[seed] = one.rows
+    return Trained(results, rows_by_seed, first_step_time, about_data, config_changes)
 
-    # --- Show the results. ----------------------------------------------------------------------
-    summary_path = workdir / "summary.json"
-    if first_step_time is None and summary_path.exists():
-        # Nothing was trained: what was is not to be taken for the work of this machine.
-        kept = files.read_json(summary_path)
-        if kept.get("seeds") == results:
-            display.show_run(parts.title, results, parts.task, console)
-            return kept
-    summary = {
-        **display.summarize(results),
-        "seeds": results,
-        "num_examples": {split: len(found) for split, found in parts.dataset.splits.items()},
-        **about_data,
-        "session_seconds": round(time.monotonic() - began, 1),
-        "first_step_time": first_step_time,
-        "config": parts.config,
-        "config_changes": config_changes,
-    }
-    if first_process:
-        with files.writing(f"The summary in {workdir}"):
-            files.write_json(summary_path, summary)
-            display.plot_run(workdir, parts.title, rows_by_seed, results[0])
-        display.show_run(parts.title, results, parts.task, console)
-        display.say(console, f"Plots, metrics and checkpoints are in {workdir}.")
-    return summary
+
+def claim(
+    parts: Parts, workdir: pathlib.Path, *, allow_config_change: bool = False
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Make the work directory this run's own, or find that it is.
+
+    Returns:
+      What is recorded of the data, and the changes of the configuration so far; see `Trained`.
+    """
+    about_data: dict[str, Any] = {"groups": parts.groups} if parts.groups else {}
+    labels = data.training_labels(parts.dataset) if parts.modified else None
+    path = workdir / "labels.npz"
+    if labels is not None:
+        sha256 = identity.save_labels(path, labels, write=False)
+        about_data |= {"noise_rate": data.noise_rates(parts.dataset), "labels_sha256": sha256}
+    config_changes = provenance.by_first(
+        lambda: identity.claim(workdir, parts.config, allow_change=allow_config_change)
+    )
+    # Of several processes, which share the work directory, the first keeps its records.
+    if labels is not None:
+        identity.save_labels(path, labels, write=jax.process_index() == 0)
+    return about_data, config_changes
