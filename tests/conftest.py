@@ -2,6 +2,7 @@
 
 import os
 import signal
+import tempfile
 import typing
 
 from beartype import beartype, BeartypeConf
@@ -11,6 +12,11 @@ from beartype import beartype, BeartypeConf
 os.environ.setdefault(
     "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 )
+# Many tests train the same network. The processes of one test run share what they compile.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    compiled = tempfile.TemporaryDirectory(prefix="lpa_jax_tests_")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
 # isort: split
 import jax
