@@ -32,7 +32,7 @@ from rich.console import Console
 from rich.table import Table
 
 import lpa_jax
-from lpa_jax import models
+from lpa_jax import memory, models
 
 try:
     import torch
@@ -306,6 +306,8 @@ def main():
     parser.add_argument("--out", type=pathlib.Path, help="Write the figures as JSON.")
     args = parser.parse_args()
 
+    # As the command lines do; PyTorch, which is in the same process, has it too.
+    memory.keep_freed_memory()
     torch.backends.cudnn.benchmark = True  # Let it look for the fastest convolutions.
     options = {"num_classes": NUM_CLASSES, "mean": (MEAN,), "std": (STD,)}
     model = models.create(args.model, dtype=jnp.dtype(args.dtype), **options)
