@@ -37,6 +37,7 @@ class Plan(NamedTuple):
 
     Attributes:
       seeds: Its seeds.
+      seeds_together: How many of them are trained in one program, at most.
       epochs: Of each seed.
       steps_per_epoch: Full batches of an epoch.
       num_steps: Steps of each seed.
@@ -56,6 +57,7 @@ class Plan(NamedTuple):
     """
 
     seeds: range
+    seeds_together: int
     epochs: int
     steps_per_epoch: int
     num_steps: int
@@ -295,6 +297,7 @@ def _plan(config: Config, dataset: data.Dataset) -> Plan:
     evaluated = [len(dataset.splits[split]) for split in dataset.splits if split != "train"]
     return Plan(
         seeds=range(config.seed, config.seed + config.num_seeds),
+        seeds_together=config.seeds_together,
         epochs=config.epochs,
         steps_per_epoch=steps_per_epoch,
         num_steps=num_steps,

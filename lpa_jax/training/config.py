@@ -162,6 +162,12 @@ SCHEMA: dict[str, Any] = {
     ),
     "seed": Key(0, "first seed; each draws its own parameters, batches and perturbations", low=0),
     "num_seeds": Key(1, "number of seeds, counted from seed", low=1, free=True),
+    "seeds_together": Key(
+        1,
+        "seeds trained together in one program, for a GPU that one does not fill",
+        low=1,
+        free=True,
+    ),
     "evaluate_every": Key(1, "epochs between evaluations", low=1),
     "checkpoint_every": Key(1.0, "epochs between checkpoints", above=0),
     "selection": {

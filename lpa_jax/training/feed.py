@@ -1,13 +1,13 @@
 """How examples reach the training step: from the memory of the devices, or of the host."""
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 import functools
 from typing import Any, NamedTuple
 
 import jax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
-from jaxtyping import Int
+from jaxtyping import Int, PyTree
 import numpy as np
 
 from lpa_jax import data
@@ -17,6 +17,8 @@ Batch = tuple[Any, Any, dict[str, Any]]
 """Images, labels, and by name what else is known of each example: `"examples"`, which of the
 training set it is, and what the source adds."""
 Batches = Callable[[int, int], Int[np.ndarray, "steps batch"]]
+Seeds = int | Sequence[int]
+"""One seed; or several that are trained together, whose batches are stacked along a first axis."""
 SHARE = 0.25
 """Part of a device's memory that the training images may fill."""
 UNKNOWN_MEMORY = 2**34
@@ -27,15 +29,17 @@ class Feed(NamedTuple):
     """What hands the training step its batches, the same ones in the same order from either place.
 
     Attributes:
-      open: `open(seed, first)` returns the generator of what steps are given from step `first`
+      open: `open(seeds, first)` returns the generator of what steps are given from step `first`
         on, a tuple of trees of arrays each: a resumed run begins at the step it resumes from.
       take: Picks the batch of a step out of what it is given, `take(step, *given)`; traced.
+      axes: Of what several seeds are given: 0 where it is stacked, None where they share it.
       resident: Whether the examples are in the devices' memory.
       like: Shapes and dtypes of a batch.
     """
 
-    open: Callable[[int, int], Generator[tuple[Any, ...], None, None]]
+    open: Callable[[Seeds, int], Generator[tuple[Any, ...], None, None]]
     take: Callable[..., Batch]
+    axes: tuple[int | None, ...]
     resident: bool
     like: Batch
 
@@ -81,9 +85,10 @@ def _from_device(
     steps_per_epoch = len(examples) // batch_size
     whole = meshes.put(_columns(examples), meshes.replicated(mesh))
 
-    def open_(seed, first):
+    def open_(seeds, first):
         for epoch in range(first // steps_per_epoch, num_steps // steps_per_epoch):
-            order = meshes.put(batches(seed, epoch), meshes.batched(mesh, axis=1))
+            order = _stacked(lambda seed, epoch=epoch: batches(seed, epoch), seeds)
+            order = meshes.put(order, meshes.batched(mesh, axis=order.ndim - 1))
             for _ in range(max(first - epoch * steps_per_epoch, 0), steps_per_epoch):
                 yield whole, order
 
@@ -93,7 +98,7 @@ def _from_device(
         images = jax.lax.with_sharding_constraint(images, meshes.batched(mesh))
         return images, labels, extra | {"examples": indices}
 
-    return Feed(open_, take, resident=True, like=_shapes(examples, batch_size))
+    return Feed(open_, take, axes=(None, 0), resident=True, like=_shapes(examples, batch_size))
 
 
 def _from_host(
@@ -108,17 +113,20 @@ def _from_host(
     rows = np.unique(np.concatenate([np.arange(batch_size)[index] for index in here]))
     columns = _columns(examples)
 
-    def open_(seed, first):
-        order = functools.lru_cache(maxsize=2)(functools.partial(batches, seed))
+    def open_(seeds, first):
+        order = functools.lru_cache(maxsize=2 * np.size(seeds))(batches)
 
-        def read(step):
+        def read(seed, step):
             epoch, at = divmod(int(step), steps_per_epoch)
-            indices = order(epoch)[at][rows]
+            indices = order(seed, epoch)[at][rows]
             images, labels, extra = jax.tree.map(lambda column: column[indices], columns)
             return images, labels, extra | {"examples": indices}
 
+        def read_all(step):
+            return _stacked(lambda seed: read(seed, step), seeds)
+
         ahead = grain.ReadOptions(num_threads=4, prefetch_buffer_size=8)
-        for local in grain.MapDataset.range(first, num_steps).map(read).to_iter_dataset(ahead):
+        for local in grain.MapDataset.range(first, num_steps).map(read_all).to_iter_dataset(ahead):
             place = functools.partial(jax.make_array_from_process_local_data, sharding)
             yield tuple(jax.tree.map(place, local))
 
@@ -126,7 +134,14 @@ def _from_host(
         del step
         return images, labels, extra
 
-    return Feed(open_, take, resident=False, like=_shapes(examples, batch_size))
+    return Feed(open_, take, axes=(0, 0, 0), resident=False, like=_shapes(examples, batch_size))
+
+
+def _stacked(make: Callable[[int], PyTree], seeds: Seeds) -> PyTree:
+    """Return the arrays of a seed; of several, stacked."""
+    if isinstance(seeds, int):
+        return make(seeds)
+    return jax.tree.map(lambda *arrays: np.stack(arrays), *map(make, seeds))
 
 
 def _columns(examples: data.Examples) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:

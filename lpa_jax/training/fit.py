@@ -1,4 +1,4 @@
-"""The training of one seed: its steps, its evaluations, its checkpoints, and where it stops."""
+"""The training of a seed, or of several together: steps, evaluations, checkpoints, and the end."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 import contextlib
@@ -7,7 +7,7 @@ import itertools
 import math
 import pathlib
 import time
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ from lpa_jax.training.build import as_config_error, Parts, TEST
 from lpa_jax.training.config import ConfigError
 from lpa_jax.training.metric_log import MetricLog
 from lpa_jax.training.state import epoch_means, TrainState
-from lpa_jax.training.step import make_steps, Steps
+from lpa_jax.training.step import make_steps, make_together, Steps, Together
 
 REMEDY = "lower the learning rate or the strength of the perturbation"
 
@@ -45,6 +45,7 @@ class Compiled(NamedTuple):
       devices: The mesh.
       feed: Hands the steps their batches.
       steps: The jitted functions of the loop.
+      together: `together(count)` returns those for so many seeds, see `step.make_together`.
       predict: The network in evaluation, see `predict.make_predict`.
       eval_batch_size: Examples of a forward pass.
       done: The functions that were called, for the progress bar.
@@ -53,6 +54,7 @@ class Compiled(NamedTuple):
     devices: Mesh
     feed: feeds.Feed
     steps: Steps
+    together: Callable[[int], Together]
     predict: prediction.Predict
     eval_batch_size: int
     done: set[Any]
@@ -75,6 +77,7 @@ def compile_parts(parts: Parts, devices: Mesh) -> Compiled:
       ConfigError: If the steps cannot be traced.
     """
     plan = parts.plan
+    _check_together(parts, devices)
     with as_config_error():
         feed = feeds.make_feed(
             plan.place,
@@ -110,8 +113,33 @@ def compile_parts(parts: Parts, devices: Mesh) -> Compiled:
     with as_config_error():
         _try(parts, steps.like)
     return Compiled(
-        devices, feed, steps, predict, mesh.multiple(devices, plan.eval_batch_size), set()
+        devices,
+        feed,
+        steps,
+        # Kept, so that each number of seeds is compiled once.
+        functools.cache(functools.partial(make_together, steps, feed.axes)),
+        predict,
+        mesh.multiple(devices, plan.eval_batch_size),
+        set(),
     )
+
+
+def _check_together(parts: Parts, devices: Mesh) -> None:
+    """Raise `ConfigError` if seeds are to be trained together where they cannot be."""
+    if parts.plan.seeds_together == 1:
+        return
+    if devices.size > 1:
+        raise ConfigError(
+            f"config.seeds_together above 1 needs one device: set it to 1, or show the run one of "
+            f"the {devices.size} devices, for instance by CUDA_VISIBLE_DEVICES=0."
+        )
+    for make in parts.writers:
+        if getattr(make, "alone", False):
+            raise ConfigError(
+                "config.seeds_together above 1 needs writers that can be open for several seeds at "
+                f"once, and {getattr(make, '__name__', make)} cannot: set it to 1, or leave that "
+                "one out of config.writers."
+            )
 
 
 def _try(parts: Parts, like: TrainState) -> None:
@@ -149,15 +177,66 @@ def restore(saved: checkpoints.Checkpoints, steps: Steps) -> TrainState | None:
     return None if restored is None else TrainState.of_items(restored)
 
 
+def saved_step(directory: pathlib.Path, steps: Steps) -> int:
+    """Return the step of the newest state of a seed that can be read, and change nothing.
+
+    Args:
+      directory: Of the seed.
+      steps: From `compile_parts`.
+
+    Returns:
+      The step; 0 if none was saved.
+
+    Raises:
+      CheckpointError: If none that was saved can be read.
+    """
+    path = directory / "checkpoints"
+    with contextlib.closing(checkpoints.Checkpoints(path, read_only=True)) as saved:
+        state = restore(saved, steps)
+    return 0 if state is None else int(state.step)
+
+
+def in_words(seeds: Sequence[int]) -> str:
+    """Return the name of a group of seeds.
+
+    Example:
+      >>> in_words([3]), in_words([0, 2])
+      ('seed 3', 'seeds 0, 2')
+    """
+    return f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
+
+
+class Member(NamedTuple):
+    """What is kept of one seed while it trains.
+
+    Attributes:
+      seed: The seed.
+      directory: Of its records.
+      saved: Its checkpoints.
+      log: Its metrics.
+      sessions: That made it, in order.
+    """
+
+    seed: int
+    directory: pathlib.Path
+    saved: checkpoints.Checkpoints
+    log: MetricLog
+    sessions: list[provenance.Session]
+
+
 class Fit:
-    """The training of one seed."""
+    """The training of a seed, or of several together that are at the same step.
+
+    Together, their states and batches are stacked along a first axis. What is recorded, saved and
+    evaluated is the state of one seed after another.
+    """
 
     def __init__(
         self,
         parts: Parts,
         compiled: Compiled,
-        seed: int,
-        directory: pathlib.Path,
+        seeds: Sequence[int],
+        workdir: pathlib.Path,
         session: provenance.Session,
         console: Console,
         preempted: Callable[[], bool],
@@ -165,48 +244,67 @@ class Fit:
         self.parts, self.plan, self.compiled, self.steps = (
             parts, parts.plan, compiled, compiled.steps
         )  # fmt: skip
-        self.seed, self.directory, self.session = seed, directory, session
+        self.seeds, self.workdir, self.session = tuple(seeds), workdir, session
+        self.together = compiled.together(len(seeds))
         self.console, self.preempted = console, preempted
         self.first_step_time: float | None = None
-        self.rows: list[dict[str, Any]] = []
+        self.members: list[Member] = []
 
-    def run(self) -> dict[str, Any]:
-        """Train to the end, from the last checkpoint, and return the result."""
-        plan = self.plan
+    @property
+    def rows(self) -> dict[int, list[dict[str, Any]]]:
+        """What was recorded of each epoch, by seed."""
+        return {one.seed: one.log.rows for one in self.members}
+
+    def run(self) -> dict[int, dict[str, Any]]:
+        """Train to the end, from the last checkpoints, and return the results by seed."""
         with contextlib.ExitStack() as stack:
-            saved = checkpoints.Checkpoints(self.directory / "checkpoints")
-            stack.callback(saved.close)
-            state = restore(saved, self.steps)
-            first = 0 if state is None else int(state.step)
-            begin = functools.partial(provenance.begin, self.directory, self.session, first)
-            sessions = provenance.by_first(begin)
-            first_process = jax.process_index() == 0
-            log = MetricLog(self.directory, first, self.parts.writers, write=first_process)
-            stack.callback(log.close)
-            name = f"seed {self.seed}"
+            states, first = [], 0
+            for seed in self.seeds:
+                directory = self.workdir / f"seed{seed}"
+                saved = checkpoints.Checkpoints(directory / "checkpoints")
+                stack.callback(saved.close)
+                states.append(restore(saved, self.steps))
+                first = 0 if states[-1] is None else int(states[-1].step)
+                begin = functools.partial(provenance.begin, directory, self.session, first)
+                sessions = provenance.by_first(begin)
+                first_process = jax.process_index() == 0
+                log = MetricLog(directory, first, self.parts.writers, write=first_process)
+                stack.callback(log.close)
+                self.members.append(Member(seed, directory, saved, log, sessions))
+            plan, name = self.plan, in_words(self.seeds)
             if len(plan.seeds) > 1:
-                name += f" ({self.seed - plan.seeds[0] + 1} of {len(plan.seeds)})"
+                places = ", ".join(str(seed - plan.seeds[0] + 1) for seed in self.seeds)
+                name += f" ({places} of {len(plan.seeds)})"
             shown = progress.bar(
                 self.console, name, plan.num_steps, done=first, compiled=self.compiled.done
             )
-            self.show, self.rows = stack.enter_context(shown), log.rows
-            if state is None:
-                state = self.show.call(self.steps.init, jnp.int32(self.seed))
-            state = self._train(state, first, saved, log)
-            return self._result(state, sessions)
+            self.show = stack.enter_context(shown)
+            for i, seed in enumerate(self.seeds):
+                if states[i] is None:
+                    states[i] = self.show.call(self.steps.init, jnp.int32(seed))
+            state = self.together.stack(states)
+            # Those of several seeds are in it as copies.
+            del states
+            state = self._train(state, first)
+            return {one.seed: self._result(one, own) for one, own in self._each(state)}
 
-    def _train(
-        self, state: TrainState, step: int, saved: checkpoints.Checkpoints, log: MetricLog
-    ) -> TrainState:
-        plan, show, steps = self.plan, self.show, self.steps
+    def _each(self, state: TrainState) -> Iterator[tuple[Member, TrainState]]:
+        """Give each seed with its own state."""
+        for i, one in enumerate(self.members):
+            yield one, self.together.of(state, i)
+
+    def _train(self, state: TrainState, step: int) -> TrainState:
+        plan, show, together = self.plan, self.show, self.together
         stops = (plan.steps_per_epoch, plan.checkpoint_every)
-        with contextlib.closing(self.compiled.feed.open(self.seed, step)) as batches:
+        seed, *others = self.seeds
+        seeds = self.seeds if others else seed
+        with contextlib.closing(self.compiled.feed.open(seeds, step)) as batches:
             for taken in _dispatches(step, plan.num_steps, plan.steps_per_dispatch, *stops):
                 *_, given = itertools.islice(batches, taken)
-                given = (self._on_devices(self.seed), self._on_devices(taken), *given)
+                given = (self._on_devices(seeds), self._on_devices(taken), *given)
                 # Whatever is moved between host and device has been moved by now.
                 with jax.transfer_guard("disallow"):
-                    state = show.run(steps.train, state, *given)
+                    state = show.run(together.train, state, *given)
                 step += taken
                 show.given(step, state.step)
                 # The step is compiled, and the devices are at work on it.
@@ -218,17 +316,27 @@ class Fit:
                     self._stop_if_nonfinite(state, end_of_epoch=rest == 0)
                 if rest == 0:
                     show.finished_to(step)
-                    state = show.call(steps.end_epoch, state)
-                    row = self._row(state, step, epoch)
-                    log.write(row)
-                    show.say(_news(epoch, plan.epochs, row))
+                    state = show.call(together.end_epoch, state)
+                    self._record(state, step, epoch)
                 if saving:
-                    saved.save(step, state.items())
+                    self._save(state, step)
                 if stopping:
-                    raise PreemptedError(f"SIGTERM came; step {step} is saved in {self.directory}.")
+                    where = ", ".join(str(one.directory) for one in self.members)
+                    raise PreemptedError(f"SIGTERM came; step {step} is saved in {where}.")
         return state
 
-    def _row(self, state: TrainState, step: int, epoch: int) -> dict[str, Any]:
+    def _record(self, state: TrainState, step: int, epoch: int) -> None:
+        for one, own in self._each(state):
+            row = self._row(one, own, step, epoch)
+            one.log.write(row)
+            whose = f"seed {one.seed}, " if len(self.seeds) > 1 else ""
+            self.show.say(whose + _news(epoch, self.plan.epochs, row))
+
+    def _save(self, state: TrainState, step: int) -> None:
+        for one, own in self._each(state):
+            one.saved.save(step, own.items())
+
+    def _row(self, one: Member, state: TrainState, step: int, epoch: int) -> dict[str, Any]:
         """Return what is recorded of an epoch; where it is the best so far, of the test set too."""
         plan, means = self.plan, epoch_means(state.epoch)
         learning_rate = float(np.asarray(self.parts.rate((step - 1) // plan.accumulate)))
@@ -239,31 +347,32 @@ class Fit:
         if epoch % plan.evaluate_every and step < plan.num_steps:
             return row
         chosen = [split for split in self.parts.dataset.splits if split not in ("train", TEST)]
-        found = self._evaluate(state.variables, chosen)
+        found = self._evaluate(one, state.variables, chosen)
         if state.ema is not None and chosen:
-            row["ema"] = _scalars(self._evaluate(state.ema, chosen))
+            row["ema"] = _scalars(self._evaluate(one, state.ema, chosen))
         split, metric = self.parts.selection
         if split in found:
-            best = best_row(self.rows)
+            best = best_row(one.log.rows)
             before = None if best is None else best["metrics"][split][metric]
             if is_better(self.parts.selection_metric, found[split][metric], before):
-                row["best"], found = True, found | self._evaluate(state.variables, [TEST])
+                row["best"] = True
+                found |= self._evaluate(one, state.variables, [TEST])
         row["metrics"] |= _scalars(found)
         return row
 
-    def _result(self, state: TrainState, sessions: list[provenance.Session]) -> dict[str, Any]:
+    def _result(self, one: Member, state: TrainState) -> dict[str, Any]:
         """Return the result: that of the last epoch, whatever came before it."""
         means = epoch_means(state.epoch)
         evaluated = [split for split in self.parts.dataset.splits if split != "train"]
-        metrics = {"train": means.train} | self._evaluate(state.variables, evaluated)
-        result: dict[str, Any] = {"seed": self.seed, "metrics": metrics}
+        metrics = {"train": means.train} | self._evaluate(one, state.variables, evaluated)
+        result: dict[str, Any] = {"seed": one.seed, "metrics": metrics}
         if state.ema is not None:
-            result["ema"] = self._evaluate(state.ema, evaluated)
-        if best := best_row(self.rows):
+            result["ema"] = self._evaluate(one, state.ema, evaluated)
+        if best := best_row(one.log.rows):
             result["best"] = {"epoch": best["epoch"], "metrics": best["metrics"]}
-        return result | {"perturbation": means.by_class, "sessions": sessions}
+        return result | {"perturbation": means.by_class, "sessions": one.sessions}
 
-    def _evaluate(self, variables: PyTree, splits: Sequence[str]) -> dict[str, Any]:
+    def _evaluate(self, one: Member, variables: PyTree, splits: Sequence[str]) -> dict[str, Any]:
         """Return the metrics of each split, for those that there are."""
         found = {}
         for split in splits:
@@ -281,39 +390,49 @@ class Fit:
             for name, value in found[split].items():
                 if isinstance(value, float) and not math.isfinite(value):
                     raise NonFiniteLossError(
-                        f"The metric {name!r} of the split {split!r} is not finite: {REMEDY}."
+                        f"The metric {name!r} of the split {split!r}{self._whose(one)} is not "
+                        f"finite: {REMEDY}."
                     )
         return found
 
     def _stop_if_nonfinite(self, state: TrainState, *, end_of_epoch: bool) -> None:
         """Raise `NonFiniteLossError`, where that is the policy or no step of an epoch was left."""
-        skip = self.plan.nonfinite == "skip"
         prediction.wait(state.nonfinite_steps)
-        left = float(state.running.steps) if end_of_epoch else math.inf
-        if not int(state.nonfinite_steps) or (skip and left):
-            return
+        counts, left = np.atleast_1d(state.nonfinite_steps, state.running.steps)
+        failed = counts > 0
+        if self.plan.nonfinite == "skip":
+            failed &= end_of_epoch & (left == 0)
+        for i in np.flatnonzero(failed):
+            self._stop(self.members[i], self.together.of(state, int(i)))
+
+    def _stop(self, one: Member, state: TrainState) -> NoReturn:
+        """Raise `NonFiniteLossError` for a seed, with what was not finite in its last step."""
+        skip = self.plan.nonfinite == "skip"
         number = int(state.step) - skip
-        with contextlib.closing(self.compiled.feed.open(self.seed, number)) as batches:
+        with contextlib.closing(self.compiled.feed.open(one.seed, number)) as batches:
             perturbation = state.perturbation
             # Where the step that failed began.
             began_at = self._on_devices(int(perturbation.step) - skip)
             state = state._replace(
                 step=self._on_devices(number), perturbation=perturbation._replace(step=began_at)
             )
-            finite = self.steps.diagnose(state, self._on_devices(self.seed), *next(batches))
+            finite = self.steps.diagnose(state, self._on_devices(one.seed), *next(batches))
         first = next(name for name, value in finite.items() if not value)
         raise NonFiniteLossError(
-            f"Step {number} was not finite, first {first}: {REMEDY}. What was saved before that is "
-            f"kept in {self.directory.parent}."
+            f"Step {number}{self._whose(one)} was not finite, first {first}: {REMEDY}. What was "
+            f"saved before that is kept in {self.workdir}."
         )
 
-    def _on_devices(self, number: int) -> jax.Array:
-        return _on_devices(self.compiled.devices, number)
+    def _whose(self, one: Member) -> str:
+        return f" of seed {one.seed}" if len(self.members) > 1 else ""
+
+    def _on_devices(self, numbers: int | tuple[int, ...]) -> jax.Array:
+        return _on_devices(self.compiled.devices, numbers)
 
 
 @functools.cache
-def _on_devices(devices: Mesh, number: int) -> jax.Array:
-    return mesh.put(np.int32(number), mesh.replicated(devices))
+def _on_devices(devices: Mesh, numbers: int | tuple[int, ...]) -> jax.Array:
+    return mesh.put(np.array(numbers, np.int32), mesh.replicated(devices))
 
 
 def best_row(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:

@@ -1,7 +1,6 @@
-"""The whole of a run, read from top to bottom: its seeds one after another, and their results."""
+"""The whole of a run, read from top to bottom: its seeds group after group, and their results."""
 
-from collections.abc import Sequence
-import contextlib
+from collections.abc import Mapping, Sequence
 import pathlib
 import time
 from typing import Any, NamedTuple
@@ -11,7 +10,7 @@ import jax
 from rich.console import Console
 
 from lpa_jax import data
-from lpa_jax.training import checkpoints, display, files, fit, identity, provenance
+from lpa_jax.training import display, files, fit, identity, provenance
 from lpa_jax.training.build import build, Data, Parts
 from lpa_jax.training.config import Config, ConfigError
 from lpa_jax.training.metric_log import read_rows
@@ -165,35 +164,62 @@ def train_seeds(
     # Nothing is traced only to read results.
     left = [seed for seed in parts.plan.seeds if seed not in finished]
     compiled = fit.compile_parts(parts, devices) if left else None
-    # What another configuration cannot continue is refused before anything is written.
-    if allow_config_change and compiled is not None:
+    first = dict.fromkeys(left, 0)
+    # What another configuration cannot continue is refused before anything is written; and seeds
+    # that are trained together begin at the same step.
+    if compiled is not None and (allow_config_change or parts.plan.seeds_together > 1):
         for seed in resumed:
-            path = workdir / f"seed{seed}" / "checkpoints"
-            with contextlib.closing(checkpoints.Checkpoints(path, read_only=True)) as saved:
-                fit.restore(saved, compiled.steps)
+            first[seed] = fit.saved_step(workdir / f"seed{seed}", compiled.steps)
     about_data, config_changes = claim(parts, workdir, allow_config_change=allow_config_change)
     first_process = jax.process_index() == 0
 
-    # --- Train each seed; the step is compiled once for all of them. -----------------------------
-    results, rows_by_seed, first_step_time = [], {}, None
+    # --- Train the others; the step is compiled once for all of them. ----------------------------
+    results, rows, first_step_time = {}, {}, None
+    for seed in finished:
+        results[seed] = files.read_json(workdir / f"seed{seed}" / "result.json")
+        rows[seed] = read_rows(workdir / f"seed{seed}" / "metrics.jsonl")
     with preemption() as preempted:
-        for seed in parts.plan.seeds:
-            directory = workdir / f"seed{seed}"
-            if compiled is None or seed in finished:
-                results.append(files.read_json(directory / "result.json"))
-                rows_by_seed[seed] = read_rows(directory / "metrics.jsonl")
-                continue
+        fits = [
+            fit.Fit(parts, compiled, seeds, workdir, session, console, preempted)
+            for seeds in in_groups(first, parts.plan.seeds_together)
+            if compiled is not None
+        ]
+        for one in fits:
             if preempted():
-                raise fit.PreemptedError(f"SIGTERM came before seed {seed} began.")
-            one = fit.Fit(parts, compiled, seed, directory, session, console, preempted)
-            result = one.run()
+                raise fit.PreemptedError(f"SIGTERM came before {fit.in_words(one.seeds)} began.")
+            for seed, result in one.run().items():
+                results[seed] = result
+                if first_process:
+                    path = workdir / f"seed{seed}" / "result.json"
+                    with files.writing(str(path)):
+                        files.write_json(path, result)
+            rows |= one.rows
             first_step_time = first_step_time or one.first_step_time
-            if first_process:
-                with files.writing(str(directory / "result.json")):
-                    files.write_json(directory / "result.json", result)
-            results.append(result)
-            rows_by_seed[seed] = one.rows
-    return Trained(results, rows_by_seed, first_step_time, about_data, config_changes)
+    ordered = {seed: results[seed] for seed in parts.plan.seeds}
+    rows = {seed: rows[seed] for seed in ordered}
+    return Trained([*ordered.values()], rows, first_step_time, about_data, config_changes)
+
+
+def in_groups(steps: Mapping[int, int], most: int) -> list[list[int]]:
+    """Divide seeds into groups of at most so many that are at the same step, in order.
+
+    Args:
+      steps: The step that each seed is at.
+      most: Seeds of a group.
+
+    Example:
+      >>> in_groups({0: 0, 1: 20, 2: 0, 3: 0}, 2)
+      [[0, 2], [1], [3]]
+    """
+    found: list[list[int]] = []
+    for seed, step in steps.items():
+        alike = (group for group in found if steps[group[0]] == step and len(group) < most)
+        group = next(alike, None)
+        if group is None:
+            found.append([seed])
+        else:
+            group.append(seed)
+    return found
 
 
 def claim(

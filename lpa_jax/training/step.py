@@ -1,7 +1,7 @@
 """The jitted functions of a training loop."""
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -45,6 +45,52 @@ class Steps(NamedTuple):
     train: Callable[..., TrainState]
     end_epoch: Callable[[TrainState], TrainState]
     diagnose: Callable[..., OrderedDict[str, Bool[Array, ""]]]
+
+
+class Together(NamedTuple):
+    """The functions of a loop for seeds that are trained together, all of them at the same step.
+
+    Attributes:
+      stack: `stack(states)` returns the states of the seeds as one, in order.
+      of: `of(state, i)` returns that of the seed at place `i`.
+      train: As that of `Steps`, of all the seeds; a given state is donated.
+      end_epoch: Likewise.
+    """
+
+    stack: Callable[[Sequence[TrainState]], TrainState]
+    of: Callable[[TrainState, int], TrainState]
+    train: Callable[..., TrainState]
+    end_epoch: Callable[[TrainState], TrainState]
+
+
+def make_together(steps: Steps, axes: Sequence[int | None], count: int) -> Together:
+    """Return the functions for so many seeds at once; those of one are its own.
+
+    Args:
+      steps: The functions for one seed.
+      axes: Of what the feed gives, see `feed.Feed`.
+      count: Number of seeds.
+    """
+    if count == 1:
+        return Together(
+            lambda states: states[0], lambda state, _: state, steps.train, steps.end_epoch
+        )
+    # They are on one device, whole.
+    whole = steps.shardings.step
+
+    def stack(states):
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+
+    def of(state, i):
+        return jax.tree.map(lambda leaf: leaf[i], state)
+
+    into = {"donate_argnums": 0, "out_shardings": whole}
+    return Together(
+        stack=jax.jit(stack, out_shardings=whole),
+        of=jax.jit(of, out_shardings=steps.shardings),
+        train=jax.jit(jax.vmap(steps.train, in_axes=(0, 0, None, *axes)), **into),
+        end_epoch=jax.jit(jax.vmap(steps.end_epoch), **into),
+    )
 
 
 def make_steps(

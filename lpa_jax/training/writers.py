@@ -9,7 +9,11 @@ from lpa_jax.training.files import replace_text
 
 
 class Writer(Protocol):
-    """What metrics are sent to. A class of your own needs these two methods alone."""
+    """What metrics are sent to. A class of your own needs these two methods alone.
+
+    Seeds that are trained together have one each, all open at once. A class that cannot be open
+    twice has an attribute `alone = True`.
+    """
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """Record scalars by name, such as `"validation/accuracy"`, of a step."""
@@ -58,7 +62,7 @@ class WandB:
       step: Step that it resumes from.
     """
 
-    package = "wandb"
+    package, alone = "wandb", True
 
     def __init__(self, directory: pathlib.Path, step: int):
         """Begin the run, or resume it."""
@@ -88,7 +92,7 @@ class MLflow:
       step: Step that it resumes from.
     """
 
-    package = "mlflow"
+    package, alone = "mlflow", True
 
     def __init__(self, directory: pathlib.Path, step: int):
         """Begin the run, or resume it."""
