@@ -39,8 +39,7 @@ def conv_general_dilated(
     removes.
 
     Results agree to rounding. All of JAX's transformations work, in any order. Give it to a layer
-    of Flax: `nn.Conv(64, (3, 3), conv_general_dilated=lpa_jax.models.conv_general_dilated)`. It
-    pays where freed memory is kept, see `lpa_jax.memory`.
+    of Flax: `nn.Conv(64, (3, 3), conv_general_dilated=lpa_jax.models.conv_general_dilated)`.
 
     Args:
       lhs: Images.
