@@ -42,7 +42,7 @@ def table(title: str, label: str, rows: Sequence[Any]) -> Any:
         key[f"mean of {first.name}"] = axes.axvline(
             first.value, color="tab:gray", linestyle=":", linewidth=1
         )
-    names = [row.name + ("" if row.value is not None else " (diverged)") for row in rows]
+    names = [row.name + ("" if row.value is not None else " (failed)") for row in rows]
     axes.set_yticks(range(len(rows)), names)
     axes.set(xlabel=label)
     explain(canvas, key)

@@ -227,6 +227,10 @@ def test_everything_that_has_a_name_is_listed(outside):
     assert "There is no method 'fade'" in done.stderr
     done = call(outside, "main", "--import=mine", "--config=digits:method=fade", "--print_config")
     assert "perturbation.fade.strength = 0.1" in done.stdout
+    done = call(
+        outside, "main", "--import", "mine", "--config=digits:method=fade", "--print_config"
+    )
+    assert done.returncode == 0, done.stderr
     done = call(outside, "main", "--import=nowhere", "--list")
     assert (done.returncode, "--import=nowhere cannot be imported" in done.stderr) == (2, True)
     done = call(outside, "table", "--table=digits", "--methods=lpa", "--print_config")

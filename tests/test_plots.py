@@ -106,7 +106,7 @@ def test_an_evaluation_plot_has_a_legend_and_shows_whole_deviations(drawn):
     assert [axes.get_title() for axes in drawn[1].axes] == ["ECE 10.00 %", "accuracy of each class"]
 
 
-def test_a_table_plot_has_a_legend_and_names_diverged_rows(drawn):
+def test_a_table_plot_has_a_legend_and_names_failed_rows(drawn):
     empty = RowSummary("", None, None, 2, {}, {}, {}, None, None, None, None, None, {}, "", "")
     rows = [
         empty._replace(name="erm", value=5.0, std=0.5, published={"some paper": 4.0}),
@@ -119,4 +119,4 @@ def test_a_table_plot_has_a_legend_and_names_diverged_rows(drawn):
     }  # fmt: skip
     (axes,) = drawn[0].axes
     names = [label.get_text() for label in axes.get_yticklabels()]
-    assert names == ["lpl (diverged)", "lpa", "erm"]
+    assert names == ["lpl (failed)", "lpa", "erm"]

@@ -401,7 +401,7 @@ def test_a_row_that_diverges_is_reported(tmp_path, monkeypatch):
     about = {"command": "", "trials": 0, **runs.about(outcomes)}
     save.save_table(tmp_path, "digits", lines, about, QUIET)
     markdown = (tmp_path / "table.md").read_text()
-    assert "| hot | diverged | 0 |" in markdown
+    assert "| hot | failed | 0 |" in markdown
     assert "hot: Step 3 was not finite." in markdown
     assert "| erm | 10.00 | 1 |" in markdown
     assert "; commit unknown." in markdown

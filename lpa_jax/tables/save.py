@@ -86,7 +86,7 @@ def _cells(rows: Sequence[RowSummary], task: Task) -> tuple[list[str], list[list
     cells = [
         [
             row.name,
-            "diverged"
+            "failed"
             if row.value is None
             else with_deviation(row.value, row.std, metric._replace(scale=1.0)),
             str(row.n),
