@@ -97,26 +97,11 @@ def close(found, expected, atol=1e-5):
 
 
 @pytest.fixture(scope="module")
-def compiled(one_device):
-    """Return what all runs of `small()` share, as the seeds of one run do."""
-    parts = build.build(small())
-    return fit.compile_parts(parts, fit.make_devices(parts))
-
-
-@pytest.fixture
-def shared(compiled, monkeypatch):
-    monkeypatch.setattr(fit, "compile_parts", lambda *_: compiled)
-
-
-@pytest.fixture(scope="module")
-def alone(compiled, tmp_path_factory):
+def alone(one_device, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("alone")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fit, "compile_parts", lambda *_: compiled)
-        return workdir, run(small(), workdir)[0]
+    return workdir, run(small(), workdir)[0]
 
 
-@pytest.mark.usefixtures("shared")
 def test_seeds_together_end_as_one_at_a_time(alone, tmp_path):
     summary, text = run(small(seeds_together=2), tmp_path)
     assert "seeds 0, 1 (1, 2 of 3): seed 1, epoch 2 of 2, loss" in text
@@ -146,7 +131,6 @@ def interrupted(config, workdir, monkeypatch, step):
     return str(raised.value)
 
 
-@pytest.mark.usefixtures("shared")
 def test_interrupted_seeds_resume_together_where_their_steps_agree(alone, tmp_path, monkeypatch):
     step = STEPS + 1
     told = interrupted(small(seeds_together=2), tmp_path, monkeypatch, step)
@@ -162,7 +146,6 @@ def test_interrupted_seeds_resume_together_where_their_steps_agree(alone, tmp_pa
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("shared")
 def test_seeds_that_were_killed_while_they_saved_resume_apart(alone, tmp_path, monkeypatch):
     interrupted(small(seeds_together=3), tmp_path, monkeypatch, STEPS + 1)
     # This was not saved any more.
@@ -174,7 +157,6 @@ def test_seeds_that_were_killed_while_they_saved_resume_apart(alone, tmp_path, m
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("shared")
 @pytest.mark.parametrize(("before", "after"), [(1, 3), (3, 1)])
 def test_interrupted_seeds_resume_with_another_number_together(
     before, after, alone, tmp_path, monkeypatch
