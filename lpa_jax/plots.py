@@ -143,22 +143,24 @@ def curves(title: str, rows_by_seed: Mapping[int, Results]) -> Any:
     return canvas
 
 
-def perturbation(title: str, sites: Mapping[str, Mapping[str, Sequence[float]]]) -> Any | None:
+def perturbation(
+    title: str, sites: Mapping[str, Mapping[str, float | Sequence[float]]]
+) -> Any | None:
     """Return for each site how far each class was moved in an epoch, colored by its sign.
 
     Args:
       title: Of the figure.
-      sites: For each site `"norm"`, `"relative"` and maybe `"sign"` by class. Without any the
-        figure is None.
+      sites: For each site what is reported of it. Those with `"relative"` have it, `"norm"` and
+        maybe `"sign"` by class, and are shown. Without any the figure is None.
     """
-    sites = {site: report for site, report in sites.items() if "relative" in report}
-    if not sites:
+    shown: dict[str, Any] = {k: report for k, report in sites.items() if "relative" in report}
+    if not shown:
         return None
     out, in_, varying, unsigned = PUSHED
-    canvas, axes = figure(2 * len(sites), title, columns=2)
+    canvas, axes = figure(2 * len(shown), title, columns=2)
     key = {}
     for (site, report), pair in zip(
-        sites.items(), zip(axes[::2], axes[1::2], strict=True), strict=True
+        shown.items(), zip(axes[::2], axes[1::2], strict=True), strict=True
     ):
         signs = np.array(report.get("sign", [np.nan] * len(report["norm"])))
         groups = {

@@ -120,3 +120,7 @@ def test_a_table_plot_has_a_legend_and_names_failed_rows(drawn):
     (axes,) = drawn[0].axes
     names = [label.get_text() for label in axes.get_yticklabels()]
     assert names == ["lpl (failed)", "lpa", "erm"]
+
+
+def test_numbers_that_are_not_by_class_have_no_plot():
+    assert plots.perturbation("run", {"param_grads": {"norm": 1.5}}) is None
