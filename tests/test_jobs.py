@@ -227,9 +227,9 @@ wrapped = [word.removeprefix("--wrap=") for word in sys.argv if word.startswith(
 last = int((re.findall(r"--array=0-(\\d+)", said) or ["-1"])[0])
 for i in range(last + 1):
     env = {**os.environ, "SLURM_ARRAY_TASK_ID": str(i)}
-    subprocess.run(["bash", sys.argv[-1]], env=env, check=True)
+    subprocess.run(["bash", sys.argv[-1]], env=env, check=True, stdout=sys.stderr)
 for words in wrapped:
-    subprocess.run(words, shell=True, check=True)
+    subprocess.run(words, shell=True, check=True, stdout=sys.stderr)
 print(17)
 """
 
