@@ -9,6 +9,7 @@ the table `cifar10_lt_ablation`; nothing was tuned for either.
 """
 
 import argparse
+import inspect
 import pathlib
 import statistics
 from unittest import mock
@@ -58,6 +59,10 @@ def through(site, epsilon, *, radius, split, **_):
         return value + members.to_examples(delta)
 
     return lpa_jax.stateless(site, update, class_level=True, needs_gradient=False)
+
+
+# The trainer refuses arguments that a method's signature does not name.
+through.__signature__ = inspect.signature(lpa_jax.lpa)
 
 
 def _spread(values):
