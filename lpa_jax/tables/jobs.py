@@ -21,8 +21,6 @@ from lpa_jax.training import display, fit, loop, progress
 from lpa_jax.training.config import ConfigError
 from lpa_jax.training.files import replace_text, writing
 
-TEMPORARY = 75
-"""Exit code of a run that was stopped and resumes; see `lpa_jax.commands`."""
 PAUSE = 0.2
 """Seconds between looks at the processes."""
 
@@ -117,26 +115,27 @@ def run_one(
     if not rows:
         raise ConfigError(f"The table has no row {one.row!r} to run {one} of.")
     # Rows that share their networks are one here.
-    table = table._replace(rows=dict([next(iter(rows.items()))]))
-    tuned_in = workdir / "tuning"
+    name, row = next(iter(rows.items()))
     with data.loaded_once():
-        if one.kind == "trial":
-            (search,) = tuning.begin(table, protocol, tuned_in).values()
-            if one.number in search.left(one.number + 1):
-                search.attempt(one.number, console)
-            return
-        if number:
-            (search,) = tuning.begin(table, protocol, tuned_in).values()
+        if one.kind == "trial" or number:
+            alone = table._replace(rows={name: row})
+            (search,) = tuning.begin(alone, protocol, workdir / "tuning").values()
+            if one.kind == "trial":
+                if one.number in search.left(one.number + 1):
+                    search.attempt(one.number, console)
+                return
             if left := search.left(number):
                 raise ConfigError(f"{one} needs trial {left[0]} of {one.row}, which has not ended.")
-            quiet = Console(quiet=True)
-            table = tuning.tuned(table, protocol, number, tuned_in, quiet, write=False)
+            told = search.run(number, Console(quiet=True), progress.Left(), 0)
+            row = row._replace(changes={**row.changes, **told["chosen"]})
+        table = table._replace(rows={name: row})
         home = runs.home(workdir, number)
         ((parts, _),) = runs.build_all(table, protocol, home).values()
         if one.number not in parts.plan.seeds:
             raise ConfigError(f"{one} is no run of the table: give --config.num_seeds more.")
-        alone = parts._replace(plan=parts.plan._replace(seeds=range(one.number, one.number + 1)))
-        loop.train_seeds(alone, home / one.row, console)
+        seed = range(one.number, one.number + 1)
+        parts = parts._replace(plan=parts.plan._replace(seeds=seed))
+        loop.train_seeds(parts, home / one.row, console)
 
 
 class Place(NamedTuple):

@@ -84,8 +84,6 @@ def tuned(
     trials: int,
     workdir: pathlib.Path,
     console: Console,
-    *,
-    write: bool = True,
 ) -> Table:
     """Return a table with the numbers of each row that did best on the validation set.
 
@@ -102,7 +100,6 @@ def tuned(
       trials: Number of settings that each row tries, at least 1.
       workdir: Directory of the trials.
       console: Where to print.
-      write: Whether to keep what was chosen in `search.json` of each row, which one process does.
 
     Raises:
       ConfigError: If Optuna is not installed, a row cannot be configured, or all trials of a row
@@ -113,8 +110,7 @@ def tuned(
       Akiba et al., Optuna: A Next-generation Hyperparameter Optimization Framework, KDD 2019,
       arXiv:1907.10902.
     """
-    if write:
-        mend(workdir)
+    mend(workdir)
     with data.loaded_once():
         searches = begin(table, protocol, workdir)
         left, ahead = progress.Left(), len(searches) * trials
@@ -123,7 +119,7 @@ def tuned(
             ahead -= trials
             told = search.run(trials, console, left, ahead)
             best[search.name] = told["chosen"]
-            if write and search.intervals:
+            if search.intervals:
                 with files.writing(f"The search in {workdir}"):
                     files.write_json(workdir / search.name / "search.json", told)
     rows = {
@@ -170,7 +166,7 @@ class Search:
         workdir: pathlib.Path,
         parts: Parts,
     ):
-        """Open the search; its study is made where there is none."""
+        """Open the search; nothing is written before it is asked for its trials."""
         self.table, self.name, self.row, self.workdir = table, name, row, workdir
         self.protocol, self.task, self.metric = _on_trial(protocol), parts.task, parts.selection[1]
         self.defaults, _ = runs.configure(table, row, self.protocol)
@@ -203,8 +199,10 @@ class Search:
 
     def left(self, trials: int) -> list[int]:
         """Return the numbers of the trials that have not ended; none if nothing is searched."""
-        ended = self._ended() if self.intervals else {}
-        return [number for number in range(trials) if self.intervals and number not in ended]
+        if not self.intervals:
+            return []
+        ended = self._ended()
+        return [number for number in range(trials) if number not in ended]
 
     def attempt(self, number: int, console: Console) -> dict[str, Any] | None:
         """Train and record a trial that has not ended; return its metrics, None if it diverged."""
