@@ -158,6 +158,10 @@ def each(lines):
 each_line = each(TABLE)
 each_scheduled_line = each([line for line in TABLE if line.schedule])
 each_bounded_line = each([line for line in TABLE if line.ball is not None])
+# A line that varies another one, such as lpa-full, compiles for eight devices among the slow tests.
+each_line_on_devices = each(
+    [pytest.param(line, marks=pytest.mark.slow) if "-" in line.label else line for line in TABLE]
+)
 
 
 class Net(nn.Module):
@@ -439,7 +443,7 @@ def test_a_second_and_third_step_trace_nothing(line):
         case.run(strength=0.5 * line.amount, state=state)
 
 
-@each_line
+@each_line_on_devices
 def test_eight_devices_under_optax_wrappers_agree_with_one_without(line):
     case = case_of(line.label)
     axes = (jax.sharding.AxisType.Auto,)
@@ -600,7 +604,7 @@ def test_debug_nans_finds_none(line):
         case.run()
 
 
-@each_line
+@each_line_on_devices
 def test_a_mesh_with_explicit_axes_agrees_with_one_device(line):
     case = case_of(line.label)
     mesh = jax.make_mesh((8,), ("data",))
