@@ -72,7 +72,7 @@ def npz(*settings, **changes):
 
 
 def cifar(setting):
-    _, (_, workdir, *settings) = npz("augment.padding=1", setting)
+    _, (_, workdir, *settings) = npz("augment=crop=1", setting)
     return npz()[0], ["--config=configs/cifar10.py:smoke", workdir, *settings]
 
 
@@ -348,8 +348,14 @@ CASES = {
     "devices unevenly": (key("fsdp=3"), "fsdp must divide the 2 devices"),
     "too high a seed": (key("seed=2147483648"), "seed must be below"),
     "no seeds": (key("num_seeds=0"), "num_seeds must be at least 1"),
-    "too much padding": (key("augment.padding=8"), "padding must be below the images' side of 8"),
-    "perhaps flipped": (key("augment.flip=perhaps"), "give true or false"),
+    "too much padding": (key("augment=crop=8"), "a border below the images' side of 8 pixels"),
+    "no such augmentation": (key("augment=flop"), "no augmentation 'flop': give none, cifar"),
+    "no number": (key("augment=crop=two"), "'crop=two' needs numbers after ="),
+    "half a pixel": (key("augment=crop=1.5"), "no whole number of pixels"),
+    "too many numbers": (key("augment=flip=1"), "flip takes 0 at most"),
+    "a share above 1": (key("augment=resized_crop=0.5,2"), "give 0.001 to 1"),
+    "shares in the wrong order": (key("augment=resized_crop=1,0.5"), "change places"),
+    "colors of gray images": (key("augment=grayscale"), "needs images of 3 channels, not 1"),
     # ------------------------------------------------------------ files of arrays
     "no npz": (key("dataset=npz:none.npz"), "no file none.npz: write it with np.savez(path, x_tr"),
     "no name after npz": (key("dataset=npz:"), "There is no file : write it"),
@@ -376,7 +382,7 @@ CASES = {
         npz(x_test=np.zeros((8, 6, 6, 3), np.uint8)), "x_test of shape (6, 6, 3): save both in one"
     ),
     "images below the padding": (
-        npz("augment.padding=5"), "padding must be below the images' side of 5 pixels"
+        npz("augment=crop=5"), "a border below the images' side of 5 pixels"
     ),
     "a label too few": (npz(y_train=np.zeros(39, int)), "40 images but 39 labels; give each image"),
     "floats for labels": (npz(y_train=np.zeros(40)), "float64: save integers, y.astype(np.int32)"),

@@ -546,14 +546,15 @@ def test_random_flip_mirrors_about_half(images):
 
 def test_augment_is_crop_then_flip_with_independent_keys(images):
     key = jax.random.key(5)
-    augment = jax.jit(data.augment, static_argnames=("padding", "flip"))
+    augment = jax.jit(data.augment, static_argnums=2)
+    changes = data.augmentations("crop=3+flip")
     crop_key, flip_key = jax.random.split(key)
     both = np.asarray(flip(flip_key, crop(crop_key, images, 3)))
-    np.testing.assert_array_equal(augment(key, images, padding=3, flip=True), both)
-    assert (np.asarray(augment(jax.random.key(6), images, padding=3, flip=True)) != both).any()
-    cropped = data.augment(key, images, padding=3, flip=False)
+    np.testing.assert_array_equal(augment(key, images, changes), both)
+    assert (np.asarray(augment(jax.random.key(6), images, changes)) != both).any()
+    cropped = data.augment(key, images, changes[:1])
     np.testing.assert_array_equal(cropped, crop(crop_key, images, 3))
-    assert data.augment(key, images, padding=0, flip=False) is images
+    assert data.augment(key, images, ()) is images
 
 
 def test_to_float():

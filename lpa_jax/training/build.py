@@ -49,8 +49,8 @@ class Plan(NamedTuple):
       batch_size: Examples of a step.
       eval_batch_size: Examples of a forward pass in evaluation, at most.
       sampling: How an epoch draws its examples.
-      padding: Of the augmentation.
-      flip: Of the augmentation.
+      augment: What training images go through, in order.
+      readers: Processes that read image files.
       place: Where training examples are kept.
       steps_per_dispatch: Steps in one call.
       fsdp: Devices that share one copy of the state.
@@ -69,8 +69,8 @@ class Plan(NamedTuple):
     batch_size: int
     eval_batch_size: int
     sampling: str
-    padding: int
-    flip: bool
+    augment: tuple[data.Applied, ...]
+    readers: int
     place: str
     steps_per_dispatch: int
     fsdp: int
@@ -215,7 +215,10 @@ def _dataset(config: Config, given: Data | None) -> tuple[data.Dataset, str]:
             validation_fraction=config.validation_fraction,
             seed=config.data_seed,
             image_size=config.image_size,
+            image_part=config.image_part,
         )
+        if config.cache == "memory":
+            loaded = data.cached(loaded)
     elif isinstance(given, data.Dataset):
         loaded, name = given, f"{GIVEN}{given.name}"
     else:
@@ -276,12 +279,7 @@ def _plan(config: Config, dataset: data.Dataset) -> Plan:
             f"config.sampling {config.sampling!r} draws by the one class of each example, but the "
             "labels are [N, C]: set it to 'uniform'."
         )
-    images = len(shape) == 4
-    if images and config.augment.padding >= min(shape[1:3]):
-        raise ConfigError(
-            f"config.augment.padding must be below the images' side of {min(shape[1:3])} pixels, "
-            f"not {config.augment.padding}."
-        )
+    augment = _augment(config, shape)
     steps_per_epoch = num_train // config.batch_size
     num_steps = config.epochs * steps_per_epoch
     if num_steps >= 2**31:
@@ -309,13 +307,34 @@ def _plan(config: Config, dataset: data.Dataset) -> Plan:
         batch_size=config.batch_size,
         eval_batch_size=min(config.eval_batch_size, max(evaluated, default=num_train)),
         sampling=config.sampling,
-        # What has no height and width is not cropped.
-        padding=config.augment.padding if images else 0,
-        flip=config.augment.flip and images,
+        augment=augment,
+        readers=config.readers,
         place=config.input,
         steps_per_dispatch=config.steps_per_dispatch,
         fsdp=config.fsdp,
     )
+
+
+def _augment(config: Config, shape: Sequence[int]) -> tuple[data.Applied, ...]:
+    """Return the augmentations of images; what has no height and width has none."""
+    try:
+        augment = data.augmentations(config.augment)
+    except ValueError as error:
+        raise ConfigError(f"config.augment is {config.augment!r}. {error}") from error
+    if len(shape) != 4:
+        return ()
+    for name, numbers in augment:
+        if name == "crop" and max(numbers, default=4) >= min(shape[1:3]):
+            raise ConfigError(
+                f"config.augment is {config.augment!r}, but crop needs a border below the images' "
+                f"side of {min(shape[1:3])} pixels: give a smaller one, as in crop=1, or 'none'."
+            )
+        if data.AUGMENTATIONS[name].color and shape[3] != 3:
+            raise ConfigError(
+                f"config.augment is {config.augment!r}, but {name} needs images of 3 channels, not "
+                f"{shape[3]}: leave it out."
+            )
+    return augment
 
 
 def _network(

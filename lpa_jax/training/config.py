@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import config_dict
 
-from lpa_jax.data import batching, long_tail, modifications
+from lpa_jax.data import augmentation, batching, decoding, long_tail, modifications
 
 # An ml_collections ConfigDict, whose own annotations give every key the union of all types.
 Config = Any
@@ -52,11 +52,29 @@ _NEEDED = {
 SCHEMA: dict[str, Any] = {
     "dataset": Key(
         "digits",
-        '"digits", "npz:PATH", a name of tensorflow-datasets, prepared in data_dir, or a function '
-        'of your own, "package.module:function"',
+        '"digits", "npz:PATH", "folder:PATH" or "domains:PATH" of image files, a name of '
+        "tensorflow-datasets, prepared in data_dir, or a function of your own, "
+        '"package.module:function"',
     ),
     "data_dir": Key(None, "directory of prepared tensorflow-datasets", str, free=True),
-    "image_size": Key(None, "side in pixels that images of differing size are resized to", int),
+    "image_size": Key(
+        None,
+        "side in pixels that images are scaled to; of files 224 where it is left out",
+        int,
+        low=1,
+    ),
+    "image_part": Key(
+        "cover",
+        'part of an image file that is evaluated: the largest square at its center ("cover"), 7/8 '
+        'of that square\'s side ("inner"), or the whole, squashed to a square',
+        choices=tuple(decoding.PARTS),
+    ),
+    "cache": Key(
+        "none",
+        'where image files are kept decoded: "memory" of the host, or nowhere; random parts are '
+        "then cut out of what is kept",
+        choices=("none", "memory"),
+    ),
     "limit": Key(
         None, "number of examples of each split to use at most: for trials, not results", int, low=1
     ),
@@ -81,10 +99,12 @@ SCHEMA: dict[str, Any] = {
         "how an epoch draws its examples: each once, or all classes equally often",
         choices=batching.SAMPLINGS,
     ),
-    "augment": {
-        "padding": Key(4, "pixels of the border of zeros that random crops reach into", low=0),
-        "flip": Key(True, "whether to mirror half of the images"),
-    },
+    "augment": Key(
+        "cifar",
+        "what training images go through: "
+        f"{', '.join(augmentation.PRESETS)}, or some of {', '.join(augmentation.AUGMENTATIONS)}, "
+        'with their numbers, joined by +, as "crop=4+flip"',
+    ),
     "model": {
         "name": Key(
             "wrn_28_10",
@@ -145,6 +165,9 @@ SCHEMA: dict[str, Any] = {
         'where training examples wait: memory of the "device" or the "host"',
         choices=("auto", "device", "host"),
         free=True,
+    ),
+    "readers": Key(
+        0, "processes that read and decode image files; 0: threads alone", low=0, free=True
     ),
     "steps_per_dispatch": Key(
         1, "steps in one call; above 1 they run in a loop, for GPU and TPU", low=1, free=True

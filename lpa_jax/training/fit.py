@@ -86,6 +86,8 @@ def compile_parts(parts: Parts, devices: Mesh) -> Compiled:
             plan.num_steps,
             devices,
             plan.sampling,
+            augment=plan.augment,
+            readers=plan.readers,
         )
         looped = plan.steps_per_dispatch > 1
         if looped and not feed.resident:
@@ -100,8 +102,7 @@ def compile_parts(parts: Parts, devices: Mesh) -> Compiled:
             devices,
             feed.like,
             feed.take,
-            padding=plan.padding,
-            flip=plan.flip,
+            augment=feed.augment,
             looped=looped,
             nonfinite=plan.nonfinite,
             ema_decay=plan.ema_decay,
