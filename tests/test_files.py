@@ -8,10 +8,12 @@ import jax
 import numpy as np
 from PIL import Image
 import pytest
+from rich.console import Console
 
+from configs import digits
 from lpa_jax import data
 from lpa_jax.data import decoding, folder
-from lpa_jax.training import feed, mesh
+from lpa_jax.training import feed, loop, mesh
 
 KINDS = ("blue", "red")
 
@@ -371,3 +373,33 @@ def test_images_can_be_sent_to_another_process(examples):
     copy = pickle.loads(pickle.dumps(examples))
     np.testing.assert_array_equal(copy.images[3], examples.images[3])
     assert copy.fingerprint() == examples.fingerprint()
+
+
+# ---------------------------------------------------------------- training
+
+
+def trained(root, workdir, **changes):
+    config = digits.get_config("method=lpa,smoke")
+    config.dataset, config.image_size, config.batch_size = f"folder:{root}", 12, 8
+    config.augment, config.writers = "imagenet", ()
+    config.update_from_flattened_dict(changes)
+    return loop.train_and_evaluate(config, workdir, Console(quiet=True))
+
+
+def seen(workdir):
+    return (workdir / "seed0/metrics.jsonl").read_text()
+
+
+def test_a_run_on_files_does_not_depend_on_who_reads_them(tmp_path):
+    root = splits(tmp_path / "images", "train", "val", "test", number=8)
+    trained(root, tmp_path / "threads")
+    trained(root, tmp_path / "processes", readers=1)
+    assert seen(tmp_path / "threads") == seen(tmp_path / "processes")
+
+
+def test_images_kept_in_memory_train_like_those_in_files(tmp_path):
+    root = splits(tmp_path / "images", "train", "val", "test", number=8)
+    trained(root, tmp_path / "read", augment="crop=1+flip", input="host")
+    trained(root, tmp_path / "kept", augment="crop=1+flip", cache="memory", input="host")
+    read, kept = seen(tmp_path / "read"), seen(tmp_path / "kept")
+    assert read == kept
