@@ -2,6 +2,7 @@
 
 import functools
 import pathlib
+import pickle
 import subprocess
 import sys
 import zlib
@@ -247,6 +248,10 @@ def test_tfds_images_that_differ_in_size(tmp_path):
     assert (loaded.train.images[0] == 70).all()
     # The middle of the picture is kept, at its own scale.
     np.testing.assert_array_equal(loaded.splits["test"].images[0], halves[:, 4:12])
+    # They are read when they are needed, by other processes too.
+    copy = pickle.loads(pickle.dumps(loaded.train))
+    assert (copy.images[0] == 70).all()
+    assert copy.fingerprint() == loaded.train.fingerprint()
 
 
 def test_tfds_name_that_is_unknown(tmp_path):

@@ -403,3 +403,59 @@ def test_images_kept_in_memory_train_like_those_in_files(tmp_path):
     trained(root, tmp_path / "kept", augment="crop=1+flip", cache="memory", input="host")
     read, kept = seen(tmp_path / "read"), seen(tmp_path / "kept")
     assert read == kept
+
+
+# ---------------------------------------------------------------- CIFAR's binary files
+
+
+def cifar(root, fine):
+    """Write files of the format of CIFAR-100 or CIFAR-10, and return pixels and labels by split."""
+    rng = np.random.default_rng(0)
+    names = ["train.bin", "test.bin"]
+    if not fine:
+        names = [*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"]
+    (root / ("fine_label_names.txt" if fine else "batches.meta.txt")).write_text("cat\ndog\n\n")
+    found = {"train": [], "test": []}
+    for name in names:
+        images = rng.integers(0, 256, (4, 32, 32, 3), np.uint8)
+        labels = rng.permutation([0, 1, 0, 1]).astype(np.uint8)
+        head = np.stack([np.full(4, 7, np.uint8), labels] if fine else [labels], 1)
+        planes = images.transpose(0, 3, 1, 2).reshape(4, -1)
+        (root / name).write_bytes(np.concatenate([head, planes], 1).tobytes())
+        found["test" if "test" in name else "train"].append((images, labels))
+    return {
+        split: [np.concatenate(parts) for parts in zip(*pairs, strict=True)]
+        for split, pairs in found.items()
+    }
+
+
+@pytest.mark.parametrize("fine", [False, True], ids=["CIFAR-10", "CIFAR-100"])
+def test_the_binary_files_of_cifar(tmp_path, fine):
+    expected = cifar(tmp_path, fine)
+    found = data.load(f"cifar:{tmp_path}", validation_fraction=0.0)
+    assert found.class_names == ("cat", "dog")
+    for split, (images, labels) in expected.items():
+        np.testing.assert_array_equal(found.splits[split].images, images)
+        np.testing.assert_array_equal(found.splits[split].labels, labels)
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (
+            lambda root: (root / "test_batch.bin").unlink(),
+            "neither test_batch.bin nor",
+        ),
+        (lambda root: (root / "data_batch_3.bin").unlink(), "data_batch_3.bin cannot be read"),
+        (lambda root: (root / "batches.meta.txt").unlink(), "batches.meta.txt cannot be read"),
+        (lambda root: (root / "test_batch.bin").write_bytes(b"12"), "no multiple of 3073"),
+        (lambda root: (root / "test_batch.bin").write_bytes(b""), "no multiple of 3073"),
+        (lambda root: (root / "batches.meta.txt").write_text("cat\n"), "is outside the classes"),
+    ],
+    ids=["no set", "a file less", "no names", "truncated", "empty", "a name less"],
+)
+def test_binary_files_of_cifar_that_are_damaged(tmp_path, harm, message):
+    cifar(tmp_path, fine=False)
+    harm(tmp_path)
+    with pytest.raises(data.DataError, match=message):
+        data.load(f"cifar:{tmp_path}")

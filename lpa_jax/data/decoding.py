@@ -16,6 +16,8 @@ Box = tuple[float, float, float, float]
 Part = Callable[[int, int], Box]
 """`(width, height) -> box`: the part of an image of that size that is taken."""
 
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+"""Pillow's modes by number of channels."""
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".gif")
 """What names of image files end with, in lower case."""
 
@@ -105,7 +107,7 @@ def decode(
       encoded: What an image file holds, of any format that Pillow reads.
       size: Side of the result in pixels.
       part: The part of the image that is taken.
-      channels: 1 for gray or 3 for RGB, which other kinds of images are converted to.
+      channels: 1 for gray, 3 for RGB or 4 with an opacity, which other images are converted to.
       draft: Whether a JPEG that is much larger than needed is decoded at 1/2, 1/4 or 1/8 of its
         size, which is quicker and changes the pixels a little.
 
@@ -122,7 +124,7 @@ def decode(
     """
     from PIL import Image
 
-    mode = {1: "L", 3: "RGB"}[channels]
+    mode = MODES[channels]
     with _told(), Image.open(io.BytesIO(encoded)) as image:
         if getattr(image, "n_frames", 1) > 1:
             raise DataError("it has several frames: save one of them.")

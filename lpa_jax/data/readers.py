@@ -5,7 +5,7 @@ import contextlib
 import functools
 from typing import Any, NamedTuple
 
-from lpa_jax.data import digits, folder, npz, tfds
+from lpa_jax.data import cifar, digits, folder, npz, tfds
 from lpa_jax.data.dataset import Dataset, make_dataset
 from lpa_jax.data.decoding import PARTS
 from lpa_jax.data.source import DataError, Examples
@@ -42,7 +42,12 @@ def _npz(rest: str, options: Options) -> dict[str, Examples]:
 
 
 def _tfds(rest: str, options: Options) -> dict[str, Examples]:
-    return tfds.read(rest, options.data_dir, options.image_size)
+    return tfds.read(rest, options.data_dir, options.image_size, options.part)
+
+
+def _cifar(rest: str, options: Options) -> dict[str, Examples]:
+    _refuse_size(f"cifar:{rest}", options)
+    return cifar.read(rest)
 
 
 def _folder(rest: str, options: Options) -> dict[str, Examples]:
@@ -60,7 +65,14 @@ def _refuse_size(name: str, options: Options) -> None:
 
 READERS = Registry(
     "kind of data set",
-    {"digits": _digits, "npz": _npz, "tfds": _tfds, "folder": _folder, "domains": _domains},
+    {
+        "digits": _digits,
+        "npz": _npz,
+        "cifar": _cifar,
+        "folder": _folder,
+        "domains": _domains,
+        "tfds": _tfds,
+    },
     Callable,
 )
 """By kind, what reads `"kind:rest"`: `read(rest, options)` returns sources by split."""
@@ -95,7 +107,8 @@ def load(
     Args:
       name: `"digits"`, 1,797 images of 8x8 pixels; `"npz:PATH"`, a file with the arrays `x_train`,
         `y_train`, `x_test`, `y_test` (uint8 images `[N, H, W, C]` or `[N, H, W]`, integer labels)
-        and optionally `class_names`; `"tfds:NAME"` or `"NAME"`, a set of tensorflow-datasets,
+        and optionally `class_names`; `"cifar:PATH"`, the folder of CIFAR-10's or CIFAR-100's binary
+        files; `"tfds:NAME"` or `"NAME"`, a set of tensorflow-datasets,
         prepared as ArrayRecord; `"folder:PATH"` or `"domains:PATH"`, image files, which are read
         when they are needed, see `folder.read` and `folder.read_domains`; `"KIND:REST"` of a reader
         that was registered in `READERS`; or `"package.module:function"`, a function without
@@ -104,9 +117,9 @@ def load(
       validation_fraction: Share of the training examples to hold out, in [0, 1); of a source that
         has a validation split of its own nothing is held out.
       seed: Decides which examples are held out, at least 0; the test set never depends on it.
-      image_size: Side of the images of a tensorflow-datasets set, at least 1: each is scaled until
-        it covers that square, and cropped to its center. None leaves them as they are. Of image
-        files, the side that they are scaled to; None for 224.
+      image_size: Side that images of tensorflow-datasets and image files are scaled to, at least
+        1, which are then read when they are needed. None leaves the images of a set of one size as
+        they are, and is 224 for files.
       image_part: The part of an image file that evaluation sees: `"cover"`, the largest square at
         the center, `"inner"`, 7/8 of its side, or `"whole"`, squashed to a square.
 
@@ -147,10 +160,10 @@ def load(
 def _from_function(name: str) -> Mapping[str, Any]:
     kind, _, rest = name.partition(":")
     told = (
-        f"There is no kind of dataset {kind + ':'!r}: give 'digits', 'npz:PATH', 'folder:PATH', "
-        "'domains:PATH', the name of a set of tensorflow-datasets, 'NAME', 'NAME/CONFIG' or "
-        "'NAME:VERSION', a function of your own, 'package.module:function', or what a module of "
-        "yours registers, --import=MODULE"
+        f"There is no kind of dataset {kind + ':'!r}: give 'digits', 'npz:PATH', 'cifar:PATH', "
+        "'folder:PATH', 'domains:PATH', the name of a set of tensorflow-datasets, 'NAME', "
+        "'NAME/CONFIG' or 'NAME:VERSION', a function of your own, 'package.module:function', or "
+        "what a module of yours registers, --import=MODULE"
     )
     if not rest.isidentifier():
         raise DataError(f"{told}.")

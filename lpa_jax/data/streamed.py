@@ -48,7 +48,7 @@ class Streamed:
       index: Which of them these are, int64 `[N]`.
       size: Side S in pixels that each is scaled to.
       part: The part of an image that is taken.
-      channels: 1 for gray images, 3 for RGB.
+      channels: 1 for gray images, 3 for RGB, 4 with an opacity.
 
     Example:
       >>> import io
