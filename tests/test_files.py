@@ -1,8 +1,12 @@
 """Image files: folders, decoding, reading ahead, and training on them."""
 
 import io
+import os
 import pathlib
 import pickle
+import shutil
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -12,10 +16,11 @@ from rich.console import Console
 
 from configs import digits
 from lpa_jax import data
-from lpa_jax.data import decoding, folder
+from lpa_jax.data import decoding, folder, packed
 from lpa_jax.training import feed, loop, mesh
 
 KINDS = ("blue", "red")
+ROOT = pathlib.Path(__file__).parent.parent
 
 
 def encoded(color, size=(30, 20), kind="png", **options):
@@ -459,3 +464,144 @@ def test_binary_files_of_cifar_that_are_damaged(tmp_path, harm, message):
     harm(tmp_path)
     with pytest.raises(data.DataError, match=message):
         data.load(f"cifar:{tmp_path}")
+
+
+# ---------------------------------------------------------------- Hugging Face's datasets
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """Return what writes a set with the files of a class each, by split."""
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features(
+        {"picture": datasets.Image(), "kind": datasets.ClassLabel(names=list(KINDS))}
+    )
+
+    def write(*names, **columns):
+        def table(name):
+            root = splits(tmp_path / name, "files")
+            files = sorted(map(str, root.rglob("*.jpg")))
+            kinds = [path.split("/")[-2] for path in files]
+            made = datasets.Dataset.from_dict({"picture": files, "kind": kinds}, features)
+            for column, values in columns.items():
+                made = made.add_column(column, values)
+            return made
+
+        tables = {name: table(name) for name in names}
+        whole = datasets.DatasetDict(tables) if len(names) > 1 else tables[names[0]]
+        whole.save_to_disk(tmp_path / "saved")
+        return tmp_path / "saved"
+
+    return write
+
+
+def test_a_set_of_hugging_face(saved, tmp_path):
+    found = data.load(f"hf:{saved('train', 'test')}", image_size=8, validation_fraction=0.0)
+    assert found.class_names == KINDS
+    assert found.train.labels.tolist() == [0] * 5 + [1] * 5
+    expected = (tmp_path / "train/files/red/1.jpg").read_bytes()
+    np.testing.assert_array_equal(
+        found.train.images[6], decoding.decode(expected, 8, decoding.cover)
+    )
+    copy = pickle.loads(pickle.dumps(found.train))
+    np.testing.assert_array_equal(copy.images[6], found.train.images[6])
+
+
+def test_a_set_of_hugging_face_without_splits_is_divided(saved):
+    found = data.load(f"hf:{saved('all')}", image_size=8, validation_fraction=0.0)
+    assert {name: len(split) for name, split in found.splits.items()} == {"train": 8, "test": 2}
+
+
+def test_a_set_of_hugging_face_that_is_none(tmp_path):
+    pytest.importorskip("datasets")
+    with pytest.raises(data.DataError, match="There is no folder"):
+        data.load(f"hf:{tmp_path}/nothing")
+    with pytest.raises(data.DataError, match=r"cannot be read .*save_to_disk"):
+        data.load(f"hf:{tmp_path}")
+
+
+# ---------------------------------------------------------------- packed
+
+
+def pack(*arguments):
+    env = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    return subprocess.run(
+        [sys.executable, "-m", "lpa_jax.pack", *map(str, arguments)],
+        cwd=ROOT, env=env, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+def packed_tree(root, number=4):
+    return tree(root, [f"{domain}/{kind}" for domain in ("art", "photo") for kind in KINDS], number)
+
+
+def test_packed_images_are_those_of_the_files(tmp_path):
+    name = f"domains:{packed_tree(tmp_path / 'files')}"
+    done = pack(f"--config.dataset={name}", "--config.image_size=12", f"--output={tmp_path}/kept")
+    assert done.returncode == 0, done.stderr
+    assert "16 images (train 12, test 4) are in" in done.stdout
+    files = data.load(name, image_size=12, validation_fraction=0.0)
+    kept = data.load(f"packed:{tmp_path}/kept", validation_fraction=0.0)
+    assert kept.class_names == files.class_names
+    for split, examples in files.splits.items():
+        found = pickle.loads(pickle.dumps(kept.splits[split]))
+        np.testing.assert_array_equal(found.images[:], examples.images[:])
+        np.testing.assert_array_equal(found.labels, examples.labels)
+        np.testing.assert_array_equal(found.extra["domains"], examples.extra["domains"])
+    smaller = data.load(f"packed:{tmp_path}/kept", image_size=6, validation_fraction=0.0)
+    assert smaller.train.images[:].shape == (12, 6, 6, 3)
+
+
+def written(tmp_path):
+    """Pack in this process, and return the data set and where it is packed."""
+    found = data.load(
+        f"domains:{packed_tree(tmp_path / 'files')}", image_size=12, validation_fraction=0.0
+    )
+    packed.write(found, tmp_path / "kept", lambda _: None)
+    return found, tmp_path / "kept"
+
+
+def test_bad_files_are_all_named_and_nothing_is_kept(tmp_path):
+    found = data.load(f"domains:{packed_tree(tmp_path / 'files')}", image_size=12)
+    for i in range(4):
+        (tmp_path / f"files/art/red/{i}.jpg").write_bytes(b"no image")
+    with pytest.raises(data.DataError, match=r"4 of 16 images cannot be read. .*1.jpg") as told:
+        packed.write(found, tmp_path / "kept", lambda _: None)
+    assert str(told.value).endswith("And 1 more.")
+    assert [path.name for path in tmp_path.iterdir()] == ["files"]
+
+
+@pytest.mark.parametrize("harm", ["no about", "no labels", "truncated", "a split less"])
+def test_a_damaged_pack_is_refused(tmp_path, harm):
+    _, kept = written(tmp_path)
+    match harm:
+        case "no about":
+            (kept / packed.ABOUT).unlink()
+        case "no labels":
+            (kept / "test/labels.npy").unlink()
+        case "truncated":
+            os.truncate(kept / "train/images.npy", 1000)
+        case "a split less":
+            shutil.rmtree(kept / "test")
+    with pytest.raises(data.DataError, match="pack the set again"):
+        data.load(f"packed:{kept}")
+
+
+def test_what_cannot_be_packed_is_refused(tmp_path):
+    found, kept = written(tmp_path)
+    with pytest.raises(data.DataError, match="is there already"):
+        packed.write(found, kept, lambda _: None)
+    for arguments, told in (
+        ([], "Say what to pack"),
+        (
+            ["--config.dataset=digits", "--config.epochs=3", f"--output={tmp_path}/x"],
+            "config.epoch",
+        ),
+        (
+            [f"--config.dataset=folder:{tmp_path}/no", f"--output={tmp_path}/x"],
+            "There is no folder",
+        ),
+    ):
+        done = pack(*arguments)
+        assert (done.returncode, told in done.stderr) == (2, True), done.stderr
+    assert not (tmp_path / "x").exists()

@@ -1,6 +1,6 @@
 """Image files to pixels: which part of an image is taken, and at which size."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 import contextlib
 import io
 import math
@@ -99,12 +99,12 @@ def random_box(
 
 
 def decode(
-    encoded: bytes, size: int, part: Part, *, channels: int = 3, draft: bool = False
+    image: Any, size: int, part: Part, *, channels: int = 3, draft: bool = False
 ) -> UInt8[np.ndarray, "size size channels"]:
-    """Return a part of an encoded image, scaled to a square.
+    """Return a part of an image, scaled to a square.
 
     Args:
-      encoded: What an image file holds, of any format that Pillow reads.
+      image: Pillow's, of any format that it reads, or the bytes of a file.
       size: Side of the result in pixels.
       part: The part of the image that is taken.
       channels: 1 for gray, 3 for RGB or 4 with an opacity, which other images are converted to.
@@ -115,42 +115,39 @@ def decode(
       DataError: If it is no image, damaged, animated, or has more than 8 bits a channel.
 
     Example:
-      >>> import io
       >>> from PIL import Image
-      >>> file = io.BytesIO()
-      >>> Image.new("RGB", (30, 20), (255, 0, 0)).save(file, "png")
-      >>> decode(file.getvalue(), 8, cover)[0, 0].tolist()
+      >>> decode(Image.new("RGB", (30, 20), (255, 0, 0)), 8, cover)[0, 0].tolist()
       [255, 0, 0]
     """
     from PIL import Image
 
     mode = MODES[channels]
-    with _told(), Image.open(io.BytesIO(encoded)) as image:
-        if getattr(image, "n_frames", 1) > 1:
+    with _told(), Image.open(io.BytesIO(image)) if isinstance(image, bytes) else image as opened:
+        if getattr(opened, "n_frames", 1) > 1:
             raise DataError("it has several frames: save one of them.")
-        if image.mode.startswith(("I", "F")):
-            raise DataError(f"its pixels are of Pillow's mode {image.mode}: save 8 bits a channel.")
-        width, height = image.size
+        if opened.mode.startswith(("I", "F")):
+            raise DataError(
+                f"its pixels are of Pillow's mode {opened.mode}: save 8 bits a channel."
+            )
+        width, height = opened.size
         left, top, right, bottom = part(width, height)
-        if draft and image.format == "JPEG":
-            image.draft(
-                mode, (math.ceil(size * width / (right - left)),
-                       math.ceil(size * height / (bottom - top)))
-            )  # fmt: skip
-            wide, high = image.size[0] / width, image.size[1] / height
+        if draft and opened.format == "JPEG":
+            wanted = size * width / (right - left), size * height / (bottom - top)
+            opened.draft(mode, (math.ceil(wanted[0]), math.ceil(wanted[1])))
+            wide, high = opened.size[0] / width, opened.size[1] / height
             left, right, top, bottom = left * wide, right * wide, top * high, bottom * high
-        if image.mode != mode:
+        pixels = opened
+        if pixels.mode != mode:
             # Palettes may hold an opacity, which only this way is dropped without a warning.
-            image = image.convert("RGBA") if "transparency" in image.info else image
-            image = image.convert(mode)
-        scaled = image.resize(
-            (size, size), Image.Resampling.BILINEAR, (left, top, right, bottom), reducing_gap=None
-        )
+            pixels = pixels.convert("RGBA") if "transparency" in pixels.info else pixels
+            pixels = pixels.convert(mode)
+        box = (left, top, right, bottom)
+        scaled = pixels.resize((size, size), Image.Resampling.BILINEAR, box)
         return np.asarray(scaled).reshape(size, size, channels)
 
 
 @contextlib.contextmanager
-def _told() -> Any:
+def _told() -> Iterator[None]:
     """Turn what Pillow raises of a bad file into a `DataError`."""
     from PIL import Image, UnidentifiedImageError
 

@@ -46,7 +46,7 @@ class Files:
         """Return the path of a file."""
         return os.path.join(self.root, bytes(self.names[index]))
 
-    def encoded(self, index: int, /) -> bytes:
+    def image(self, index: int, /) -> bytes:
         """Return what a file holds."""
         with open(self.path(index), "rb") as file:
             return file.read()

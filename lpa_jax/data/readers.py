@@ -5,7 +5,7 @@ import contextlib
 import functools
 from typing import Any, NamedTuple
 
-from lpa_jax.data import cifar, digits, folder, npz, tfds
+from lpa_jax.data import cifar, digits, folder, hugging_face, npz, packed, tfds
 from lpa_jax.data.dataset import Dataset, make_dataset
 from lpa_jax.data.decoding import PARTS
 from lpa_jax.data.source import DataError, Examples
@@ -58,6 +58,14 @@ def _domains(rest: str, options: Options) -> dict[str, Examples]:
     return folder.read_domains(rest, options.image_size, options.part, options.seed)
 
 
+def _hugging_face(rest: str, options: Options) -> dict[str, Examples]:
+    return hugging_face.read(rest, options.image_size, options.part, options.seed)
+
+
+def _packed(rest: str, options: Options) -> dict[str, Examples]:
+    return packed.read(rest, options.image_size, options.part)
+
+
 def _refuse_size(name: str, options: Options) -> None:
     if options.image_size is not None:
         raise DataError(f"image_size has no effect on {name!r}: leave it out.")
@@ -71,6 +79,8 @@ READERS = Registry(
         "cifar": _cifar,
         "folder": _folder,
         "domains": _domains,
+        "hf": _hugging_face,
+        "packed": _packed,
         "tfds": _tfds,
     },
     Callable,
@@ -110,9 +120,10 @@ def load(
         and optionally `class_names`; `"cifar:PATH"`, the folder of CIFAR-10's or CIFAR-100's binary
         files; `"tfds:NAME"` or `"NAME"`, a set of tensorflow-datasets,
         prepared as ArrayRecord; `"folder:PATH"` or `"domains:PATH"`, image files, which are read
-        when they are needed, see `folder.read` and `folder.read_domains`; `"KIND:REST"` of a reader
-        that was registered in `READERS`; or `"package.module:function"`, a function without
-        arguments that returns sources by split.
+        when they are needed, see `folder.read` and `folder.read_domains`; `"hf:PATH"`, a set that
+        Hugging Face's `datasets` saved on disk; `"packed:PATH"`, what `lpa-jax pack` decoded;
+        `"KIND:REST"` of a reader that was registered in `READERS`; or `"package.module:function"`,
+        a function without arguments that returns sources by split.
       data_dir: Where tensorflow-datasets' sets are; None is its own default.
       validation_fraction: Share of the training examples to hold out, in [0, 1); of a source that
         has a validation split of its own nothing is held out.
@@ -159,11 +170,11 @@ def load(
 
 def _from_function(name: str) -> Mapping[str, Any]:
     kind, _, rest = name.partition(":")
+    kinds = ", ".join(f"'{known}:PATH'" for known in READERS if known not in ("digits", "tfds"))
     told = (
-        f"There is no kind of dataset {kind + ':'!r}: give 'digits', 'npz:PATH', 'cifar:PATH', "
-        "'folder:PATH', 'domains:PATH', the name of a set of tensorflow-datasets, 'NAME', "
-        "'NAME/CONFIG' or 'NAME:VERSION', a function of your own, 'package.module:function', or "
-        "what a module of yours registers, --import=MODULE"
+        f"There is no kind of dataset {kind + ':'!r}: give 'digits', {kinds}, the name of a set of "
+        "tensorflow-datasets, 'NAME', 'NAME/CONFIG' or 'NAME:VERSION', a function of your own, "
+        "'package.module:function', or what a module of yours registers, --import=MODULE"
     )
     if not rest.isidentifier():
         raise DataError(f"{told}.")

@@ -20,14 +20,14 @@ MOST_NAMED = 3
 
 
 class Store(Protocol):
-    """Encoded images, by number; it can be pickled, for the processes that read."""
+    """Images by number; it can be pickled, for the processes that read."""
 
     def __len__(self) -> int:
         """Return the number of images."""
         ...
 
-    def encoded(self, index: int, /) -> bytes:
-        """Return what the file of an image holds."""
+    def image(self, index: int, /) -> Any:
+        """Return an image of Pillow's, or the bytes of an image file."""
         ...
 
     def name(self, index: int, /) -> str:
@@ -51,14 +51,10 @@ class Streamed:
       channels: 1 for gray images, 3 for RGB, 4 with an opacity.
 
     Example:
-      >>> import io
       >>> from PIL import Image
       >>> class Red:
       ...     def __len__(self): return 4
-      ...     def encoded(self, index):
-      ...         file = io.BytesIO()
-      ...         Image.new("RGB", (30, 20), (255, 0, 0)).save(file, "png")
-      ...         return file.getvalue()
+      ...     def image(self, index): return Image.new("RGB", (30, 20), (255, 0, 0))
       ...     def name(self, index): return f"red {index}"
       ...     def fingerprint(self): return "red"
       >>> images = Streamed(Red(), np.arange(4), size=8)
@@ -116,6 +112,17 @@ class Streamed:
           part: The part that is taken of an image by its number; None for `self.part` of all.
         """
         images = np.empty((len(chosen), *self.shape[1:]), np.uint8)
+        if bad := self.read_into(images, chosen, part):
+            raise DataError(unreadable(bad, len(chosen)))
+        return images
+
+    def read_into(
+        self,
+        images: UInt8[np.ndarray, "m size size channels"],
+        chosen: Int[np.ndarray, "m"],
+        part: Callable[[int], decoding.Part] | None = None,
+    ) -> list[str]:
+        """Read images into an array, and return what is wrong with those that cannot be read."""
 
         def read(row: int) -> str | None:
             number = int(chosen[row])
@@ -123,7 +130,7 @@ class Streamed:
             index = int(self.index[number])
             try:
                 images[row] = decoding.decode(
-                    self.store.encoded(index), self.size, taken,
+                    self.store.image(index), self.size, taken,
                     channels=self.channels, draft=part is not None,
                 )  # fmt: skip
             except DataError as error:
@@ -133,9 +140,7 @@ class Streamed:
             return None
 
         # Pillow decodes without holding the lock of the interpreter.
-        if bad := [found for found in _threads().map(read, range(len(chosen))) if found]:
-            raise DataError(unreadable(bad, len(chosen)))
-        return images
+        return [told for told in _threads().map(read, range(len(chosen))) if told]
 
     def fingerprint(self) -> str:
         """Return a digest of what the images are and how they are scaled."""

@@ -211,7 +211,7 @@ class Records:
         """Return the number of images."""
         return len(self.sizes)
 
-    def encoded(self, index: int, /) -> bytes:
+    def image(self, index: int, /) -> bytes:
         """Return an image as it is stored."""
         return self.source[index]["image"]
 

@@ -1,0 +1,105 @@
+"""Image sets of Hugging Face's `datasets` that are saved on disk."""
+
+from collections.abc import Mapping
+import hashlib
+import os
+from typing import Any
+
+import numpy as np
+
+from lpa_jax.data import decoding
+from lpa_jax.data.errors import DataError
+from lpa_jax.data.folder import SIZE, split_by_class
+from lpa_jax.data.source import checked, Examples
+from lpa_jax.data.streamed import Streamed
+
+
+class Rows:
+    """Encoded images of a split, in a column of a table."""
+
+    def __init__(self, table: Any, column: str, split: str) -> None:
+        """Take the table, the column of images, and what an error calls the split."""
+        self.table, self.column, self.split = table, column, split
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self.table)
+
+    def image(self, index: int, /) -> bytes:
+        """Return an image as it is stored, in the table or in a file that it names."""
+        image = self.table[index][self.column]
+        if image["bytes"] is not None:
+            return image["bytes"]
+        with open(image["path"], "rb") as file:
+            return file.read()
+
+    def name(self, index: int, /) -> str:
+        """Return what an error calls an image."""
+        return f"example {index} of the split {self.split!r}"
+
+    def fingerprint(self) -> str:
+        """Return a digest of the table's own fingerprint."""
+        about = f"{self.table._fingerprint} {self.column} {len(self.table)}"
+        return hashlib.blake2b(about.encode(), digest_size=16).hexdigest()
+
+
+def read(path: str, image_size: int | None, part: str, seed: int) -> dict[str, Examples]:
+    """Return the examples of a set that `save_to_disk` wrote; nothing is downloaded here.
+
+    Args:
+      path: Its folder, with one column of images and one of classes.
+      image_size: Side that images are scaled to; None for 224.
+      part: The part of an image that evaluation sees, a name in `decoding.PARTS`.
+      seed: Draws the test split where there is none.
+
+    Returns:
+      Its splits. Of a set with one split a fifth of each class becomes the test split.
+
+    Raises:
+      DataError: If the package is missing, the folder cannot be read, or it is no set of images
+        with one class each.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise DataError(
+            f"'hf:{path}' needs the package datasets ({error}): pip install 'lpa_jax[hf]'."
+        ) from error
+    if not os.path.isdir(os.path.expanduser(path)):
+        raise DataError(f"There is no folder {path}: write it with Dataset.save_to_disk.")
+    try:
+        found = datasets.load_from_disk(os.path.expanduser(path))
+    except Exception as error:  # Of any kind: pyarrow's and the package's own.
+        raise DataError(
+            f"{path} cannot be read ({error}): write it again with Dataset.save_to_disk."
+        ) from error
+    tables = found if isinstance(found, Mapping) else {"train": found}
+    read_ = {
+        str(split): _examples(datasets, path, str(split), table, image_size, part)
+        for split, table in tables.items()
+    }
+    if len(read_) == 1:
+        whole = next(iter(read_.values()))
+        return split_by_class(whole, whole.labels, seed)
+    return read_
+
+
+def _examples(
+    datasets: Any, path: str, split: str, table: Any, image_size: int | None, part: str
+) -> Examples:
+    images = [name for name, kind in table.features.items() if isinstance(kind, datasets.Image)]
+    labels = [
+        name for name, kind in table.features.items() if isinstance(kind, datasets.ClassLabel)
+    ]
+    if len(images) != 1 or len(labels) != 1:
+        raise DataError(
+            f"{path} has {len(images)} columns of images and {len(labels)} of classes in the split "
+            f"{split!r}: give it one of each, with cast_column and remove_columns."
+        )
+    numbers = np.asarray(table[labels[0]], np.int64)
+    class_names = tuple(table.features[labels[0]].names)
+    encoded = table.select_columns(images).cast_column(images[0], datasets.Image(decode=False))
+    size = SIZE if image_size is None else image_size
+    store = Rows(encoded, images[0], split)
+    streamed = Streamed(store, np.arange(len(numbers)), size, decoding.PARTS[part])
+    return checked(f"The split {split!r} of {path}", streamed, numbers, class_names)
