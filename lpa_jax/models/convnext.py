@@ -15,7 +15,7 @@ from lpa_jax.models.layers import (
     normalize,
     rematerialized,
 )
-from lpa_jax.models.pretrained import IMAGENET, Inputs, Names
+from lpa_jax.models.pretrained import Arrays, IMAGENET, Inputs, renamed
 
 _INIT = nn.initializers.truncated_normal(0.02)
 _conv = functools.partial(nn.Conv, kernel_init=_INIT, conv_general_dilated=conv_general_dilated)
@@ -136,8 +136,8 @@ class ConvNeXt(nn.Module):
         )
 
     @nn.nowrap
-    def pretrained_names(self) -> Names:
-        """Return what timm and torchvision call the modules."""
+    def pretrained_variables(self, arrays: Arrays) -> Arrays:
+        """Return weights of torchvision or timm by paths of variables."""
         names = [
             (r"stem\.0|features\.0\.0", "stem"),
             (r"stem\.1|features\.0\.1", "stem_norm"),
@@ -158,7 +158,9 @@ class ConvNeXt(nn.Module):
                 (block + r"(?:mlp\.fc2|block\.5)", ours + "mlp2"),
                 (block + r"(?:gamma|layer_scale)", ours + "layer_scale"),
             ]
-        return tuple(names)
+        found = renamed(arrays, tuple(names))
+        # torchvision has two axes for the positions.
+        return {p: a.squeeze() if p.endswith("layer_scale") else a for p, a in found.items()}
 
     @nn.nowrap
     def pretrained_inputs(self) -> Inputs:

