@@ -194,7 +194,7 @@ def described(batch, classes):
         "dropblock": at_value(lpa_jax.dropblock("site", 0.1, 3), 49 * entries, back=True),
         "shake": at_value(lpa_jax.shake("site", 0.5), 4 * entries, back=True),
         "drop_path": at_value(lpa_jax.drop_path("site", 0.2), 4 * entries, back=True),
-        "mixstyle": at_value(lpa_jax.mixstyle("site", 0.1), 17.5 * entries, back=True),
+        "mixstyle": at_value(lpa_jax.mixstyle("site", 0.1), 14.5 * entries, back=True),
         "lpl, a step": at_logits(lpl, 14 * numbers),
         "lpl, a step, soft labels": at_logits(lpl, (6 * classes + 14) * numbers, soft=True),
         "lpl, projected": at_logits(projected, T * (11 * numbers + 12 * rows * classes)),

@@ -356,8 +356,8 @@ def another_line(draw, setting, kind=None):
             "manifold_mixup", lpa_jax.manifold_mixup, (*layers, "labels"), "alpha",
             amount, {"sites": layers},
         ),
-        Line("dropout", lpa_jax.dropout, (place,), "rate", share, {"site": place}),
-        Line("dropblock", lpa_jax.dropblock, ("first",), "rate", share, blocks),
+        Line("dropout", lpa_jax.dropout, (place,), "rate", min(share, 0.999), {"site": place}),
+        Line("dropblock", lpa_jax.dropblock, ("first",), "rate", min(share, 0.999), blocks),
         Line(
             "noise", lpa_jax.gaussian_noise, (place,), "stddev", min(amount, 5.0),
             {"site": place},
