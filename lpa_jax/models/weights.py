@@ -26,7 +26,7 @@ def load_pretrained(source: str, model: Any, variables: Mapping[str, Any]) -> di
         `"npz:PATH"`, a vision transformer of AugReg or big_vision; `"pypi:efficientnet-lite0"`, of
         an installed package; or `"KIND:REST"` of a reader that was registered in `SOURCES`, whose
         names may also be the paths of variables, such as `"params/head/bias"`.
-      model: The network, which is `Pretrainable`.
+      model: The network, which is `Pretrainable`, unless the names are the paths of variables.
       variables: Its variables, as `model.init` returns them.
 
     Returns:
@@ -49,16 +49,17 @@ def load_pretrained(source: str, model: Any, variables: Mapping[str, Any]) -> di
       >>> load_pretrained(f"npz:{path}", model, variables)["params"]["embedding"]["bias"]
       Array([1., 1., 1., 1., 1., 1.], dtype=float32)
     """
-    if not isinstance(model, Pretrainable):
+    told = f"The weights {source} do not fit {type(model).__name__}"
+    remedy = "give the network that they are of, with images of their size"
+    arrays = weight_files.read(source)
+    by_path = any(name.startswith("params/") for name in arrays)
+    if not by_path and not isinstance(model, Pretrainable):
         raise ValueError(
             f"No pretrained weights are known for {type(model).__name__}: choose another network, "
             "or give it the methods of lpa_jax.models.pretrained.Pretrainable."
         )
-    told = f"The weights {source} do not fit {type(model).__name__}"
-    remedy = "give the network that they are of, with images of their size"
-    arrays = weight_files.read(source)
     try:
-        found = model.pretrained_variables(arrays)
+        found = dict(arrays) if by_path else model.pretrained_variables(arrays)
     except ValueError as error:
         raise ValueError(f"{told} ({error}): {remedy}.") from error
     ours = flatten_dict(variables, sep="/")

@@ -18,10 +18,11 @@ import optax
 import lpa_jax
 from lpa_jax import data, models
 from lpa_jax.core.step import LossFn, Step
+from lpa_jax.models.pretrained import Pretrainable
 from lpa_jax.registry import reason
 from lpa_jax.tasks import Metric, Task, TASKS
 from lpa_jax.training import config as configuration
-from lpa_jax.training import method_config, schedules
+from lpa_jax.training import method_config, rates, schedules
 from lpa_jax.training.config import Config, ConfigError
 from lpa_jax.training.network import Network
 from lpa_jax.training.writers import MakeWriter, WRITERS
@@ -89,6 +90,7 @@ class Parts(NamedTuple):
       modified: Whether the training set was made long-tailed, or its labels noisy.
       corrections: What corrects for the frequencies of the classes in training.
       network: The network.
+      pretrained: Where its first weights come from; None for random ones.
       perturbed: From `lpa_jax.value_and_grad`.
       rate: The learning rate, by updates.
       tx: The optimizer.
@@ -106,6 +108,7 @@ class Parts(NamedTuple):
     modified: bool
     corrections: list[str]
     network: Network
+    pretrained: str | None
     perturbed: Step
     rate: optax.Schedule
     tx: optax.GradientTransformation
@@ -147,11 +150,13 @@ def build(config: Config, *, model: nn.Module | None = None, dataset: Data | Non
     plan = _plan(config, examples)
     with as_config_error():
         module, recorded["model"]["name"] = _network(config, model, examples)
+        factors = rates.parse(config.optimizer.rates)
+        network = Network(module, factors)
         chain = method_config.perturbation(
             config, class_counts, examples.mean, plan.num_steps, len(examples.train)
         )
         perturbed = lpa_jax.value_and_grad(
-            module.apply,
+            network.apply,
             chain,
             num_classes=examples.num_classes,
             loss_fn=_loss(task, **config.loss),
@@ -170,6 +175,7 @@ def build(config: Config, *, model: nn.Module | None = None, dataset: Data | Non
             plan.accumulate,
             config.optimizer.decay,
         )
+        tx = rates.scaled(tx, factors)
         writers = [_writer(name) for name in config.writers]
         if task.selection not in task.shown:
             raise ConfigError(
@@ -190,7 +196,8 @@ def build(config: Config, *, model: nn.Module | None = None, dataset: Data | Non
         groups=groups,
         modified={config.imbalance.kind, config.noise.kind} != {"none"},
         corrections=method_config.corrections(config),
-        network=Network(module),
+        network=network,
+        pretrained=config.model.pretrained,
         perturbed=perturbed,
         rate=rate,
         tx=tx,
@@ -356,7 +363,7 @@ def _network(
             " give it again from Python, as in lpa_jax.load_run(workdir, model=...)."
         )
     with _options_named(name):
-        return models.create(
+        module = models.create(
             name,
             num_classes=dataset.num_classes,
             mean=dataset.mean,
@@ -365,7 +372,23 @@ def _network(
             head=config.model.head,
             **({} if config.remat is None else {"remat": config.remat}),
             **config.model.options,
-        ), name
+        )
+    return _scaled_inputs(module, config.model.pretrained), name
+
+
+def _scaled_inputs(module: nn.Module, pretrained: str | None) -> nn.Module:
+    """Return a network that takes inputs as its pretrained weights want them."""
+    inputs: Any = None
+    if pretrained is not None and pretrained.startswith("run:"):
+        # Imported late: it builds a run, as this does.
+        from lpa_jax.training.run import load_run
+
+        inputs = load_run(pretrained.removeprefix("run:")).model
+    elif pretrained is not None and isinstance(module, Pretrainable):
+        inputs = module.pretrained_inputs()
+    if not (hasattr(inputs, "mean") and hasattr(module, "mean")):
+        return module
+    return module.clone(mean=inputs.mean, std=inputs.std)
 
 
 @contextlib.contextmanager

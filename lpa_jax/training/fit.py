@@ -9,6 +9,8 @@ import pathlib
 import time
 from typing import Any, NamedTuple, NoReturn
 
+from absl import logging
+from flax.traverse_util import flatten_dict
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
@@ -18,12 +20,13 @@ from rich.console import Console
 
 from lpa_jax import data
 from lpa_jax.tasks.task import is_better
-from lpa_jax.training import checkpoints, mesh, progress, provenance
+from lpa_jax.training import checkpoints, mesh, pretrained, progress, provenance, rates
 from lpa_jax.training import feed as feeds
 from lpa_jax.training import predict as prediction
 from lpa_jax.training.build import as_config_error, Parts, TEST
 from lpa_jax.training.config import ConfigError
 from lpa_jax.training.metric_log import MetricLog
+from lpa_jax.training.network import FROZEN
 from lpa_jax.training.state import epoch_means, TrainState
 from lpa_jax.training.step import make_steps, make_together, Steps, Together
 
@@ -113,6 +116,9 @@ def compile_parts(parts: Parts, devices: Mesh) -> Compiled:
     )
     with as_config_error():
         _try(parts, steps.like)
+        _check_frozen(parts, steps.like)
+        # Before anything is written.
+        first_weights(parts, 0)
     return Compiled(
         devices,
         feed,
@@ -170,6 +176,41 @@ def _try(parts: Parts, like: TrainState) -> None:
                 f"The task shows the metric {name!r}: let its metrics() return a number for it, in "
                 f"a dictionary, not {number!r:.100}."
             )
+
+
+def _check_frozen(parts: Parts, like: TrainState) -> None:
+    """Raise `ConfigError` if factors of learning rates fit nothing, or nothing would learn."""
+    network = parts.network
+    params = network.whole(like.variables)["params"]
+    if odd := rates.unknown(params, network.factors):
+        raise ConfigError(
+            f"config.optimizer.rates has {odd[0]!r}, which is no module of the network: its first "
+            f"modules are {', '.join(params)}."
+        )
+    if not jax.tree.leaves(like.variables["params"]):
+        raise ConfigError("config.optimizer.rates freezes the whole network: leave a part of it.")
+    still = like.variables.get(FROZEN, {})
+    moving = like.variables.get("batch_stats", {})
+    shared = {path[:-1] for path in flatten_dict(still)} & {p[:-1] for p in flatten_dict(moving)}
+    if shared and not getattr(network.module, "freeze_norm", False):
+        logging.warning(
+            "%s is frozen, but its running statistics are not: config.model.options.freeze_norm="
+            "True leaves them as they are, where the network has that option.",
+            "/".join(min(shared)),
+        )
+
+
+def first_weights(parts: Parts, seed: int) -> PyTree | None:
+    """Return the pretrained variables of a seed; None where they are random.
+
+    Raises:
+      ConfigError: If the weights cannot be read, or do not fit.
+    """
+    if parts.pretrained is None:
+        return None
+    inputs = data.to_float(jnp.asarray(parts.dataset.train.images[:1]))
+    with as_config_error():
+        return pretrained.load(parts.pretrained, parts.network, jax.random.key(seed), inputs)
 
 
 def restore(saved: checkpoints.Checkpoints, steps: Steps) -> TrainState | None:
@@ -282,7 +323,11 @@ class Fit:
             self.show = stack.enter_context(shown)
             for i, seed in enumerate(self.seeds):
                 if states[i] is None:
-                    states[i] = self.show.call(self.steps.init, jnp.int32(seed))
+                    begun = self.show.call(self.steps.init, jnp.int32(seed))
+                    weights = first_weights(self.parts, seed)
+                    if weights is not None:
+                        begun = pretrained.begin(begun, weights, self.steps.shardings)
+                    states[i] = begun
             state = self.together.stack(states)
             # Those of several seeds are in it as copies.
             del states
