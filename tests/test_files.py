@@ -469,6 +469,10 @@ def test_binary_files_of_cifar_that_are_damaged(tmp_path, harm, message):
 # ---------------------------------------------------------------- Hugging Face's datasets
 
 
+# The package's own way to fingerprint its tables.
+hugging_face = pytest.mark.filterwarnings("ignore:Cannot locate reference")
+
+
 @pytest.fixture
 def saved(tmp_path):
     """Return what writes a set with the files of a class each, by split."""
@@ -495,6 +499,7 @@ def saved(tmp_path):
     return write
 
 
+@hugging_face
 def test_a_set_of_hugging_face(saved, tmp_path):
     found = data.load(f"hf:{saved('train', 'test')}", image_size=8, validation_fraction=0.0)
     assert found.class_names == KINDS
@@ -507,11 +512,13 @@ def test_a_set_of_hugging_face(saved, tmp_path):
     np.testing.assert_array_equal(copy.images[6], found.train.images[6])
 
 
+@hugging_face
 def test_a_set_of_hugging_face_without_splits_is_divided(saved):
     found = data.load(f"hf:{saved('all')}", image_size=8, validation_fraction=0.0)
     assert {name: len(split) for name, split in found.splits.items()} == {"train": 8, "test": 2}
 
 
+@hugging_face
 def test_a_set_of_hugging_face_that_is_none(tmp_path):
     pytest.importorskip("datasets")
     with pytest.raises(data.DataError, match="There is no folder"):

@@ -17,9 +17,27 @@ from lpa_jax.data.streamed import Streamed
 class Rows:
     """Encoded images of a split, in a column of a table."""
 
-    def __init__(self, table: Any, column: str, split: str) -> None:
-        """Take the table, the column of images, and what an error calls the split."""
-        self.table, self.column, self.split = table, column, split
+    def __init__(self, path: str, split: str | None, column: str) -> None:
+        """Take the folder, the split, None where there are none, and the column of images."""
+        self.path, self.split, self.column = path, split, column
+        self._open()
+
+    def _open(self) -> None:
+        import datasets
+
+        found = datasets.load_from_disk(self.path)
+        table: Any = found if self.split is None else found[self.split]
+        table = table.select_columns([self.column])
+        self.table = table.cast_column(self.column, datasets.Image(decode=False))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what is sent to another process: where the table is, but not the table."""
+        return {name: value for name, value in self.__dict__.items() if name != "table"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Open the table again."""
+        self.__dict__.update(state)
+        self._open()
 
     def __len__(self) -> int:
         """Return the number of images."""
@@ -35,7 +53,7 @@ class Rows:
 
     def name(self, index: int, /) -> str:
         """Return what an error calls an image."""
-        return f"example {index} of the split {self.split!r}"
+        return f"example {index} of {self.split or 'all'} in {self.path}"
 
     def fingerprint(self) -> str:
         """Return a digest of the table's own fingerprint."""
@@ -73,19 +91,19 @@ def read(path: str, image_size: int | None, part: str, seed: int) -> dict[str, E
         raise DataError(
             f"{path} cannot be read ({error}): write it again with Dataset.save_to_disk."
         ) from error
-    tables = found if isinstance(found, Mapping) else {"train": found}
-    read_ = {
-        str(split): _examples(datasets, path, str(split), table, image_size, part)
+    tables = found if isinstance(found, Mapping) else {None: found}
+    splits = {
+        split: _examples(datasets, path, split, table, image_size, part)
         for split, table in tables.items()
     }
-    if len(read_) == 1:
-        whole = next(iter(read_.values()))
+    if len(splits) == 1:
+        (whole,) = splits.values()
         return split_by_class(whole, whole.labels, seed)
-    return read_
+    return {str(split): examples for split, examples in splits.items()}
 
 
 def _examples(
-    datasets: Any, path: str, split: str, table: Any, image_size: int | None, part: str
+    datasets: Any, path: str, split: str | None, table: Any, image_size: int | None, part: str
 ) -> Examples:
     images = [name for name, kind in table.features.items() if isinstance(kind, datasets.Image)]
     labels = [
@@ -93,13 +111,12 @@ def _examples(
     ]
     if len(images) != 1 or len(labels) != 1:
         raise DataError(
-            f"{path} has {len(images)} columns of images and {len(labels)} of classes in the split "
-            f"{split!r}: give it one of each, with cast_column and remove_columns."
+            f"{path} has {len(images)} columns of images and {len(labels)} of classes: give it one "
+            "of each, with cast_column and remove_columns."
         )
     numbers = np.asarray(table[labels[0]], np.int64)
     class_names = tuple(table.features[labels[0]].names)
-    encoded = table.select_columns(images).cast_column(images[0], datasets.Image(decode=False))
     size = SIZE if image_size is None else image_size
-    store = Rows(encoded, images[0], split)
+    store = Rows(os.path.realpath(os.path.expanduser(path)), split, images[0])
     streamed = Streamed(store, np.arange(len(numbers)), size, decoding.PARTS[part])
-    return checked(f"The split {split!r} of {path}", streamed, numbers, class_names)
+    return checked(f"The split {split or 'all'} of {path}", streamed, numbers, class_names)
