@@ -1,5 +1,7 @@
 """Pretrained weights, frozen modules and factors of the learning rate."""
 
+import json
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,7 @@ from rich.console import Console
 
 from configs import digits
 import lpa_jax
-from lpa_jax.training import build, fit, loop, rates
+from lpa_jax.training import build, fit, loop, prefix, rates
 from lpa_jax.training.config import ConfigError
 
 
@@ -145,3 +147,57 @@ def test_the_last_pattern_that_fits_holds():
     found = rates.parse("*=0.1+group?/block0=2+group1/block0/conv1/kernel=0")
     paths = ["stem/kernel", "group1/block0/conv1/kernel", "group1/block0/conv1/bias", "group12/x"]
     assert [rates.factor(found, path) for path in paths] == [0.1, 0.0, 2.0, 0.1]
+
+
+# ---------------------------------------------------------------- a prefix that is run once
+
+
+def from_first(workdir, **changes):
+    return {
+        "model.pretrained": f"run:{workdir}",
+        "optimizer.rates": "group1=0+group2=0",
+        "augment": "none",
+        "model.options.freeze_norm": True,
+        **changes,
+    }
+
+
+def test_a_prefix_that_is_run_once_trains_the_same_network(first, tmp_path):
+    settings = from_first(first[0])
+    whole = trained(tmp_path / "whole", **settings)
+    tail = trained(tmp_path / "tail", **settings, **{"model.cached": "group2"})
+    chex.assert_trees_all_close(tail.variables, whole.variables, rtol=1e-4, atol=1e-5)
+    logits = [run.logits(run.dataset.splits["test"].images) for run in (whole, tail)]
+    np.testing.assert_allclose(*logits, rtol=1e-3, atol=1e-3)
+    results = [
+        json.loads((tmp_path / name / "seed0/result.json").read_text())["metrics"]["test"]
+        for name in ("whole", "tail")
+    ]
+    assert results[0]["nll"] == pytest.approx(results[1]["nll"], rel=1e-3)
+
+
+def test_its_steps_cost_what_comes_after_it(first):
+    parts = build.build(config_of("lpa", **from_first(first[0], **{"model.cached": "group2"})))
+    tail = prefix.without_prefix(parts, fit.first_weights(parts, 0), Console(quiet=True))
+    assert tail.dataset.train.images.dtype == np.float32
+    flops = [cost(fit.compile_parts(one, fit.make_devices(one)), one) for one in (parts, tail)]
+    # What is left is the tail three times, and LPA of it.
+    assert flops[1] < 0.7 * flops[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model.options.freeze_norm": False}, "needs running statistics that stay"),
+        ({"augment": "crop=1"}, "set config.augment to 'none'"),
+        ({"model.cached": "group9"}, "'group9', which is no module that is called once"),
+        ({"optimizer.rates": "group1=0"}, "is 'group2', but group2/.* before it learns"),
+        ({"model.pretrained": None}, "needs config.model.pretrained"),
+        ({"perturbation.lpa.site": "group1"}, "group1"),
+    ],
+)
+def test_a_prefix_that_cannot_be_kept_is_refused(first, changes, message, tmp_path):
+    settings = from_first(first[0], **{"model.cached": "group2"}) | changes
+    with pytest.raises(ConfigError, match=message):
+        trained(tmp_path / "run", **settings)
+    assert not (tmp_path / "run").exists()

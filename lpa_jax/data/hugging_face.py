@@ -27,8 +27,8 @@ class Rows:
 
         found = datasets.load_from_disk(self.path)
         table: Any = found if self.split is None else found[self.split]
-        table = table.select_columns([self.column])
-        self.table = table.cast_column(self.column, datasets.Image(decode=False))
+        # As rows of Arrow, whose images are not decoded.
+        self.table = table.with_format("arrow", columns=[self.column])
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what is sent to another process: where the table is, but not the table."""
@@ -45,7 +45,7 @@ class Rows:
 
     def image(self, index: int, /) -> bytes:
         """Return an image as it is stored, in the table or in a file that it names."""
-        image = self.table[index][self.column]
+        image = self.table[index].column(self.column)[0].as_py()
         if image["bytes"] is not None:
             return image["bytes"]
         with open(image["path"], "rb") as file:

@@ -52,6 +52,7 @@ class Plan(NamedTuple):
       sampling: How an epoch draws its examples.
       augment: What training images go through, in order.
       readers: Processes that read image files.
+      cached: The module whose output is computed once for each image, or None.
       place: Where training examples are kept.
       steps_per_dispatch: Steps in one call.
       fsdp: Devices that share one copy of the state.
@@ -72,6 +73,7 @@ class Plan(NamedTuple):
     sampling: str
     augment: tuple[data.Applied, ...]
     readers: int
+    cached: str | None
     place: str
     steps_per_dispatch: int
     fsdp: int
@@ -176,6 +178,11 @@ def build(config: Config, *, model: nn.Module | None = None, dataset: Data | Non
             config.optimizer.decay,
         )
         tx = rates.scaled(tx, factors)
+        if config.model.cached is not None and config.model.pretrained is None:
+            raise ConfigError(
+                "config.model.cached needs config.model.pretrained: a prefix of random weights has "
+                "nothing to keep."
+            )
         writers = [_writer(name) for name in config.writers]
         if task.selection not in task.shown:
             raise ConfigError(
@@ -316,6 +323,7 @@ def _plan(config: Config, dataset: data.Dataset) -> Plan:
         sampling=config.sampling,
         augment=augment,
         readers=config.readers,
+        cached=config.model.cached,
         place=config.input,
         steps_per_dispatch=config.steps_per_dispatch,
         fsdp=config.fsdp,

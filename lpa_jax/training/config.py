@@ -118,6 +118,12 @@ SCHEMA: dict[str, Any] = {
             '"run:WORKDIR"',
             str,
         ),
+        "cached": Key(
+            None,
+            "path of a module, such as group5, whose output is computed once for each image: all "
+            "that leads to it is frozen, and images are not augmented",
+            str,
+        ),
         "options": Key({}, "further attributes of the network, by name"),
     },
     "remat": Key(
