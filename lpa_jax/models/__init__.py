@@ -159,11 +159,15 @@ def create(
     first, *sizes = re.split(r"_(?=\d)", name)
     numbers = [int(size) for size in sizes if re.fullmatch(r"0|[1-9]\d*", size)]
     family = NETWORKS.get(first)
-    fits = family is not None and len(numbers) == len(sizes) == len(family.sizes)
+    known = family is not None and len(numbers) == len(sizes) == len(family.sizes)
     # Zero is a number of a variant alone.
-    if not fits or not (numbers[0] in family.known if family.known else all(numbers)):
+    if family is None or not known or not _has(family, numbers):
         raise ValueError(f"There is no network {name!r}; the names are {network_names()}.")
     return family.make(*numbers, **common, **options)
+
+
+def _has(family: Family, numbers: list[int]) -> bool:
+    return numbers[0] in family.known if family.known else all(numbers)
 
 
 def network_names() -> str:

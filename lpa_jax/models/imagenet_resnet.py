@@ -136,7 +136,8 @@ class ImageNetResNet(nn.Module):
         x = normalize(inputs, self.mean, self.std, self.dtype)
         x = conv(64, kernel=7, stride=2, dtype=self.dtype, name="stem")(x)
         x = nn.relu(batch_norm(train=by_batch, dtype=self.dtype, name="stem_norm")(x))
-        x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+        pads = ((1, 1), (1, 1))
+        x = nn.max_pool(x, (3, 3), (2, 2), pads)  # pyright: ignore[reportArgumentType]
         for i, num_blocks in enumerate(self.stage_sizes):
             width, stride = 2**i * 64, 1 if i == 0 else 2
             x = Group(block, num_blocks, width, stride, name=f"group{i + 1}")(x, train=by_batch)

@@ -33,7 +33,7 @@ class RefusedError(Exception):
 class _Storage(NamedTuple):
     key: str
     dtype: np.dtype
-    count: int
+    size: int
 
 
 class _Tensor(NamedTuple):
@@ -73,10 +73,10 @@ class _Unpickler(pickle.Unpickler):
         raise RefusedError(f"{module}.{name}")
 
     def persistent_load(self, pid: Any) -> _Storage:
-        kind, dtype, key, _, count, *view = pid
+        kind, dtype, key, _, size, *view = pid
         if kind != "storage" or dtype not in DTYPES.values() or any(view):
             raise ValueError(f"it names {pid!r:.80}")
-        storage = _Storage(str(key), np.dtype(dtype), int(count))
+        storage = _Storage(str(key), np.dtype(dtype), int(size))
         return self.storages.setdefault(storage.key, storage)
 
 
@@ -131,7 +131,7 @@ def _array(name: str, tensor: Any, storages: dict[str, bytes]) -> np.ndarray:
     last = offset + sum((n - 1) * step for n, step in zip(shape, strides, strict=True))
     # numpy trusts what it is told of memory.
     inside = min(offset, *shape, *strides, 0) == 0 and (last < count or 0 in shape)
-    if not inside or count < storage.count or math.prod(shape) > count:
+    if not inside or count < storage.size or math.prod(shape) > count:
         raise ValueError(f"{name} reaches beyond its bytes")
     flat = np.frombuffer(storages[storage.key], storage.dtype, count)[offset:]
     steps = [step * storage.dtype.itemsize for step in strides]

@@ -62,7 +62,7 @@ def load_pretrained(source: str, model: Any, variables: Mapping[str, Any]) -> di
         found = dict(arrays) if by_path else model.pretrained_variables(arrays)
     except ValueError as error:
         raise ValueError(f"{told} ({error}): {remedy}.") from error
-    ours = flatten_dict(variables, sep="/")
+    ours: dict[str, Any] = flatten_dict(variables, sep="/")
     if _head_shapes(found) != _head_shapes(ours):
         found = {path: array for path, array in found.items() if not _of_head(path)}
         found |= {path: leaf for path, leaf in ours.items() if _of_head(path)}
