@@ -120,10 +120,18 @@ def test_validation_fraction_outside_its_range(fraction):
         data.load("digits", validation_fraction=fraction)
 
 
-@pytest.mark.parametrize(("size", "message"), [(0, "at least 1"), (16, "no effect on 'digits'")])
-def test_image_size_where_it_means_nothing(size, message):
+@pytest.mark.parametrize(("size", "message"), [(0, "at least 1"), (16, "no effect on 'npz:")])
+def test_image_size_where_it_means_nothing(npz, size, message):
     with pytest.raises(DataError, match=f"image_size .*{message}"):
-        data.load("digits", image_size=size)
+        data.load(npz(), image_size=size)
+
+
+def test_digits_are_enlarged_for_networks_of_photographs():
+    small, large = (data.load("digits", image_size=size).train.images for size in (None, 16))
+    assert large.shape == (1295, 16, 16, 3)
+    means = large.reshape(-1, 8, 2, 8, 2, 3).mean(axis=(2, 4))
+    assert np.abs(means - small).max() < 90
+    assert np.corrcoef(means[..., 0].ravel(), small.ravel())[0, 1] > 0.95
 
 
 def test_pixel_statistics(npz):

@@ -30,10 +30,9 @@ class Options(NamedTuple):
 
 
 def _digits(rest: str, options: Options) -> dict[str, Examples]:
-    _refuse_size("digits", options)
     if rest:
         raise DataError(f"'digits:{rest}' names more than the digits: give 'digits'.")
-    return digits.read()
+    return digits.read(options.image_size)
 
 
 def _npz(rest: str, options: Options) -> dict[str, Examples]:
@@ -115,15 +114,15 @@ def load(
     """Load a set of labeled examples, and hold out a validation set, by class where each has one.
 
     Args:
-      name: `"digits"`, 1,797 images of 8x8 pixels; `"npz:PATH"`, a file with the arrays `x_train`,
-        `y_train`, `x_test`, `y_test` (uint8 images `[N, H, W, C]` or `[N, H, W]`, integer labels)
-        and optionally `class_names`; `"cifar:PATH"`, the folder of CIFAR-10's or CIFAR-100's binary
-        files; `"tfds:NAME"` or `"NAME"`, a set of tensorflow-datasets,
-        prepared as ArrayRecord; `"folder:PATH"` or `"domains:PATH"`, image files, which are read
-        when they are needed, see `folder.read` and `folder.read_domains`; `"hf:PATH"`, a set that
-        Hugging Face's `datasets` saved on disk; `"packed:PATH"`, what `lpa-jax pack` decoded;
-        `"KIND:REST"` of a reader that was registered in `READERS`; or `"package.module:function"`,
-        a function without arguments that returns sources by split.
+      name: `"digits"`, 1,797 images of 8x8 pixels, enlarged if there is an `image_size`;
+        `"npz:PATH"`, a file with the arrays `x_train`, `y_train`, `x_test`, `y_test` (uint8 images
+        `[N, H, W, C]` or `[N, H, W]`, integer labels) and optionally `class_names`; `"cifar:PATH"`,
+        the folder of CIFAR-10's or CIFAR-100's binary files; `"tfds:NAME"` or `"NAME"`, a set of
+        tensorflow-datasets, prepared as ArrayRecord; `"folder:PATH"` or `"domains:PATH"`, image
+        files, which are read when they are needed, see `folder.read` and `folder.read_domains`;
+        `"hf:PATH"`, a set that Hugging Face's `datasets` saved on disk; `"packed:PATH"`, what
+        `lpa-jax pack` decoded; `"KIND:REST"` of a reader that was registered in `READERS`; or
+        `"package.module:function"`, a function without arguments that returns sources by split.
       data_dir: Where tensorflow-datasets' sets are; None is its own default.
       validation_fraction: Share of the training examples to hold out, in [0, 1); of a source that
         has a validation split of its own nothing is held out.

@@ -117,8 +117,9 @@ def compile_parts(parts: Parts, devices: Mesh) -> Compiled:
     with as_config_error():
         _try(parts, steps.like)
         _check_frozen(parts, steps.like)
+    if parts.pretrained is not None:
         # Before anything is written.
-        first_weights(parts, 0)
+        pretrained_variables(parts)
     return Compiled(
         devices,
         feed,
@@ -200,17 +201,19 @@ def _check_frozen(parts: Parts, like: TrainState) -> None:
         )
 
 
-def first_weights(parts: Parts, seed: int) -> PyTree | None:
-    """Return the pretrained variables of a seed; None where they are random.
+def pretrained_variables(parts: Parts) -> PyTree:
+    """Return the pretrained weights, with zeros for what they lack.
 
     Raises:
-      ConfigError: If the weights cannot be read, or do not fit.
+      ConfigError: If there are none, or they cannot be read or do not fit.
     """
     if parts.pretrained is None:
-        return None
+        raise ConfigError("config.model.pretrained names no weights.")
     inputs = data.to_float(jnp.asarray(parts.dataset.train.images[:1]))
     with as_config_error():
-        return pretrained.load(parts.pretrained, parts.network, jax.random.key(seed), inputs)
+        shapes = jax.eval_shape(parts.network.init, jax.random.key(0), inputs)
+        zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+        return pretrained.load(parts.pretrained, parts.network, zeros)
 
 
 def restore(saved: checkpoints.Checkpoints, steps: Steps) -> TrainState | None:
@@ -323,11 +326,14 @@ class Fit:
             self.show = stack.enter_context(shown)
             for i, seed in enumerate(self.seeds):
                 if states[i] is None:
-                    begun = self.show.call(self.steps.init, jnp.int32(seed))
-                    weights = first_weights(self.parts, seed)
-                    if weights is not None:
-                        begun = pretrained.begin(begun, weights, self.steps.shardings)
-                    states[i] = begun
+                    states[i] = self.show.call(self.steps.init, jnp.int32(seed))
+                    if self.parts.pretrained is not None:
+                        states[i] = pretrained.begin(
+                            self.parts.pretrained,
+                            self.parts.network,
+                            states[i],
+                            self.steps.shardings,
+                        )
             state = self.together.stack(states)
             # Those of several seeds are in it as copies.
             del states

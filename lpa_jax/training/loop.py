@@ -164,7 +164,7 @@ def train_seeds(
     # Nothing is traced only to read results.
     left = [seed for seed in parts.plan.seeds if seed not in finished]
     if left and parts.plan.cached is not None:
-        used = prefix.without_prefix(parts, fit.first_weights(parts, left[0]), console)
+        used = prefix.without_prefix(parts, fit.pretrained_variables(parts), console)
     else:
         used = parts
     compiled = fit.compile_parts(used, devices) if left else None

@@ -2,6 +2,7 @@
 
 from flax.traverse_util import flatten_dict
 import jax
+from jax.experimental import multihost_utils
 import jax.numpy as jnp
 from jaxtyping import PyTree
 import numpy as np
@@ -24,25 +25,34 @@ if "run" not in SOURCES:
     SOURCES.register("run", _run)
 
 
-def load(source: str, network: Network, key: jax.Array, inputs: PyTree) -> PyTree:
-    """Return the variables of a network with pretrained weights, as `network.init` has them.
+def load(source: str, network: Network, variables: PyTree) -> PyTree:
+    """Return the variables of a network with pretrained weights.
 
     Args:
       source: As `load_pretrained` takes it, or `"run:WORKDIR"`.
       network: The network.
-      key: Draws what the weights lack, the head of another number of classes.
-      inputs: A batch, `[B, ...]`, or shapes.
+      variables: As `network.init` returns them; what the weights lack, such as the head of another
+        number of classes, stays.
 
     Raises:
       ValueError: If the weights cannot be read, or do not fit.
     """
-    inputs = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), inputs)
-    variables = jax.jit(lambda key: network.whole(network.init(key, inputs)))(key)
-    return network.divided(load_pretrained(source, network.module, variables))
+    return network.divided(load_pretrained(source, network.module, network.whole(variables)))
 
 
-def begin(state: TrainState, variables: PyTree, shardings: TrainState) -> TrainState:
-    """Return a state of no steps that begins with other variables."""
-    placed = jax.tree.map(meshes.put, jax.device_get(variables), shardings.variables)
+def begin(source: str, network: Network, state: TrainState, shardings: TrainState) -> TrainState:
+    """Return a state of no steps that begins with pretrained weights.
+
+    Args:
+      source: As in `load`.
+      network: Likewise.
+      state: With random variables.
+      shardings: Of a state.
+    """
+    variables = state.variables
+    if jax.process_count() > 1:
+        variables = multihost_utils.process_allgather(variables, tiled=True)
+    found = load(source, network, jax.device_get(variables))
+    placed = jax.tree.map(meshes.put, jax.device_get(found), shardings.variables)
     ema = None if state.ema is None else jax.tree.map(jnp.copy, placed)
     return state._replace(variables=placed, ema=ema)
