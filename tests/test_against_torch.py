@@ -69,6 +69,10 @@ def theirs(torch, make, name, options):
                 array.uniform_(0.1, 0.5)
             elif array.is_floating_point():
                 array.add_(0.05 * torch.randn_like(array))
+    for module in network.modules():
+        if "lite" in name and isinstance(module, torch.nn.BatchNorm2d):
+            # That of TensorFlow's original, which timm does not take over.
+            module.momentum = 0.01
     return network.double()
 
 
