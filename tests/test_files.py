@@ -15,6 +15,7 @@ import pytest
 from rich.console import Console
 
 from configs import digits
+import lpa_jax
 from lpa_jax import data
 from lpa_jax.data import decoding, folder, packed
 from lpa_jax.training import feed, loop, mesh
@@ -612,3 +613,12 @@ def test_what_cannot_be_packed_is_refused(tmp_path):
         done = pack(*arguments)
         assert (done.returncode, told in done.stderr) == (2, True), done.stderr
     assert not (tmp_path / "x").exists()
+
+
+def test_files_are_evaluated_on_corrupted_and_attacked_images(tmp_path):
+    root = splits(tmp_path / "images", "train", "val", "test", number=8)
+    trained(root, tmp_path / "run", epochs=1)
+    found = lpa_jax.evaluate_run(tmp_path / "run", attack=True, corrupt=True)
+    conditions = found["seeds"][0]["metrics"]
+    assert {"clean", "fgsm"} <= {*conditions}
+    assert len(conditions) > 10

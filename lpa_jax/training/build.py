@@ -231,8 +231,6 @@ def _dataset(config: Config, given: Data | None) -> tuple[data.Dataset, str]:
             image_size=config.image_size,
             image_part=config.image_part,
         )
-        if config.cache == "memory":
-            loaded = data.cached(loaded)
     elif isinstance(given, data.Dataset):
         loaded, name = given, f"{GIVEN}{given.name}"
     else:
@@ -243,6 +241,8 @@ def _dataset(config: Config, given: Data | None) -> tuple[data.Dataset, str]:
             seed=config.data_seed,
         )
         name = f"{GIVEN}{loaded.name}"
+    if config.cache == "memory":
+        loaded = data.cached(loaded)
     imbalance, noise = dict(config.imbalance), dict(config.noise)
     return data.modify(loaded, imbalance, noise, seed=config.data_seed), name
 

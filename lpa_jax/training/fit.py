@@ -153,7 +153,7 @@ def _check_together(parts: Parts, devices: Mesh) -> None:
 def _try(parts: Parts, like: TrainState) -> None:
     """Raise `ConfigError` unless the evaluation works, shown on equal logits of a few examples."""
     examples, num_classes = parts.dataset.train.take(np.arange(2)), parts.dataset.num_classes
-    inputs = data.to_float(jnp.asarray(examples.images))
+    inputs = data.to_float(jnp.asarray(examples.images[:]))
     logits = jax.eval_shape(parts.network.logits, like.variables, inputs)
     if logits.shape != (2, num_classes):
         raise ConfigError(
