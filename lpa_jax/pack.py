@@ -63,7 +63,7 @@ def _main(_: list[str]) -> None:
             image_size=config.image_size,
             image_part=config.image_part,
         )
-        directory = pathlib.Path(_OUTPUT.value)
+        directory = pathlib.Path(str(_OUTPUT.value))
         count = sum(map(len, dataset.splits.values()))
         shown = iter(track(range(count), "packing", console=Console(stderr=True)))
 

