@@ -109,8 +109,8 @@ class Average(nn.Module):
     def __call__(self, inputs: Float[Array, "B H W C"]) -> Float32[Array, "B C"]:
         """Return the mean of each channel, float32 `[B, C]`."""
         if inputs.dtype == jnp.bfloat16:
-            # The values stay as they are. Without it, XLA on a CPU fuses convolutions with the mean,
-            # and jaxlib 0.12 then returns NaN.
+            # The values stay. Without it, XLA on a CPU fuses convolutions with the mean, and jaxlib
+            # 0.12 then returns NaN.
             inputs = jax.lax.reduce_precision(inputs.astype(jnp.float32), 8, 7)
         return inputs.mean(axis=(1, 2), dtype=jnp.float32)
 
