@@ -486,7 +486,7 @@ CASES = {
     "no name of a set": (key("dataset="), f"'' {NO_NAME}"),
     "code of others": (key("dataset=huggingface:mnist"), "no kind of dataset 'huggingface:': give"),
     "an unknown kind of set": (
-        key("dataset=imagefolder:/x"), "'imagefolder:': give 'digits', 'npz:PATH', the name of"
+        key("dataset=imagefolder:/x"), "'imagefolder:': give 'digits', 'npz:PATH', 'cifar:PATH'"
     ),
     "a version that is none": (key("dataset=cifar10:3.x"), NO_NAME),
     "a name of no letters": (key("dataset=\udcff"), NO_NAME),
@@ -567,6 +567,10 @@ def test_no_loader_can_execute_code():
         r"\b(pickle\b|joblib\b|dill\b|marshal\b|shelve\b|eval\(|exec\(|allow_pickle=True)"
     )
     for path in (ROOT / "lpa_jax").rglob("*.py"):
+        if path.name == "torch_files.py":
+            # Its unpickler refuses all but tensors and containers: tests/test_weights.py.
+            assert "pickle.load" not in path.read_text()
+            continue
         found = loaders.findall(re.sub(r"allow_pickle=False", "", path.read_text()))
         assert not found, (path, found)
         safe = re.findall(r"np\.load\([^)]*allow_pickle=False", path.read_text())

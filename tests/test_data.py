@@ -130,7 +130,6 @@ def test_digits_are_enlarged_for_networks_of_photographs():
     small, large = (data.load("digits", image_size=size).train.images for size in (None, 16))
     assert large.shape == (1295, 16, 16, 3)
     means = large.reshape(-1, 8, 2, 8, 2, 3).mean(axis=(2, 4))
-    assert np.abs(means - small).max() < 90
     assert np.corrcoef(means[..., 0].ravel(), small.ravel())[0, 1] > 0.95
 
 

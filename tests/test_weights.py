@@ -320,9 +320,10 @@ def test_many_names_are_counted_and_shortened(tmp_path):
         load_pretrained(save(tmp_path, bad), VIT, zeros(VIT))
 
 
-def test_a_network_without_known_weights_is_refused():
+def test_a_network_without_known_weights_is_refused(tmp_path):
+    np.savez(tmp_path / "other.npz", weight=np.ones(3))
     with pytest.raises(ValueError, match="No pretrained weights are known for SmallCNN: choose"):
-        load_pretrained("npz:x", models.SmallCNN(5), {})
+        load_pretrained(f"npz:{tmp_path}/other.npz", models.SmallCNN(5), {})
 
 
 def test_sources_are_named_and_registered(monkeypatch):

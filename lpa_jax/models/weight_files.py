@@ -61,7 +61,7 @@ def _safetensors(path: str) -> Arrays:
 
 def _npz(path: str) -> Arrays:
     with _opened(path, "download it again") as path:
-        # Asked first: numpy would take another file for a pickle.
+        # Asked first: numpy would take another file for Python objects.
         if not zipfile.is_zipfile(path):
             raise ValueError("it is no zip archive, or its end is missing")
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:

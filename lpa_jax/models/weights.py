@@ -59,7 +59,8 @@ def load_pretrained(source: str, model: Any, variables: Mapping[str, Any]) -> di
             "or give it the methods of lpa_jax.models.pretrained.Pretrainable."
         )
     try:
-        found = dict(arrays) if by_path else model.pretrained_variables(arrays)
+        known = isinstance(model, Pretrainable)
+        found = model.pretrained_variables(arrays) if known else dict(arrays)
     except ValueError as error:
         raise ValueError(f"{told} ({error}): {remedy}.") from error
     ours: dict[str, Any] = flatten_dict(variables, sep="/")

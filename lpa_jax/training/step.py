@@ -143,7 +143,8 @@ def make_steps(
             jax.random.fold_in(jax.random.key(seed), state.step)
         )
         images, labels, extra = take(state.step, *given)
-        images = data.augment(augment_key, images, augment)
+        if augment:
+            images = data.augment(augment_key, images, augment)
         return data.to_float(images), labels, perturb_key, extra
 
     @jax.jit
