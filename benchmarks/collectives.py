@@ -104,7 +104,7 @@ def main():
         perturbed = lpa_jax.value_and_grad(model.apply, perturbation, num_classes=args.classes)
         steps = step.make_steps(
             Network(model), classification, perturbed, tx, grid, source.like, source.take,
-            padding=4, flip=True,
+            augment=data.augmentations("cifar"),
         )  # fmt: skip
         state = jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),

@@ -61,7 +61,7 @@ def measure(args):
     source = feed.make_feed(args.input, examples, args.batch, 10**6, grid)
     steps = step.make_steps(
         Network(model), classification, perturbed, tx, grid, source.like, source.take,
-        padding=4, flip=True,
+        augment=data.augmentations("cifar"),
     )  # fmt: skip
     state = steps.init(jnp.int32(0))
     # The clock runs over the end of an epoch, where the next one's order is drawn.

@@ -35,7 +35,7 @@ def get_config(argument=""):
     """Return the configuration that `argument`, `"method=NAME,smoke"`, asks for."""
     config = configuration.default()
     config.dataset = "digits"
-    config.augment = {"padding": 1, "flip": False}
+    config.augment = "crop=1"
     config.model.name = "small_cnn"
     config.schedule.update({"name": "cosine", "learning_rate": 0.1})
     config.epochs = 30

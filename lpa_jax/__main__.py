@@ -9,6 +9,7 @@ COMMANDS = {
     "main": "Train a configuration.",
     "evaluate": "Evaluate a run again, from its last checkpoints.",
     "export": "Write the network of a run as a file that needs no code of this package.",
+    "pack": "Decode the images of a data set once, for later runs.",
     "table": "Train a table of methods, and compare them.",
 }
 """The modules that are commands, and what each does."""

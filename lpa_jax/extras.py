@@ -11,6 +11,7 @@ TRAIN = (
     "orbax",
     "PIL",
     "rich",
+    "safetensors",
     "scipy",
     "tensorboardX",
 )

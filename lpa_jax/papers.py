@@ -315,4 +315,32 @@ PAPERS = {
     "squeeze_excite": Paper(
         "Hu et al.", "Squeeze-and-Excitation Networks", "CVPR", 2018, "1709.01507"
     ),
+    "efficientnet": Paper(
+        "Tan and Le",
+        "EfficientNet: Rethinking Model Scaling for Convolutional Neural Networks",
+        "ICML",
+        2019,
+        "1905.11946",
+    ),
+    "inverted_block": Paper(
+        "Sandler et al.",
+        "MobileNetV2: Inverted Residuals and Linear Bottlenecks",
+        "CVPR",
+        2018,
+        "1801.04381",
+    ),
+    "vit": Paper(
+        "Dosovitskiy et al.",
+        "An Image is Worth 16x16 Words: Transformers for Image Recognition at Scale",
+        "ICLR",
+        2021,
+        "2010.11929",
+    ),
+    "convnext": Paper("Liu et al.", "A ConvNet for the 2020s", "CVPR", 2022, "2201.03545"),
+    "resized_crop": Paper(
+        "Szegedy et al.", "Going Deeper with Convolutions", "CVPR", 2015, "1409.4842"
+    ),
+    "random_erasing": Paper(
+        "Zhong et al.", "Random Erasing Data Augmentation", "AAAI", 2020, "1708.04896"
+    ),
 }

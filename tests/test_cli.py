@@ -67,7 +67,9 @@ def damage(checkpoint):
 
 
 @pytest.mark.guarantee("killed-run", "sigterm", "damaged-checkpoint")
-@pytest.mark.parametrize("end", ["SIGKILL", "SIGTERM", "SIGKILL and damage"])
+@pytest.mark.parametrize(
+    "end", ["SIGKILL", "SIGTERM", pytest.param("SIGKILL and damage", marks=pytest.mark.slow)]
+)
 def test_an_interrupted_run_resumes_to_the_same_bits(end, whole, tmp_path):
     arguments = [*RESUMED, f"--workdir={tmp_path}"]
     if end == "SIGTERM":

@@ -625,7 +625,10 @@ def test_a_mesh_with_explicit_axes_agrees_with_one_device(line):
     assert avals(state) == avals(new)
 
 
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "jit"])
+@pytest.mark.parametrize(
+    "compiled",
+    [pytest.param(False, marks=pytest.mark.slow, id="eager"), pytest.param(True, id="jit")],
+)
 def test_arrays_on_one_device_are_moved_to_the_explicit_mesh(compiled):
     line = TABLE[LABELS.index("lpl-projected")]
     step = step_of(line.make(line.amount))

@@ -2,6 +2,7 @@
 
 import functools
 import pathlib
+import pickle
 import subprocess
 import sys
 import zlib
@@ -119,10 +120,17 @@ def test_validation_fraction_outside_its_range(fraction):
         data.load("digits", validation_fraction=fraction)
 
 
-@pytest.mark.parametrize(("size", "message"), [(0, "at least 1"), (16, "no effect on 'digits'")])
-def test_image_size_where_it_means_nothing(size, message):
+@pytest.mark.parametrize(("size", "message"), [(0, "at least 1"), (16, "no effect on 'npz:")])
+def test_image_size_where_it_means_nothing(npz, size, message):
     with pytest.raises(DataError, match=f"image_size .*{message}"):
-        data.load("digits", image_size=size)
+        data.load(npz(), image_size=size)
+
+
+def test_digits_are_enlarged_for_networks_of_photographs():
+    small, large = (data.load("digits", image_size=size).train.images for size in (None, 16))
+    assert large.shape == (1295, 16, 16, 3)
+    means = large.reshape(-1, 8, 2, 8, 2, 3).mean(axis=(2, 4))
+    assert np.corrcoef(means[..., 0].ravel(), small.ravel())[0, 1] > 0.95
 
 
 def test_pixel_statistics(npz):
@@ -247,6 +255,10 @@ def test_tfds_images_that_differ_in_size(tmp_path):
     assert (loaded.train.images[0] == 70).all()
     # The middle of the picture is kept, at its own scale.
     np.testing.assert_array_equal(loaded.splits["test"].images[0], halves[:, 4:12])
+    # They are read when they are needed, by other processes too.
+    copy = pickle.loads(pickle.dumps(loaded.train))
+    assert (copy.images[0] == 70).all()
+    assert copy.fingerprint() == loaded.train.fingerprint()
 
 
 def test_tfds_name_that_is_unknown(tmp_path):
@@ -546,14 +558,15 @@ def test_random_flip_mirrors_about_half(images):
 
 def test_augment_is_crop_then_flip_with_independent_keys(images):
     key = jax.random.key(5)
-    augment = jax.jit(data.augment, static_argnames=("padding", "flip"))
+    augment = jax.jit(data.augment, static_argnums=2)
+    changes = data.augmentations("crop=3+flip")
     crop_key, flip_key = jax.random.split(key)
     both = np.asarray(flip(flip_key, crop(crop_key, images, 3)))
-    np.testing.assert_array_equal(augment(key, images, padding=3, flip=True), both)
-    assert (np.asarray(augment(jax.random.key(6), images, padding=3, flip=True)) != both).any()
-    cropped = data.augment(key, images, padding=3, flip=False)
+    np.testing.assert_array_equal(augment(key, images, changes), both)
+    assert (np.asarray(augment(jax.random.key(6), images, changes)) != both).any()
+    cropped = data.augment(key, images, changes[:1])
     np.testing.assert_array_equal(cropped, crop(crop_key, images, 3))
-    assert data.augment(key, images, padding=0, flip=False) is images
+    assert data.augment(key, images, ()) is images
 
 
 def test_to_float():

@@ -496,7 +496,7 @@ def test_what_cannot_be_evaluated_is_refused(finished, tmp_path):
 
 
 def test_a_recorded_configuration_is_read_as_it_was(tmp_path):
-    config = smoke(augment={"padding": 0, "flip": False})
+    config = smoke(augment="none")
     config.optimizer.options = {}
     config.model.options = {"widths": (2, 3)}
     identity.claim(tmp_path, config.to_dict())

@@ -90,7 +90,7 @@ def test_parts_that_cost_more_have_their_share_of_the_time_left():
 def small(**changes):
     config = configuration.default()
     changes = {
-        "model.name": "small_cnn", "model.options": {"width": 4}, "augment.padding": 1, "epochs": 2,
+        "model.name": "small_cnn", "model.options": {"width": 4}, "augment": "crop=1", "epochs": 2,
         "limit": 128, "batch_size": 64, **changes,
     }  # fmt: skip
     config.update_from_flattened_dict(changes)

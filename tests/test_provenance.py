@@ -139,7 +139,7 @@ def test_the_code_is_that_which_training_imports(tmp_path):
 
 def test_all_that_training_imports_is_found():
     program = (
-        "import sys, lpa_jax.training.loop\n"
+        "import sys, lpa_jax.training.loop, lpa_jax.training.run\n"
         "print(*(name for name in sys.modules if name.split('.')[0] == 'lpa_jax'))"
     )
     done = subprocess.run(

@@ -232,7 +232,7 @@ def test_a_table_names_a_configuration_or_a_file(tmp_path):
 
 def test_the_data_of_a_table_are_read_once(monkeypatch):
     read, calls = digits.read, []
-    monkeypatch.setattr(digits, "read", lambda: calls.append(1) or read())
+    monkeypatch.setattr(digits, "read", lambda *size: calls.append(1) or read(*size))
     built = runs.build_all(catalogue.chosen("digits", ["erm", "lpl", "sam"]), small())
     assert len(calls) == 1
     splits = [parts.dataset.splits["test"] for parts, _ in built.values()]

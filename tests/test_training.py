@@ -258,8 +258,7 @@ def steps_on_digits(perturbation, nonfinite="stop"):
         grid,
         source.like,
         source.take,
-        padding=1,
-        flip=False,
+        augment=data.augmentations("crop=1"),
         nonfinite=nonfinite,
     )
     return steps, steps.init(jnp.int32(0)), source.open(0, 0)
@@ -370,8 +369,7 @@ def test_the_step_gets_the_numbers_of_its_examples(place, fsdp):
         grid,
         source.like,
         source.take,
-        padding=1,
-        flip=False,
+        augment=data.augmentations("crop=1"),
     )
     state = steps.init(jnp.int32(0))
     with contextlib.closing(source.open(0, 0)) as batches:

@@ -1,6 +1,9 @@
 """Examples to learn from: where they come from, their batches and their augmentation."""
 
+from lpa_jax.data.augmentation import Applied as Applied
 from lpa_jax.data.augmentation import augment as augment
+from lpa_jax.data.augmentation import AUGMENTATIONS as AUGMENTATIONS
+from lpa_jax.data.augmentation import augmentations as augmentations
 from lpa_jax.data.augmentation import random_crop as random_crop
 from lpa_jax.data.augmentation import random_flip as random_flip
 from lpa_jax.data.augmentation import to_float as to_float
@@ -9,8 +12,10 @@ from lpa_jax.data.batching import class_balanced_order as class_balanced_order
 from lpa_jax.data.batching import epoch_order as epoch_order
 from lpa_jax.data.batching import eval_batches as eval_batches
 from lpa_jax.data.batching import train_batches as train_batches
+from lpa_jax.data.dataset import cached as cached
 from lpa_jax.data.dataset import Dataset as Dataset
 from lpa_jax.data.dataset import make_dataset as make_dataset
+from lpa_jax.data.errors import DataError as DataError
 from lpa_jax.data.long_tail import class_groups as class_groups
 from lpa_jax.data.long_tail import long_tail_counts as long_tail_counts
 from lpa_jax.data.long_tail import long_tail_subset as long_tail_subset
@@ -23,8 +28,10 @@ from lpa_jax.data.readers import load as load
 from lpa_jax.data.readers import loaded_once as loaded_once
 from lpa_jax.data.readers import Options as Options
 from lpa_jax.data.readers import READERS as READERS
-from lpa_jax.data.source import DataError as DataError
 from lpa_jax.data.source import Examples as Examples
 from lpa_jax.data.source import in_memory as in_memory
 from lpa_jax.data.source import missing_classes as missing_classes
 from lpa_jax.data.source import Source as Source
+from lpa_jax.data.streamed import random_parts as random_parts
+from lpa_jax.data.streamed import Store as Store
+from lpa_jax.data.streamed import Streamed as Streamed

@@ -5,8 +5,9 @@ import contextlib
 import functools
 from typing import Any, NamedTuple
 
-from lpa_jax.data import digits, npz, tfds
+from lpa_jax.data import cifar, digits, folder, hugging_face, npz, packed, tfds
 from lpa_jax.data.dataset import Dataset, make_dataset
+from lpa_jax.data.decoding import PARTS
 from lpa_jax.data.source import DataError, Examples
 from lpa_jax.registry import load_object, reason, Registry
 
@@ -16,18 +17,22 @@ class Options(NamedTuple):
 
     Attributes:
       data_dir: Where prepared sets are; None for the reader's own default.
-      image_size: Side that images are resized to; None to leave them as they are.
+      image_size: Side that images are resized to; None to leave them as they are, or for 224 where
+        they are files.
+      part: The part of an image file that evaluation sees, a name in `decoding.PARTS`.
+      seed: Draws a test split where the source has none.
     """
 
     data_dir: str | None = None
     image_size: int | None = None
+    part: str = "cover"
+    seed: int = 0
 
 
 def _digits(rest: str, options: Options) -> dict[str, Examples]:
-    _refuse_size("digits", options)
     if rest:
         raise DataError(f"'digits:{rest}' names more than the digits: give 'digits'.")
-    return digits.read()
+    return digits.read(options.image_size)
 
 
 def _npz(rest: str, options: Options) -> dict[str, Examples]:
@@ -36,7 +41,28 @@ def _npz(rest: str, options: Options) -> dict[str, Examples]:
 
 
 def _tfds(rest: str, options: Options) -> dict[str, Examples]:
-    return tfds.read(rest, options.data_dir, options.image_size)
+    return tfds.read(rest, options.data_dir, options.image_size, options.part)
+
+
+def _cifar(rest: str, options: Options) -> dict[str, Examples]:
+    _refuse_size(f"cifar:{rest}", options)
+    return cifar.read(rest)
+
+
+def _folder(rest: str, options: Options) -> dict[str, Examples]:
+    return folder.read(rest, options.image_size, options.part, options.seed)
+
+
+def _domains(rest: str, options: Options) -> dict[str, Examples]:
+    return folder.read_domains(rest, options.image_size, options.part, options.seed)
+
+
+def _hugging_face(rest: str, options: Options) -> dict[str, Examples]:
+    return hugging_face.read(rest, options.image_size, options.part, options.seed)
+
+
+def _packed(rest: str, options: Options) -> dict[str, Examples]:
+    return packed.read(rest, options.image_size, options.part)
 
 
 def _refuse_size(name: str, options: Options) -> None:
@@ -44,7 +70,20 @@ def _refuse_size(name: str, options: Options) -> None:
         raise DataError(f"image_size has no effect on {name!r}: leave it out.")
 
 
-READERS = Registry("kind of data set", {"digits": _digits, "npz": _npz, "tfds": _tfds}, Callable)
+READERS = Registry(
+    "kind of data set",
+    {
+        "digits": _digits,
+        "npz": _npz,
+        "cifar": _cifar,
+        "folder": _folder,
+        "domains": _domains,
+        "hf": _hugging_face,
+        "packed": _packed,
+        "tfds": _tfds,
+    },
+    Callable,
+)
 """By kind, what reads `"kind:rest"`: `read(rest, options)` returns sources by split."""
 
 
@@ -70,21 +109,29 @@ def load(
     validation_fraction: float = 0.1,
     seed: int = 0,
     image_size: int | None = None,
+    image_part: str = "cover",
 ) -> Dataset:
     """Load a set of labeled examples, and hold out a validation set, by class where each has one.
 
     Args:
-      name: `"digits"`, 1,797 images of 8x8 pixels; `"npz:PATH"`, a file with the arrays `x_train`,
-        `y_train`, `x_test`, `y_test` (uint8 images `[N, H, W, C]` or `[N, H, W]`, integer labels)
-        and optionally `class_names`; `"tfds:NAME"` or `"NAME"`, a set of tensorflow-datasets,
-        prepared as ArrayRecord; `"KIND:REST"` of a reader that was registered in `READERS`; or
+      name: `"digits"`, 1,797 images of 8x8 pixels, enlarged if there is an `image_size`;
+        `"npz:PATH"`, a file with the arrays `x_train`, `y_train`, `x_test`, `y_test` (uint8 images
+        `[N, H, W, C]` or `[N, H, W]`, integer labels) and optionally `class_names`; `"cifar:PATH"`,
+        the folder of CIFAR-10's or CIFAR-100's binary files; `"tfds:NAME"` or `"NAME"`, a set of
+        tensorflow-datasets, prepared as ArrayRecord; `"folder:PATH"` or `"domains:PATH"`, image
+        files, which are read when they are needed, see `folder.read` and `folder.read_domains`;
+        `"hf:PATH"`, a set that Hugging Face's `datasets` saved on disk; `"packed:PATH"`, what
+        `lpa-jax pack` decoded; `"KIND:REST"` of a reader that was registered in `READERS`; or
         `"package.module:function"`, a function without arguments that returns sources by split.
       data_dir: Where tensorflow-datasets' sets are; None is its own default.
       validation_fraction: Share of the training examples to hold out, in [0, 1); of a source that
         has a validation split of its own nothing is held out.
       seed: Decides which examples are held out, at least 0; the test set never depends on it.
-      image_size: Side of the images of a tensorflow-datasets set, at least 1: each is scaled until
-        it covers that square, and cropped to its center. None leaves them as they are.
+      image_size: Side that images of tensorflow-datasets and image files are scaled to, at least
+        1, which are then read when they are needed. None leaves the images of a set of one size as
+        they are, and is 224 for files.
+      image_part: The part of an image file that evaluation sees: `"cover"`, the largest square at
+        the center, `"inner"`, 7/8 of its side, or `"whole"`, squashed to a square.
 
     Returns:
       The set, with uint8 images `[N, H, W, C]` and int32 labels `[N]`. A class of which
@@ -100,10 +147,12 @@ def load(
     """
     if image_size is not None and image_size < 1:
         raise DataError(f"image_size is {image_size}: give at least 1.")
-    arguments = (name, data_dir, validation_fraction, seed, image_size)
+    if image_part not in PARTS:
+        raise DataError(f"image_part must be one of {', '.join(PARTS)}, not {image_part!r}.")
+    arguments = (name, data_dir, validation_fraction, seed, image_size, image_part)
     if _loaded is not None and arguments in _loaded:
         return _loaded[arguments]
-    options = Options(data_dir, image_size)
+    options = Options(data_dir, image_size, image_part, seed)
     kind, colon, rest = name.partition(":")
     if kind in READERS and (colon or kind == "digits"):
         splits = _read(name, functools.partial(READERS[kind], rest, options))
@@ -120,9 +169,10 @@ def load(
 
 def _from_function(name: str) -> Mapping[str, Any]:
     kind, _, rest = name.partition(":")
+    kinds = ", ".join(f"'{known}:PATH'" for known in READERS if known not in ("digits", "tfds"))
     told = (
-        f"There is no kind of dataset {kind + ':'!r}: give 'digits', 'npz:PATH', the name of a set "
-        "of tensorflow-datasets, 'NAME', 'NAME/CONFIG' or 'NAME:VERSION', a function of your own, "
+        f"There is no kind of dataset {kind + ':'!r}: give 'digits', {kinds}, the name of a set of "
+        "tensorflow-datasets, 'NAME', 'NAME/CONFIG' or 'NAME:VERSION', a function of your own, "
         "'package.module:function', or what a module of yours registers, --import=MODULE"
     )
     if not rest.isidentifier():

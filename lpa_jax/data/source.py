@@ -5,17 +5,16 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Bool, Int, Shaped
 import numpy as np
 
 from lpa_jax.data import streams
+from lpa_jax.data.errors import DataError as DataError
+from lpa_jax.data.streamed import Streamed
 from lpa_jax.registry import reason
-
-
-class DataError(ValueError):
-    """Examples that cannot be read or used; the message names the remedy."""
 
 
 @runtime_checkable
@@ -46,10 +45,11 @@ class Source(Protocol):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Examples:
-    """A source in memory.
+    """A source whose labels are in memory, and mostly its images.
 
     Attributes:
-      images: What the network takes: pixels, uint8 `[N, H, W, C]`, or features, float `[N, ...]`.
+      images: What the network takes: pixels, uint8 `[N, H, W, C]`, in memory or read on demand, or
+        features, float `[N, ...]`.
       labels: Numbers of classes, int32 `[N]`, or float `[N, C]`.
       class_names: One name for each class.
       extra: What else is known of each example, by name, `[N, ...]`: `{"domains": ...}`.
@@ -62,7 +62,7 @@ class Examples:
       (2, {'label': 1, 'domains': 4})
     """
 
-    images: Shaped[np.ndarray, "n ..."]
+    images: Shaped[np.ndarray, "n ..."] | Streamed
     labels: Shaped[np.ndarray, "n ..."]
     class_names: tuple[str, ...] = ()
     extra: Mapping[str, Shaped[np.ndarray, "n ..."]] = dataclasses.field(default_factory=dict)
@@ -86,14 +86,18 @@ class Examples:
         arrays = {"images": self.images, "labels": self.labels, **self.extra}
         for name, array in arrays.items():
             digest.update(f"{name} {array.dtype} {array.shape}".encode())
-            digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+            if isinstance(array, Streamed):
+                digest.update(array.fingerprint().encode())
+            else:
+                digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
         return digest.hexdigest()
 
     def take(self, chosen: Int[np.ndarray, "m"] | Bool[np.ndarray, "n"]) -> "Examples":
         """Return the examples that indices or a mask choose, in that order."""
+        images = self.images
         return dataclasses.replace(
             self,
-            images=self.images[chosen],
+            images=images.take(chosen) if isinstance(images, Streamed) else images[chosen],
             labels=self.labels[chosen],
             extra={name: array[chosen] for name, array in self.extra.items()},
         )
@@ -111,7 +115,8 @@ def in_memory(source: "Source | tuple[Any, Any]", where: str = "The examples") -
     """
     extra: Mapping[str, np.ndarray] = {}
     if isinstance(source, Examples):
-        images, labels = map(np.asarray, (source.images, source.labels))
+        images, labels = source.images, np.asarray(source.labels)
+        images = images if isinstance(images, Streamed) else np.asarray(images)
         extra = {name: np.asarray(array) for name, array in source.extra.items()}
         names = source.class_names
     elif isinstance(source, tuple) and len(source) == 2:
@@ -134,13 +139,14 @@ def in_memory(source: "Source | tuple[Any, Any]", where: str = "The examples") -
         # Gray images, as in files.
         images = images[..., None]
     for name, array in {"images": images, **extra}.items():
-        _check_numbers(where, name, array)
+        if not isinstance(array, Streamed):
+            _check_numbers(where, name, array)
         if array.shape[:1] != images.shape[:1]:
             raise DataError(
                 f"{where}: there are {len(images)} images, but {name} has the shape "
                 f"{array.shape}: give each image one."
             )
-    if images.ndim < 2 or not images.size:
+    if images.ndim < 2 or not math.prod(images.shape):
         raise DataError(
             f"{where}: the images have the shape {images.shape}: give at least one, [N, ...]."
         )
@@ -223,7 +229,7 @@ def checked_labels(where: str, array: np.ndarray) -> Int[np.ndarray, "n"]:
 
 def checked(
     where: str,
-    images: Shaped[np.ndarray, "n ..."],
+    images: Shaped[np.ndarray, "n ..."] | Streamed,
     labels: Int[np.ndarray, "m"],
     class_names: tuple[str, ...],
 ) -> Examples:
@@ -237,7 +243,7 @@ def checked(
             f"{where}: there are {len(images)} images but {len(labels)} labels; give each image "
             "one label."
         )
-    if not images.size:
+    if not math.prod(images.shape):
         raise DataError(f"{where}: it is empty; give at least one image.")
     num_classes = len(class_names)
     outside = labels[(labels < 0) | (labels >= num_classes)]

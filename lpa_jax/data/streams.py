@@ -10,6 +10,8 @@ KEYS = {
     "class_turns": (4,),
     "corruption": (5,),
     "order_in_batch": (6,),
+    "part": (7,),
+    "test_split": (8,),
 }
 """What the spawn key of each purpose begins with; a number is never given to another purpose."""
 

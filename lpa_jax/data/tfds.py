@@ -1,7 +1,8 @@
 """Image sets of tensorflow-datasets that are prepared on disk, read without TensorFlow."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 import difflib
+import hashlib
 import io
 import json
 import pathlib
@@ -11,10 +12,11 @@ from typing import Any
 from absl import logging
 import numpy as np
 
-from lpa_jax.data.source import checked, DataError, Examples
+from lpa_jax.data import decoding
+from lpa_jax.data.errors import DataError
+from lpa_jax.data.source import checked, Examples
+from lpa_jax.data.streamed import Streamed
 
-# Pillow's modes by number of channels.
-MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 # Without a namespace before the name, whose sets are code to be fetched.
 NAME = re.compile(r"(?P<name>[a-z]\w*)(/[\w.+-]+)?(:(\d+|\*)(\.(\d+|\*)){2})?", re.ASCII)
 # Where features.json says of which classes they are.
@@ -22,13 +24,17 @@ CLASS_KEYS = {"type", "pythonClassName", "python_class_name"}
 NPZ_REMEDY = "or save the images with np.savez and load 'npz:PATH'"
 
 
-def read(name: str, data_dir: str | None, image_size: int | None) -> dict[str, Examples]:
+def read(
+    name: str, data_dir: str | None, image_size: int | None, part: str = "cover"
+) -> dict[str, Examples]:
     """Return the examples of a set that is prepared; nothing is downloaded here.
 
     Args:
       name: As tensorflow-datasets writes it: `"cifar10"`, `"cifar100:3.*.*"`, `"name/config"`.
       data_dir: Where sets are prepared; None is tensorflow-datasets' own default.
-      image_size: Side to scale and crop all images to, or None to leave them as they are.
+      image_size: Side to scale and crop all images to, which are then read when they are needed;
+        or None to leave them as they are.
+      part: The part of an image that is scaled, a name in `decoding.PARTS`.
 
     Returns:
       The splits `train` and `test`, or `validation` where there is no `test`.
@@ -44,9 +50,7 @@ def read(name: str, data_dir: str | None, image_size: int | None) -> dict[str, E
             f"{NPZ_REMEDY}."
         )
     height, width, channels = builder.info.features["image"].shape
-    if image_size is not None:
-        height, width = image_size, image_size
-    if height is None or width is None:
+    if image_size is None and (height is None or width is None):
         raise DataError(f"The images of {name!r} may differ in size: give image_size, such as 64.")
     found = [split for split, info in builder.info.splits.items() if info.num_examples]
     test = "test" if "test" in found else "validation"
@@ -59,7 +63,13 @@ def read(name: str, data_dir: str | None, image_size: int | None) -> dict[str, E
         # Decoded here: tensorflow-datasets leaves a JPEG of four channels as it is.
         decoders = {"image": tfds.decode.SkipDecoding()}
         sources = builder.as_data_source(["train", test], decoders=decoders)
-        arrays = [_decode(source, (height, width, channels), image_size) for source in sources]
+        if image_size is None:
+            pairs = [_decode(source, (height, width, channels)) for source in sources]
+        else:
+            pairs = [
+                _streamed(builder, split, source, image_size, decoding.PARTS[part], channels)
+                for split, source in zip(("train", test), sources, strict=True)
+            ]
     except ImportError as error:
         raise _lacks_package(name, error) from error
     except NotImplementedError as error:
@@ -75,7 +85,7 @@ def read(name: str, data_dir: str | None, image_size: int | None) -> dict[str, E
     class_names = tuple(builder.info.features["label"].names)
     train, test = (
         checked(f"{name!r}, split {split!r}", *pair, class_names)
-        for split, pair in zip(("train", test), arrays, strict=True)
+        for split, pair in zip(("train", test), pairs, strict=True)
     )
     return {"train": train, "test": test}
 
@@ -184,23 +194,56 @@ def _has_labeled_images(tfds: Any, features: Any) -> bool:
         isinstance(image, tfds.features.Image)
         and image.np_dtype == np.uint8
         and len(image.shape) == 3
-        and image.shape[2] in MODES
+        and image.shape[2] in decoding.MODES
         and isinstance(label, tfds.features.ClassLabel)
         and bool(label.num_classes)
     )
 
 
-def _decode(
-    source: Any, shape: tuple[int, int, int], image_size: int | None
-) -> tuple[np.ndarray, np.ndarray]:
-    from PIL import Image, ImageOps
+class Records:
+    """Encoded images of a split that is prepared as ArrayRecord."""
+
+    def __init__(self, source: Any, split: str, sizes: Sequence[int]) -> None:
+        """Take the examples, what an error calls their split, and the bytes of each image."""
+        self.source, self.split, self.sizes = source, split, np.array(sizes, np.int64)
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self.sizes)
+
+    def image(self, index: int, /) -> bytes:
+        """Return an image as it is stored."""
+        return self.source[index]["image"]
+
+    def name(self, index: int, /) -> str:
+        """Return what an error calls an image."""
+        return f"example {index} of {self.split}"
+
+    def fingerprint(self) -> str:
+        """Return a digest of the set's name and version and of the sizes of the images."""
+        return hashlib.blake2b(self.split.encode() + self.sizes.tobytes()).hexdigest()[:32]
+
+
+def _streamed(
+    builder: Any, split: str, source: Any, size: int, part: decoding.Part, channels: int
+) -> tuple[Streamed, np.ndarray]:
+    """Return the images of a split, unread but once for their labels, and these."""
+    sizes, labels = [], []
+    for example in source:
+        sizes.append(len(example["image"]))
+        labels.append(example["label"])
+    store = Records(source, f"{builder.info.full_name}, {split}", sizes)
+    images = Streamed(store, np.arange(len(sizes)), size, part, channels)
+    return images, np.array(labels, np.int64)
+
+
+def _decode(source: Any, shape: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
+    from PIL import Image
 
     images = np.empty((len(source), *shape), np.uint8)
     labels = np.empty(len(source), np.int64)
     for i, example in enumerate(source):
-        image = Image.open(io.BytesIO(example["image"])).convert(MODES[shape[2]])
-        if image_size is not None:
-            image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.BILINEAR)
+        image = Image.open(io.BytesIO(example["image"])).convert(decoding.MODES[shape[2]])
         images[i] = np.atleast_3d(np.asarray(image))
         labels[i] = example["label"]
     return images, labels

@@ -220,7 +220,7 @@ def _conditions(
         conditions.append(Condition(name, attacked, lambda: examples))
 
     def corrupted(name, severity):
-        images = corruptions.corrupt(examples.images, name, severity)
+        images = corruptions.corrupt(examples.images[:], name, severity)
         return dataclasses.replace(examples, images=images)
 
     for name, severity in corruptions.EVERY if corrupt else ():

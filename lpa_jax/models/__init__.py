@@ -1,6 +1,7 @@
 """Networks of the papers, as Flax modules whose paths are the sites of perturbations."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+import functools
 import inspect
 import re
 from typing import Any, NamedTuple
@@ -9,11 +10,16 @@ from flax import linen as nn
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from lpa_jax.models import efficientnet_lite, imagenet_resnet, vit
+from lpa_jax.models.convnext import ConvNeXt as ConvNeXt
 from lpa_jax.models.convolution import conv_general_dilated as conv_general_dilated
+from lpa_jax.models.efficientnet_lite import EfficientNetLite as EfficientNetLite
+from lpa_jax.models.imagenet_resnet import ImageNetResNet as ImageNetResNet
 from lpa_jax.models.layers import HEADS
 from lpa_jax.models.preact_resnet import PreActResNet as PreActResNet
 from lpa_jax.models.resnet import ResNet as ResNet
 from lpa_jax.models.small_cnn import SmallCNN as SmallCNN
+from lpa_jax.models.vit import ViT as ViT
 from lpa_jax.models.wide_resnet import WideResNet as WideResNet
 from lpa_jax.registry import load_object, Registry
 
@@ -36,6 +42,24 @@ def _preact_resnet(depth: int, **common: Any) -> nn.Module:
     return PreActResNet(stage_sizes=PREACT_SIZES[depth], **common)
 
 
+def _imagenet_resnet(depth: int, **common: Any) -> nn.Module:
+    stage_sizes, bottleneck = imagenet_resnet.STAGES[depth]
+    return ImageNetResNet(stage_sizes=stage_sizes, bottleneck=bottleneck, **common)
+
+
+def _efficientnet_lite(variant: int, **common: Any) -> nn.Module:
+    return EfficientNetLite(variant=variant, **common)
+
+
+def _vit(size: str, patch: int, **common: Any) -> nn.Module:
+    width, num_heads = vit.SIZES[size]
+    return ViT(patch=patch, width=width, num_heads=num_heads, **common)
+
+
+def _convnext_t(**common: Any) -> nn.Module:
+    return ConvNeXt((3, 3, 9, 3), (96, 192, 384, 768), **common)
+
+
 class Family(NamedTuple):
     """Networks that differ in numbers of their names.
 
@@ -43,11 +67,13 @@ class Family(NamedTuple):
       make: `make(*numbers, num_classes=, mean=, std=, dtype=, head=, **options)`, a Flax module.
       sizes: What the numbers are, `("depth", "k")`; none for a network without.
       examples: Some names, or all where there are few.
+      known: What the first number may be; empty where that is for the network to tell.
     """
 
     make: Callable[..., nn.Module]
     sizes: tuple[str, ...] = ()
     examples: tuple[str, ...] = ()
+    known: Collection[int] = ()
 
 
 NETWORKS = Registry(
@@ -57,8 +83,25 @@ NETWORKS = Registry(
         "resnet": Family(_resnet, ("depth",), ("resnet_20", "resnet_32")),
         "se_resnet": Family(_se_resnet, ("depth",), ("se_resnet_110",)),
         "preact_resnet": Family(
-            _preact_resnet, ("depth",), ("preact_resnet_18", "preact_resnet_34")
+            _preact_resnet, ("depth",), ("preact_resnet_18", "preact_resnet_34"), PREACT_SIZES
         ),
+        "imagenet_resnet": Family(
+            _imagenet_resnet,
+            ("depth",),
+            ("imagenet_resnet_18", "imagenet_resnet_50"),
+            imagenet_resnet.STAGES,
+        ),
+        "efficientnet_lite": Family(
+            _efficientnet_lite,
+            ("variant",),
+            ("efficientnet_lite_0",),
+            efficientnet_lite.VARIANTS,
+        ),
+        **{
+            f"vit_{size}": Family(functools.partial(_vit, size), ("patch",), (f"vit_{size}_16",))
+            for size in vit.SIZES
+        },
+        "convnext_t": Family(_convnext_t),
         "small_cnn": Family(SmallCNN),
     },
 )
@@ -79,7 +122,9 @@ def create(
 
     Args:
       name: `"wrn_{depth}_{k}"`, `"resnet_{depth}"`, `"se_resnet_{depth}"`, `"preact_resnet_18"`,
-        `"preact_resnet_34"`, `"small_cnn"`, a name in `NETWORKS`, or `"package.module:Class"`, a
+        `"preact_resnet_34"`, `"small_cnn"`; for images of usual size
+        `"imagenet_resnet_{18,34,50,101}"`, `"efficientnet_lite_{0,1,2}"`, `"vit_{ti,s,b}_{patch}"`,
+        `"convnext_t"`; a name in `NETWORKS`, or `"package.module:Class"`, a
         Flax module or function of your own. That is given those of the arguments below that it
         takes.
       num_classes: Number of logits.
@@ -112,12 +157,17 @@ def create(
     if ":" in name:
         return _own(name, load_object(name), common, options)
     first, *sizes = re.split(r"_(?=\d)", name)
-    numbers = [int(size) for size in sizes if re.fullmatch(r"[1-9]\d*", size)]
+    numbers = [int(size) for size in sizes if re.fullmatch(r"0|[1-9]\d*", size)]
     family = NETWORKS.get(first)
     known = family is not None and len(numbers) == len(sizes) == len(family.sizes)
-    if family is None or not known or (first == "preact_resnet" and numbers[0] not in PREACT_SIZES):
+    # Zero is a number of a variant alone.
+    if family is None or not known or not _has(family, numbers):
         raise ValueError(f"There is no network {name!r}; the names are {network_names()}.")
     return family.make(*numbers, **common, **options)
+
+
+def _has(family: Family, numbers: list[int]) -> bool:
+    return numbers[0] in family.known if family.known else all(numbers)
 
 
 def network_names() -> str:

@@ -1,6 +1,7 @@
 """Pieces that several networks share."""
 
 from collections.abc import Callable
+from typing import Any
 
 from flax import linen as nn
 import jax
@@ -52,28 +53,53 @@ def normalize(
 
 
 def conv(
-    features: int, *, kernel: int = 3, stride: int = 1, dtype: DTypeLike, name: str
+    features: int,
+    *,
+    kernel: int = 3,
+    stride: int = 1,
+    padding: str | int | None = None,
+    depthwise: bool = False,
+    dtype: DTypeLike,
+    name: str,
 ) -> nn.Conv:
     """Return a convolution without bias, He-normal by fan out, padded by half its kernel."""
+    # What a depthwise kernel's channel reaches is as many outputs as it takes in; Flax's fan out
+    # would count those of all channels.
+    fan = "fan_in" if depthwise else "fan_out"
     return nn.Conv(
         features,
         (kernel, kernel),
         strides=stride,
         # "SAME" shifts a strided kernel by one pixel against the strided shortcut beside it.
-        padding=kernel // 2,
+        padding=kernel // 2 if padding is None else padding,
+        feature_group_count=features if depthwise else 1,
         use_bias=False,
         dtype=dtype,
-        kernel_init=nn.initializers.variance_scaling(2.0, "fan_out", "normal"),
+        kernel_init=nn.initializers.variance_scaling(2.0, fan, "normal"),
         conv_general_dilated=conv_general_dilated,
         name=name,
     )
 
 
-def batch_norm(*, train: bool, dtype: DTypeLike, name: str) -> nn.BatchNorm:
+def batch_norm(
+    *,
+    train: bool,
+    momentum: float = 0.9,
+    epsilon: float = 1e-5,
+    dtype: DTypeLike,
+    name: str,
+) -> nn.BatchNorm:
     """Return a batch normalization whose parameters and statistics are float32."""
     return nn.BatchNorm(
-        use_running_average=not train, momentum=0.9, epsilon=1e-5, dtype=dtype, name=name
+        use_running_average=not train, momentum=momentum, epsilon=epsilon, dtype=dtype, name=name
     )
+
+
+def layer_norm(*, dtype: DTypeLike, name: str) -> nn.LayerNorm:
+    """Return a layer normalization whose parameters and statistics are float32."""
+    # Pretrained transformers have channels of thousands, which the difference of two means of
+    # squares would lose the variance of.
+    return nn.LayerNorm(epsilon=1e-6, dtype=dtype, use_fast_variance=False, name=name)
 
 
 class Average(nn.Module):
@@ -117,7 +143,7 @@ def _unit(vectors: Float32[Array, "N M"], axis: int) -> Float32[Array, "N M"]:
 
 
 def classify(
-    activation: Float[Array, "B H W C"], num_classes: int, head: str = "linear"
+    activation: Float[Array, "B H W C"], num_classes: int, head: str = "linear", **options: Any
 ) -> Float32[Array, "B K"]:
     """Average over positions (`features`) and apply the module `head`, all in float32.
 
@@ -125,11 +151,37 @@ def classify(
       activation: Output of the last group.
       num_classes: Number of logits K.
       head: `"linear"`, or `"normalized"` for a `NormalizedHead`.
+      **options: As of `classify_features`.
 
     Raises:
       ValueError: If there is no such head.
     """
-    features = Average(name="features")(activation)
+    return classify_features(Average(name="features")(activation), num_classes, head, **options)
+
+
+def classify_features(
+    features: Float32[Array, "B C"],
+    num_classes: int,
+    head: str = "linear",
+    *,
+    dropout: float = 0.0,
+    train: bool = False,
+) -> Float32[Array, "B K"]:
+    """Apply the module `head` in float32.
+
+    Args:
+      features: What the head takes in.
+      num_classes: Number of logits K.
+      head: `"linear"`, or `"normalized"` for a `NormalizedHead`.
+      dropout: Share of the features that are dropped in training, by the random numbers
+        `"dropout"`.
+      train: Whether they are.
+
+    Raises:
+      ValueError: If there is no such head.
+    """
+    if dropout:
+        features = nn.Dropout(dropout, deterministic=not train, name="head_dropout")(features)
     if head == "normalized":
         return NormalizedHead(num_classes, name="head")(features)
     if head != "linear":

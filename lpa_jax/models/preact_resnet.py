@@ -30,6 +30,8 @@ class PreActResNet(nn.Module):
         `jax.checkpoint_policies`.
       head: `"linear"`, or `"normalized"`: logits are `30 cos(features, w_c)`, as LDAM and additive
         margins need; see `layers.NormalizedHead`.
+      freeze_norm: Whether training too normalizes by the running statistics, and leaves them as
+        they are; scales and biases still learn.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -48,6 +50,7 @@ class PreActResNet(nn.Module):
     dtype: DTypeLike = jnp.float32
     remat: str | None = None
     head: str = "linear"
+    freeze_norm: bool = False
 
     @nn.compact
     def __call__(
@@ -64,6 +67,7 @@ class PreActResNet(nn.Module):
           TypeError: If `inputs` are not floating.
           ValueError: If `inputs` do not fit `mean` and `std`.
         """
+        train = train and not self.freeze_norm
         block = functools.partial(rematerialized(PreActBlock, self.remat), dtype=self.dtype)
         x = normalize(inputs, self.mean, self.std, self.dtype)
         x = conv(64, dtype=self.dtype, name="stem")(x)

@@ -93,6 +93,8 @@ class ResNet(nn.Module):
         `jax.checkpoint_policies`.
       head: `"linear"`, or `"normalized"`: logits are `30 cos(features, w_c)`, as LDAM and additive
         margins need; see `layers.NormalizedHead`.
+      freeze_norm: Whether training too normalizes by the running statistics, and leaves them as
+        they are; scales and biases still learn.
 
     Raises:
       ValueError: If `depth` is not 6n+2.
@@ -115,6 +117,7 @@ class ResNet(nn.Module):
     dtype: DTypeLike = jnp.float32
     remat: str | None = None
     head: str = "linear"
+    freeze_norm: bool = False
 
     def __post_init__(self):
         blocks_per_group(self.depth, 2)
@@ -135,6 +138,7 @@ class ResNet(nn.Module):
           TypeError: If `inputs` are not floating.
           ValueError: If `inputs` do not fit `mean` and `std`.
         """
+        train = train and not self.freeze_norm
         block = functools.partial(
             rematerialized(BasicBlock, self.remat),
             squeeze_excite=self.squeeze_excite,

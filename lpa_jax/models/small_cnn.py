@@ -43,6 +43,8 @@ class SmallCNN(nn.Module):
       dtype: Data type of the computation; parameters, statistics and logits are float32.
       head: `"linear"`, or `"normalized"`: logits are `30 cos(features, w_c)`, as LDAM and additive
         margins need; see `layers.NormalizedHead`.
+      freeze_norm: Whether training too normalizes by the running statistics, and leaves them as
+        they are; scales and biases still learn.
 
     Raises:
       ValueError: If `width` is less than 1.
@@ -63,6 +65,7 @@ class SmallCNN(nn.Module):
     std: tuple[float, ...] = (1.0,)
     dtype: DTypeLike = jnp.float32
     head: str = "linear"
+    freeze_norm: bool = False
 
     def __post_init__(self):
         if self.width < 1:
@@ -84,6 +87,7 @@ class SmallCNN(nn.Module):
           TypeError: If `inputs` are not floating.
           ValueError: If `inputs` do not fit `mean` and `std`.
         """
+        train = train and not self.freeze_norm
         x = normalize(inputs, self.mean, self.std, self.dtype)
         for i in range(3):
             width, stride = 2**i * self.width, 1 if i == 0 else 2

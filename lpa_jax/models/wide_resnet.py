@@ -38,6 +38,8 @@ class WideResNet(nn.Module):
         `jax.checkpoint_policies`.
       head: `"linear"`, or `"normalized"`: logits are `30 cos(features, w_c)`, as LDAM and additive
         margins need; see `layers.NormalizedHead`.
+      freeze_norm: Whether training too normalizes by the running statistics, and leaves them as
+        they are; scales and biases still learn.
 
     Raises:
       ValueError: If `depth` is not 6n+4.
@@ -60,6 +62,7 @@ class WideResNet(nn.Module):
     dtype: DTypeLike = jnp.float32
     remat: str | None = None
     head: str = "linear"
+    freeze_norm: bool = False
 
     def __post_init__(self):
         blocks_per_group(self.depth, 4)
@@ -80,6 +83,7 @@ class WideResNet(nn.Module):
           TypeError: If `inputs` are not floating.
           ValueError: If `inputs` do not fit `mean` and `std`.
         """
+        train = train and not self.freeze_norm
         block = functools.partial(rematerialized(PreActBlock, self.remat), dtype=self.dtype)
         num_blocks = blocks_per_group(self.depth, 4)
         x = normalize(inputs, self.mean, self.std, self.dtype)

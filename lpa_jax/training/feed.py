@@ -1,9 +1,11 @@
 """How examples reach the training step: from the memory of the devices, or of the host."""
 
 from collections.abc import Callable, Generator, Sequence
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
+from absl import flags
 import jax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
@@ -34,6 +36,7 @@ class Feed(NamedTuple):
       take: Picks the batch of a step out of what it is given, `take(step, *given)`; traced.
       axes: Of what several seeds are given: 0 where it is stacked, None where they share it.
       resident: Whether the examples are in the devices' memory.
+      augment: What images go through in the step; the rest was done where they were read.
       like: Shapes and dtypes of a batch.
     """
 
@@ -41,6 +44,7 @@ class Feed(NamedTuple):
     take: Callable[..., Batch]
     axes: tuple[int | None, ...]
     resident: bool
+    augment: tuple[data.Applied, ...]
     like: Batch
 
 
@@ -51,6 +55,9 @@ def make_feed(
     num_steps: int,
     mesh: Mesh,
     sampling: str = "uniform",
+    *,
+    augment: Sequence[data.Applied] = (),
+    readers: int = 0,
 ) -> Feed:
     """Return the feed of a run.
 
@@ -63,7 +70,22 @@ def make_feed(
       num_steps: Steps of the whole run.
       mesh: The devices.
       sampling: How an epoch draws the examples, see `data.train_batches`.
+      augment: What training images go through, in order. A random part of an image file is taken
+        where it is decoded, if it comes first.
+      readers: Processes that read batches ahead; 0: threads of this one.
+
+    Raises:
+      ValueError: If image files are to be on the devices.
     """
+    augment = tuple(augment)
+    streamed = isinstance(examples.images, data.Streamed)
+    if streamed and place == "device":
+        raise ValueError(
+            "config.input 'device' needs decoded images: set config.cache to 'memory', or "
+            "config.input to 'auto'."
+        )
+    if streamed:
+        place = "host"
     if place == "auto":
         told = jax.local_devices()[0].memory_stats() or {}
         room = SHARE * told.get("bytes_limit", UNKNOWN_MEMORY)
@@ -72,15 +94,24 @@ def make_feed(
             # All must do the same, whatever else is in the memory of one's device.
             fits = bool(multihost_utils.broadcast_one_to_all(np.array(fits)))
         place = "device" if fits else "host"
-    make = _from_device if place == "device" else _from_host
     batches = functools.partial(
         data.train_batches, labels=examples.labels, batch_size=batch_size, sampling=sampling
     )
-    return make(examples, batch_size, num_steps, mesh, batches)
+    if place == "device":
+        return _from_device(examples, batch_size, num_steps, mesh, batches, augment)
+    part: tuple[float, ...] | None = None
+    if streamed and augment and augment[0].name == "resized_crop":
+        part, augment = augment[0].numbers, augment[1:]
+    return _from_host(examples, batch_size, num_steps, mesh, batches, augment, part, readers)
 
 
 def _from_device(
-    examples: data.Examples, batch_size: int, num_steps: int, mesh: Mesh, batches: Batches
+    examples: data.Examples,
+    batch_size: int,
+    num_steps: int,
+    mesh: Mesh,
+    batches: Batches,
+    augment: tuple[data.Applied, ...],
 ) -> Feed:
     steps_per_epoch = len(examples) // batch_size
     whole = meshes.put(_columns(examples), meshes.replicated(mesh))
@@ -98,11 +129,19 @@ def _from_device(
         images = jax.lax.with_sharding_constraint(images, meshes.batched(mesh))
         return images, labels, extra | {"examples": indices}
 
-    return Feed(open_, take, axes=(None, 0), resident=True, like=_shapes(examples, batch_size))
+    like = _shapes(examples, batch_size)
+    return Feed(open_, take, (None, 0), resident=True, augment=augment, like=like)
 
 
 def _from_host(
-    examples: data.Examples, batch_size: int, num_steps: int, mesh: Mesh, batches: Batches
+    examples: data.Examples,
+    batch_size: int,
+    num_steps: int,
+    mesh: Mesh,
+    batches: Batches,
+    augment: tuple[data.Applied, ...],
+    part: tuple[float, ...] | None,
+    readers: int,
 ) -> Feed:
     # Its import costs a second or two, and sets that fit the devices do without.
     import grain
@@ -111,22 +150,17 @@ def _from_host(
     sharding = meshes.batched(mesh)
     here = sharding.addressable_devices_indices_map((batch_size,)).values()
     rows = np.unique(np.concatenate([np.arange(batch_size)[index] for index in here]))
-    columns = _columns(examples)
 
     def open_(seeds, first):
-        order = functools.lru_cache(maxsize=2 * np.size(seeds))(batches)
-
-        def read(seed, step):
-            epoch, at = divmod(int(step), steps_per_epoch)
-            indices = order(seed, epoch)[at][rows]
-            images, labels, extra = jax.tree.map(lambda column: column[indices], columns)
-            return images, labels, extra | {"examples": indices}
-
-        def read_all(step):
-            return _stacked(lambda seed: read(seed, step), seeds)
-
+        read = _Read(examples, batches, steps_per_epoch, rows, seeds, part)
         ahead = grain.ReadOptions(num_threads=4, prefetch_buffer_size=8)
-        for local in grain.MapDataset.range(first, num_steps).map(read_all).to_iter_dataset(ahead):
+        steps = grain.MapDataset.range(first, num_steps).map(read).to_iter_dataset(ahead)
+        if readers:
+            if not flags.FLAGS.is_parsed():
+                # Grain reads flags of its own here, which notebooks and scripts never parse.
+                flags.FLAGS.mark_as_parsed()
+            steps = steps.mp_prefetch(grain.MultiprocessingOptions(num_workers=readers))
+        for local in steps:
             place = functools.partial(jax.make_array_from_process_local_data, sharding)
             yield tuple(jax.tree.map(place, local))
 
@@ -134,7 +168,53 @@ def _from_host(
         del step
         return images, labels, extra
 
-    return Feed(open_, take, axes=(0, 0, 0), resident=False, like=_shapes(examples, batch_size))
+    like = _shapes(examples, batch_size)
+    return Feed(open_, take, (0, 0, 0), resident=False, augment=augment, like=like)
+
+
+@dataclasses.dataclass(eq=False)
+class _Read:
+    """Reads the batch of a step; it can be sent to another process.
+
+    Attributes:
+      examples: The training examples.
+      batches: `(seed, epoch) -> indices`, a row a step.
+      steps_per_epoch: Rows of an epoch.
+      rows: Those of a batch that this process reads.
+      seeds: Whose batches, see `Feed.open`.
+      part: Smallest and largest share of an image file that is taken at random; None for the fixed
+        part, empty for the default.
+    """
+
+    examples: data.Examples
+    batches: Batches
+    steps_per_epoch: int
+    rows: Int[np.ndarray, "local"]
+    seeds: Seeds
+    part: tuple[float, ...] | None
+
+    def __call__(self, step: int) -> Batch:
+        return _stacked(lambda seed: self._of(seed, int(step)), self.seeds)
+
+    def _of(self, seed: int, step: int) -> Batch:
+        epoch, at = divmod(step, self.steps_per_epoch)
+        indices = self._order(seed, epoch)[at][self.rows]
+        images, labels, extra = _columns(self.examples)
+        if self.part is not None:
+            images = images.read(indices, data.random_parts(seed, epoch, *self.part))
+        else:
+            images = images[indices]
+        labels, extra = jax.tree.map(lambda column: column[indices], (labels, extra))
+        return images, labels, extra | {"examples": indices}
+
+    def _order(self, seed: int, epoch: int) -> Int[np.ndarray, "steps batch"]:
+        # Made where the batches are read, and only kept there.
+        if "_kept" not in self.__dict__:
+            self._kept = functools.lru_cache(maxsize=2 * np.size(self.seeds))(self.batches)
+        return self._kept(seed, epoch)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_kept"}
 
 
 def _stacked(make: Callable[[int], PyTree], seeds: Seeds) -> PyTree:
@@ -144,7 +224,7 @@ def _stacked(make: Callable[[int], PyTree], seeds: Seeds) -> PyTree:
     return jax.tree.map(lambda *arrays: np.stack(arrays), *map(make, seeds))
 
 
-def _columns(examples: data.Examples) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+def _columns(examples: data.Examples) -> tuple[Any, np.ndarray, dict[str, np.ndarray]]:
     return examples.images, examples.labels, dict(examples.extra)
 
 

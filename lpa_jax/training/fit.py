@@ -9,6 +9,8 @@ import pathlib
 import time
 from typing import Any, NamedTuple, NoReturn
 
+from absl import logging
+from flax.traverse_util import flatten_dict
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
@@ -18,12 +20,13 @@ from rich.console import Console
 
 from lpa_jax import data
 from lpa_jax.tasks.task import is_better
-from lpa_jax.training import checkpoints, mesh, progress, provenance
+from lpa_jax.training import checkpoints, mesh, pretrained, progress, provenance, rates
 from lpa_jax.training import feed as feeds
 from lpa_jax.training import predict as prediction
 from lpa_jax.training.build import as_config_error, Parts, TEST
 from lpa_jax.training.config import ConfigError
 from lpa_jax.training.metric_log import MetricLog
+from lpa_jax.training.network import FROZEN
 from lpa_jax.training.state import epoch_means, TrainState
 from lpa_jax.training.step import make_steps, make_together, Steps, Together
 
@@ -86,6 +89,8 @@ def compile_parts(parts: Parts, devices: Mesh) -> Compiled:
             plan.num_steps,
             devices,
             plan.sampling,
+            augment=plan.augment,
+            readers=plan.readers,
         )
         looped = plan.steps_per_dispatch > 1
         if looped and not feed.resident:
@@ -100,8 +105,7 @@ def compile_parts(parts: Parts, devices: Mesh) -> Compiled:
             devices,
             feed.like,
             feed.take,
-            padding=plan.padding,
-            flip=plan.flip,
+            augment=feed.augment,
             looped=looped,
             nonfinite=plan.nonfinite,
             ema_decay=plan.ema_decay,
@@ -112,6 +116,10 @@ def compile_parts(parts: Parts, devices: Mesh) -> Compiled:
     )
     with as_config_error():
         _try(parts, steps.like)
+        _check_frozen(parts, steps.like)
+    if parts.pretrained is not None:
+        # Before anything is written.
+        pretrained_variables(parts)
     return Compiled(
         devices,
         feed,
@@ -145,7 +153,7 @@ def _check_together(parts: Parts, devices: Mesh) -> None:
 def _try(parts: Parts, like: TrainState) -> None:
     """Raise `ConfigError` unless the evaluation works, shown on equal logits of a few examples."""
     examples, num_classes = parts.dataset.train.take(np.arange(2)), parts.dataset.num_classes
-    inputs = data.to_float(jnp.asarray(examples.images))
+    inputs = data.to_float(jnp.asarray(examples.images[:]))
     logits = jax.eval_shape(parts.network.logits, like.variables, inputs)
     if logits.shape != (2, num_classes):
         raise ConfigError(
@@ -169,6 +177,43 @@ def _try(parts: Parts, like: TrainState) -> None:
                 f"The task shows the metric {name!r}: let its metrics() return a number for it, in "
                 f"a dictionary, not {number!r:.100}."
             )
+
+
+def _check_frozen(parts: Parts, like: TrainState) -> None:
+    """Raise `ConfigError` if factors of learning rates fit nothing, or nothing would learn."""
+    network = parts.network
+    params = network.whole(like.variables)["params"]
+    if odd := rates.unknown(params, network.factors):
+        raise ConfigError(
+            f"config.optimizer.rates has {odd[0]!r}, which is no module of the network: its first "
+            f"modules are {', '.join(params)}."
+        )
+    if not jax.tree.leaves(like.variables["params"]):
+        raise ConfigError("config.optimizer.rates freezes the whole network: leave a part of it.")
+    still = like.variables.get(FROZEN, {})
+    moving = like.variables.get("batch_stats", {})
+    shared = {path[:-1] for path in flatten_dict(still)} & {p[:-1] for p in flatten_dict(moving)}
+    if shared and not getattr(network.module, "freeze_norm", False):
+        logging.warning(
+            "%s is frozen, but its running statistics are not: config.model.options.freeze_norm="
+            "True leaves them as they are, where the network has that option.",
+            "/".join(min(shared)),
+        )
+
+
+def pretrained_variables(parts: Parts) -> PyTree:
+    """Return the pretrained weights, with zeros for what they lack.
+
+    Raises:
+      ConfigError: If there are none, or they cannot be read or do not fit.
+    """
+    if parts.pretrained is None:
+        raise ConfigError("config.model.pretrained names no weights.")
+    inputs = data.to_float(jnp.asarray(parts.dataset.train.images[:1]))
+    with as_config_error():
+        shapes = jax.eval_shape(parts.network.init, jax.random.key(0), inputs)
+        zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+        return pretrained.load(parts.pretrained, parts.network, zeros)
 
 
 def restore(saved: checkpoints.Checkpoints, steps: Steps) -> TrainState | None:
@@ -282,6 +327,13 @@ class Fit:
             for i, seed in enumerate(self.seeds):
                 if states[i] is None:
                     states[i] = self.show.call(self.steps.init, jnp.int32(seed))
+                    if self.parts.pretrained is not None:
+                        states[i] = pretrained.begin(
+                            self.parts.pretrained,
+                            self.parts.network,
+                            states[i],
+                            self.steps.shardings,
+                        )
             state = self.together.stack(states)
             # Those of several seeds are in it as copies.
             del states

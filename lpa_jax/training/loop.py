@@ -10,7 +10,7 @@ import jax
 from rich.console import Console
 
 from lpa_jax import data
-from lpa_jax.training import display, files, fit, identity, provenance
+from lpa_jax.training import display, files, fit, identity, prefix, provenance
 from lpa_jax.training.build import build, Data, Parts
 from lpa_jax.training.config import Config, ConfigError
 from lpa_jax.training.metric_log import read_rows
@@ -163,7 +163,11 @@ def train_seeds(
     )
     # Nothing is traced only to read results.
     left = [seed for seed in parts.plan.seeds if seed not in finished]
-    compiled = fit.compile_parts(parts, devices) if left else None
+    if left and parts.plan.cached is not None:
+        used = prefix.without_prefix(parts, fit.pretrained_variables(parts), console)
+    else:
+        used = parts
+    compiled = fit.compile_parts(used, devices) if left else None
     first = dict.fromkeys(left, 0)
     # What another configuration cannot continue is refused before anything is written; and seeds
     # that are trained together begin at the same step.
@@ -180,7 +184,7 @@ def train_seeds(
         rows[seed] = read_rows(workdir / f"seed{seed}" / "metrics.jsonl")
     with preemption() as preempted:
         fits = [
-            fit.Fit(parts, compiled, seeds, workdir, session, console, preempted)
+            fit.Fit(used, compiled, seeds, workdir, session, console, preempted)
             for seeds in in_groups(first, parts.plan.seeds_together)
             if compiled is not None
         ]

@@ -1,11 +1,34 @@
 """The network of a run: how it is initialized, trained and used, whatever Flax module it is."""
 
+import contextlib
 import inspect
 from typing import Any, NamedTuple
 
 from flax import linen as nn
-import jax
+import jax.numpy as jnp
 from jaxtyping import Array, PyTree
+
+from lpa_jax.training import rates
+
+FROZEN = "frozen"
+"""The collection of the parameters that do not learn."""
+
+
+class Begin(NamedTuple):
+    """Where a network begins whose inputs are the output of one of its modules.
+
+    It is the whole network, in which that module returns the inputs: what leads to it is then
+    unused, and the compiler drops it.
+
+    Attributes:
+      site: Path of the module.
+      shape: Shape of an image.
+      dtype: Of images.
+    """
+
+    site: str
+    shape: tuple[int, ...]
+    dtype: Any
 
 
 class Network(NamedTuple):
@@ -14,9 +37,14 @@ class Network(NamedTuple):
     Attributes:
       module: Takes float inputs `[B, ...]` and returns logits `[B, C]`; with an argument `train`,
         if it has one.
+      factors: Of the learning rate. Parameters with the factor 0 are in a collection of their own,
+        so that nothing is derived by them, and nothing kept of them in an optimizer.
+      begins: Where it begins, if not with images.
     """
 
     module: nn.Module
+    factors: rates.Rates = ()
+    begins: Begin | None = None
 
     @property
     def _takes_train(self) -> bool:
@@ -26,23 +54,78 @@ class Network(NamedTuple):
     def _evaluating(self) -> dict[str, Any]:
         return {"train": False} if self._takes_train else {}
 
+    @property
+    def _freezes(self) -> bool:
+        return any(number == 0 for _, number in self.factors)
+
     def init(self, key: Array, inputs: Array) -> PyTree:
         """Return the first variables."""
-        return self.module.init(key, inputs, **self._evaluating)
+        if self.begins is not None:
+            inputs = _no_images(self.begins, 1)
+        return self.divided(self.module.init(key, inputs, **self._evaluating))
+
+    def divided(self, variables: PyTree) -> PyTree:
+        """Return the module's variables with those that are frozen apart."""
+        if not self._freezes:
+            return variables
+        params, frozen = rates.divide(variables["params"], self.factors)
+        return {**variables, "params": params, FROZEN: frozen}
+
+    def whole(self, variables: PyTree) -> PyTree:
+        """Return the module's variables."""
+        if FROZEN not in variables:
+            return variables
+        others = {name: tree for name, tree in variables.items() if name != FROZEN}
+        return others | {"params": rates.merge(variables["params"], variables[FROZEN])}
+
+    @property
+    def apply(self) -> Any:
+        """What is called with variables, inputs and the arguments of a training step."""
+        if not self._freezes:
+            return self.module.apply
+
+        def apply(variables, inputs, **kwargs):
+            variables = self.whole(variables)
+            if self.begins is None:
+                return self.module.apply(variables, inputs, **kwargs)
+            with _replaced(self.begins.site, inputs):
+                images = _no_images(self.begins, len(inputs))
+                return self.module.apply(variables, images, **kwargs)
+
+        return apply
 
     def train_arguments(self, variables: PyTree, key: Array) -> dict[str, Any]:
-        """Return what a training step passes to `module.apply`.
+        """Return what a training step passes to `apply`.
 
         Args:
           variables: Of which all but the parameters may change.
           key: Of the step, for a dropout of the network's own.
         """
-        mutable = sorted(set(variables) - {"params"})
+        mutable = sorted(set(variables) - {"params", FROZEN})
         arguments: dict[str, Any] = {"rngs": {"dropout": key}}
         arguments |= {"mutable": mutable} if mutable else {}
         return arguments | ({"train": True} if self._takes_train else {})
 
     def logits(self, variables: PyTree, inputs: Array) -> Array:
         """Return the logits of a trained network."""
-        found = self.module.apply(variables, inputs, **self._evaluating)
-        return jax.numpy.asarray(found)
+        return jnp.asarray(self.apply(variables, inputs, **self._evaluating))
+
+
+def is_module(module: nn.Module, path: str) -> bool:
+    """Return whether a module is the one of a path."""
+    return "/".join(module.path) == path
+
+
+def _no_images(begins: Begin, number: int) -> Array:
+    return jnp.zeros((number, *begins.shape), begins.dtype)
+
+
+def _replaced(site: str, value: Array) -> contextlib.AbstractContextManager[None]:
+    """Let a module return a value."""
+
+    def replace(run, args, keywords, context):
+        result = run(*args, **keywords)
+        here = context.method_name == "__call__" and is_module(context.module, site)
+        return value.astype(result.dtype) if here else result
+
+    return nn.intercept_methods(replace)

@@ -105,10 +105,11 @@ def load_run(
     else:
         networks = load_networks(parts, workdir, [seed], devices)
     ((number, found),) = networks.items()
+    whole = parts.network.whole
     return Run(
         parts.network.module,
-        found.variables,
-        found.ema,
+        whole(found.variables),
+        None if found.ema is None else whole(found.ema),
         parts.config,
         parts.dataset,
         parts.task,

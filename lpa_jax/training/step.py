@@ -102,8 +102,7 @@ def make_steps(
     batch: Batch,
     take: Callable[..., Batch],
     *,
-    padding: int = 0,
-    flip: bool = False,
+    augment: Sequence[data.Applied] = (),
     looped: bool = False,
     nonfinite: NonFinite = "stop",
     ema_decay: float | None = None,
@@ -121,8 +120,7 @@ def make_steps(
       mesh: The devices.
       batch: Shapes and dtypes of a batch.
       take: Picks a step's batch out of what it is given, see `feed.Feed`.
-      padding: Of the augmentation of images, see `data.augment`.
-      flip: Likewise.
+      augment: What the images go through, see `data.augment`.
       looped: Whether a call of `train` takes `count` steps, in a loop on the device, or one.
         (XLA's convolutions are several times slower in loops on a CPU.)
       nonfinite: `"stop"`: the state stays as it is from the first step that is not finite.
@@ -145,8 +143,8 @@ def make_steps(
             jax.random.fold_in(jax.random.key(seed), state.step)
         )
         images, labels, extra = take(state.step, *given)
-        if padding or flip:
-            images = data.augment(augment_key, images, padding=padding, flip=flip)
+        if augment:
+            images = data.augment(augment_key, images, augment)
         return data.to_float(images), labels, perturb_key, extra
 
     @jax.jit

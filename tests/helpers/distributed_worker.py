@@ -80,7 +80,7 @@ def main(out, fsdp):
         at_once = 5 if "loop" in name else 1
         steps = step.make_steps(
             Network(model), classification, perturbed, tx, grid, source.like, source.take,
-            padding=1, flip=False, looped=at_once > 1,
+            augment=data.augmentations("crop=1"), looped=at_once > 1,
         )  # fmt: skip
         state = steps.init(jnp.int32(0))
         numbers = mesh.put((np.int32(0), np.int32(at_once)), mesh.replicated(grid))

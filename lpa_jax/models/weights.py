@@ -1,0 +1,94 @@
+"""Pretrained weights of others, fitted to the variables of a network."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from flax.traverse_util import flatten_dict, unflatten_dict
+import jax.numpy as jnp
+import numpy as np
+
+from lpa_jax.models import weight_files
+from lpa_jax.models.pretrained import Pretrainable
+from lpa_jax.models.weight_files import SOURCES as SOURCES
+
+SHOWN = 3
+"""Names of each kind in an error."""
+
+
+def load_pretrained(source: str, model: Any, variables: Mapping[str, Any]) -> dict[str, Any]:
+    """Return variables with the weights of a file.
+
+    No file needs PyTorch, and nothing that a file holds is run. The head stays as it is in
+    `variables` if the file has none, or one of other shapes, as of another number of classes.
+
+    Args:
+      source: `"safetensors:PATH"` or `"torch:PATH"`, with the names of torchvision or timm;
+        `"npz:PATH"`, a vision transformer of AugReg or big_vision; `"pypi:efficientnet-lite0"`, of
+        an installed package; or `"KIND:REST"` of a reader that was registered in `SOURCES`, whose
+        names may also be the paths of variables, such as `"params/head/bias"`.
+      model: The network, which is `Pretrainable`, unless the names are the paths of variables.
+      variables: Its variables, as `model.init` returns them.
+
+    Returns:
+      A new tree, of the same shapes and dtypes.
+
+    Raises:
+      ValueError: If the weights cannot be read, or do not fit.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, numpy as np, os, tempfile
+      >>> from lpa_jax.models import ViT
+      >>> from lpa_jax.models.weights import load_pretrained
+      >>> model = ViT(patch=4, num_classes=3, width=6, depth=0)
+      >>> variables = model.init(jax.random.key(0), jnp.zeros([1, 8, 8, 3]))
+      >>> weights = {"cls": np.ones([1, 1, 6]), "pos_embedding": np.ones([1, 4, 6])}
+      >>> weights |= {"embedding/kernel": np.ones([4, 4, 3, 6]), "embedding/bias": np.ones(6)}
+      >>> weights |= {f"Transformer/encoder_norm/{name}": np.ones(6) for name in ("scale", "bias")}
+      >>> path = os.path.join(tempfile.mkdtemp(), "vit.npz")
+      >>> np.savez(path, **weights)
+      >>> load_pretrained(f"npz:{path}", model, variables)["params"]["embedding"]["bias"]
+      Array([1., 1., 1., 1., 1., 1.], dtype=float32)
+    """
+    told = f"The weights {source} do not fit {type(model).__name__}"
+    remedy = "give the network that they are of, with images of their size"
+    arrays = weight_files.read(source)
+    by_path = any(name.startswith("params/") for name in arrays)
+    if not by_path and not isinstance(model, Pretrainable):
+        raise ValueError(
+            f"No pretrained weights are known for {type(model).__name__}: choose another network, "
+            "or give it the methods of lpa_jax.models.pretrained.Pretrainable."
+        )
+    try:
+        known = isinstance(model, Pretrainable)
+        found = model.pretrained_variables(arrays) if known else dict(arrays)
+    except ValueError as error:
+        raise ValueError(f"{told} ({error}): {remedy}.") from error
+    ours: dict[str, Any] = flatten_dict(variables, sep="/")
+    if _head_shapes(found) != _head_shapes(ours):
+        found = {path: array for path, array in found.items() if not _of_head(path)}
+        found |= {path: leaf for path, leaf in ours.items() if _of_head(path)}
+    shared = [path for path in ours if path in found]
+    shapes = {path: (np.shape(found[path]), np.shape(ours[path])) for path in shared}
+    apart = [
+        ("missing", [path for path in ours if path not in found]),
+        ("left over", [path for path in found if path not in ours]),
+        ("of another shape", [f"{p} {a} for {b}" for p, (a, b) in shapes.items() if a != b]),
+    ]
+    if any(paths for _, paths in apart):
+        counts = [f"{len(paths)} {what} ({_few(paths)})" for what, paths in apart if paths]
+        raise ValueError(f"{told}, with {', '.join(counts)}: {remedy}.")
+    return unflatten_dict(
+        {path: jnp.asarray(found[path], leaf.dtype) for path, leaf in ours.items()}, sep="/"
+    )
+
+
+def _of_head(path: str) -> bool:
+    return path.startswith("params/head/")
+
+
+def _head_shapes(leaves: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    return {path: np.shape(leaf) for path, leaf in leaves.items() if _of_head(path)}
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")

@@ -1,0 +1,58 @@
+"""The first weights of a run that are not random: from a file, a package or another run."""
+
+from flax.traverse_util import flatten_dict
+import jax
+from jax.experimental import multihost_utils
+import jax.numpy as jnp
+from jaxtyping import PyTree
+import numpy as np
+
+from lpa_jax.models.weights import load_pretrained, SOURCES
+from lpa_jax.training import mesh as meshes
+from lpa_jax.training.network import Network
+from lpa_jax.training.state import TrainState
+
+
+def _run(workdir: str) -> dict[str, np.ndarray]:
+    # Imported late: a run is built by what imports this.
+    from lpa_jax.training.run import load_run
+
+    variables = jax.device_get(load_run(workdir).variables)
+    return {path: np.asarray(leaf) for path, leaf in flatten_dict(variables, sep="/").items()}
+
+
+if "run" not in SOURCES:
+    SOURCES.register("run", _run)
+
+
+def load(source: str, network: Network, variables: PyTree) -> PyTree:
+    """Return the variables of a network with pretrained weights.
+
+    Args:
+      source: As `load_pretrained` takes it, or `"run:WORKDIR"`.
+      network: The network.
+      variables: As `network.init` returns them; what the weights lack, such as the head of another
+        number of classes, stays.
+
+    Raises:
+      ValueError: If the weights cannot be read, or do not fit.
+    """
+    return network.divided(load_pretrained(source, network.module, network.whole(variables)))
+
+
+def begin(source: str, network: Network, state: TrainState, shardings: TrainState) -> TrainState:
+    """Return a state of no steps that begins with pretrained weights.
+
+    Args:
+      source: As in `load`.
+      network: Likewise.
+      state: With random variables.
+      shardings: Of a state.
+    """
+    variables = state.variables
+    if jax.process_count() > 1:
+        variables = multihost_utils.process_allgather(variables, tiled=True)
+    found = load(source, network, jax.device_get(variables))
+    placed = jax.tree.map(meshes.put, jax.device_get(found), shardings.variables)
+    ema = None if state.ema is None else jax.tree.map(jnp.copy, placed)
+    return state._replace(variables=placed, ema=ema)

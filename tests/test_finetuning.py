@@ -1,0 +1,203 @@
+"""Pretrained weights, frozen modules and factors of the learning rate."""
+
+import json
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from rich.console import Console
+
+from configs import digits
+import lpa_jax
+from lpa_jax.training import build, fit, loop, prefix, rates
+from lpa_jax.training.config import ConfigError
+
+
+def config_of(method="lpa", **changes):
+    config = digits.get_config(f"method={method},smoke")
+    config.writers = ()
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+def trained(workdir, method="lpa", **changes):
+    loop.train_and_evaluate(config_of(method, **changes), workdir, Console(quiet=True))
+    return lpa_jax.load_run(workdir)
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("first")
+    return workdir, trained(workdir, "erm")
+
+
+FREEZING = "group1=0+group2=0.5"
+
+
+@pytest.fixture(scope="module")
+def second(first, tmp_path_factory):
+    workdir, _ = first
+    settings = {"model.pretrained": f"run:{workdir}", "optimizer.rates": FREEZING}
+    return trained(tmp_path_factory.mktemp("second"), **settings)
+
+
+def test_a_run_begins_with_the_weights_of_another_and_leaves_what_is_frozen(first, second):
+    before, after = first[1].variables["params"], second.variables["params"]
+    assert jax.tree.structure(before) == jax.tree.structure(after)
+    jax.tree.map(np.testing.assert_array_equal, before["group1"], after["group1"])
+    for name in ("group2", "head"):
+        moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), before[name], after[name])
+        assert 0 < max(jax.tree.leaves(moved)) < 0.5
+
+
+def test_a_loaded_run_is_whole(second):
+    logits = second.logits(second.dataset.splits["test"].images[:4])
+    images = jnp.float32(second.dataset.splits["test"].images[:4]) / 255
+    module = second.model.apply(second.variables, images)
+    np.testing.assert_allclose(logits, module, rtol=1e-5, atol=1e-5)
+
+
+def parts_of(**changes):
+    parts = build.build(config_of(**changes))
+    return parts, fit.compile_parts(parts, fit.make_devices(parts))
+
+
+def test_what_is_frozen_has_no_gradient_and_no_state():
+    _, whole = parts_of()
+    _, part = parts_of(**{"optimizer.rates": "group1=0+group2=0"})
+    kept, frozen = (compiled.steps.like for compiled in (whole, part))
+    assert "group1" in kept.variables["params"]
+    assert sorted(frozen.variables["params"]) == ["group3", "head"]
+    assert sorted(frozen.variables["frozen"]) == ["group1", "group2"]
+    sizes = [sum(leaf.size for leaf in jax.tree.leaves(one.opt_state)) for one in (kept, frozen)]
+    shown = sum(leaf.size for leaf in jax.tree.leaves(frozen.variables["params"]))
+    assert sizes[1] < shown + 10 < sizes[0]
+
+
+def cost(compiled, parts):
+    batch = next(compiled.feed.open(0, 0))
+    arguments = (compiled.steps.like, jnp.int32(0), jnp.int32(1), *batch)
+    found = compiled.steps.train.lower(*arguments).compile().cost_analysis()
+    return found["flops"]
+
+
+def test_a_step_does_not_go_back_into_what_is_frozen():
+    flops = {}
+    for factors in ("", "group1=0", "group1=0+group2=0"):
+        parts, compiled = parts_of(method="erm", **{"optimizer.rates": factors})
+        flops[factors] = cost(compiled, parts)
+    assert flops[""] > flops["group1=0"] > flops["group1=0+group2=0"]
+    # Forward alone is a third of a step.
+    assert flops["group1=0+group2=0"] < 0.62 * flops[""]
+
+
+def test_a_perturbation_may_be_at_or_below_a_frozen_module():
+    factors = {"optimizer.rates": "group1=0+group2=0"}
+    site = {"perturbation.lpa.site": "group1"}
+    _, whole = parts_of(**site)
+    _, part = parts_of(**site, **factors)
+    losses = []
+    for compiled in (whole, part):
+        state = compiled.steps.init(jnp.int32(0))
+        batches = compiled.feed.open(0, 0)
+        state = compiled.steps.train(state, jnp.int32(0), jnp.int32(1), *next(batches))
+        losses.append(float(state.running.loss))
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+
+
+def test_factors_multiply_the_update():
+    def step(factors):
+        _, compiled = parts_of(method="erm", **{"optimizer.rates": factors})
+        state = compiled.steps.init(jnp.int32(0))
+        before = jax.device_get(state.variables["params"])
+        state = compiled.steps.train(
+            state, jnp.int32(0), jnp.int32(1), *next(compiled.feed.open(0, 0))
+        )
+        return jax.tree.map(lambda a, b: np.asarray(a) - b, state.variables["params"], before)
+
+    plain, scaled = step(""), step("*=0.5+head=3")
+    for name, factor in (("head", 3), ("group1", 0.5)):
+        expected = jax.tree.map(lambda update, factor=factor: factor * update, plain[name])
+        chex.assert_trees_all_close(scaled[name], expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"optimizer.rates": "head"}, "'head' is no PATTERN=FACTOR"),
+        ({"optimizer.rates": "head=fast"}, "'head=fast' is no PATTERN=FACTOR"),
+        ({"optimizer.rates": "head=-1"}, "'head=-1' is no PATTERN=FACTOR"),
+        ({"optimizer.rates": "=1"}, "'=1' is no PATTERN=FACTOR"),
+        ({"optimizer.rates": "hed=0"}, "has 'hed', which is no module .* group1, group2"),
+        ({"optimizer.rates": "*=0"}, "freezes the whole network"),
+        ({"model.pretrained": "nothing"}, "There are no weights 'nothing': give safetensors:"),
+        ({"model.pretrained": "safetensors:/no/such"}, "There is no file '/no/such' of weights"),
+        ({"model.pretrained": "run:/no/such"}, "/no/such"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_written(changes, message, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        trained(tmp_path / "run", **changes)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_last_pattern_that_fits_holds():
+    found = rates.parse("*=0.1+group?/block0=2+group1/block0/conv1/kernel=0")
+    paths = ["stem/kernel", "group1/block0/conv1/kernel", "group1/block0/conv1/bias", "group12/x"]
+    assert [rates.factor(found, path) for path in paths] == [0.1, 0.0, 2.0, 0.1]
+
+
+# ---------------------------------------------------------------- a prefix that is run once
+
+
+def from_first(workdir, **changes):
+    return {
+        "model.pretrained": f"run:{workdir}",
+        "optimizer.rates": "group1=0+group2=0",
+        "augment": "none",
+        "model.options.freeze_norm": True,
+        **changes,
+    }
+
+
+def test_a_prefix_that_is_run_once_trains_the_same_network(first, tmp_path):
+    settings = from_first(first[0])
+    whole = trained(tmp_path / "whole", **settings)
+    tail = trained(tmp_path / "tail", **settings, **{"model.cached": "group2"})
+    chex.assert_trees_all_close(tail.variables, whole.variables, rtol=1e-4, atol=1e-5)
+    logits = [run.logits(run.dataset.splits["test"].images) for run in (whole, tail)]
+    np.testing.assert_allclose(*logits, rtol=1e-3, atol=1e-3)
+    results = [
+        json.loads((tmp_path / name / "seed0/result.json").read_text())["metrics"]["test"]
+        for name in ("whole", "tail")
+    ]
+    assert results[0]["nll"] == pytest.approx(results[1]["nll"], rel=1e-3)
+
+
+def test_its_steps_cost_what_comes_after_it(first):
+    parts = build.build(config_of("lpa", **from_first(first[0], **{"model.cached": "group2"})))
+    tail = prefix.without_prefix(parts, fit.pretrained_variables(parts), Console(quiet=True))
+    assert tail.dataset.train.images.dtype == np.float32
+    flops = [cost(fit.compile_parts(one, fit.make_devices(one)), one) for one in (parts, tail)]
+    # What is left is the tail three times, and LPA of it.
+    assert flops[1] < 0.7 * flops[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model.options.freeze_norm": False}, "needs running statistics that stay"),
+        ({"augment": "crop=1"}, "set config.augment to 'none'"),
+        ({"model.cached": "group9"}, "'group9', which is no module that is called once"),
+        ({"optimizer.rates": "group1=0"}, "is 'group2', but group2/.* before it learns"),
+        ({"model.pretrained": None}, "needs config.model.pretrained"),
+        ({"perturbation.lpa.site": "group1"}, "group1"),
+    ],
+)
+def test_a_prefix_that_cannot_be_kept_is_refused(first, changes, message, tmp_path):
+    settings = from_first(first[0], **{"model.cached": "group2"}) | changes
+    with pytest.raises(ConfigError, match=message):
+        trained(tmp_path / "run", **settings)
+    assert not (tmp_path / "run").exists()
