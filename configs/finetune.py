@@ -35,7 +35,7 @@ def get_config(argument=""):
     config.model.cached = "group6"
     config.optimizer.rates = "stem*=0+group[1-6]=0"
     config.optimizer.weight_decay = 1e-4
-    config.schedule.update({"name": "cosine", "learning_rate": 0.02})
+    config.schedule.update({"name": "cosine", "learning_rate": 0.002})
     config.epochs = 10
     config.batch_size = 32
     config = method_config.choose(config, argument, SMOKE)
