@@ -11,7 +11,7 @@ import numpy as np
 
 from lpa_jax.data import decoding, streams
 from lpa_jax.data.errors import DataError
-from lpa_jax.data.source import Examples
+from lpa_jax.data.source import Examples, share_of_each
 from lpa_jax.data.streamed import Streamed
 
 SIZE = 224
@@ -158,12 +158,7 @@ def read_domains(path: str, image_size: int | None, part: str, seed: int) -> dic
 
 def split_by_class(whole: Examples, strata: np.ndarray, seed: int) -> dict[str, Examples]:
     """Return `"train"` and `"test"`, a fifth of each stratum and at least one where it has two."""
-    test = np.zeros(len(whole), bool)
-    rng = streams.stream("test_split", seed)
-    for stratum in np.unique(strata):
-        members = np.flatnonzero(strata == stratum)
-        count = min(max(1, round(TEST_SHARE * len(members))), len(members) - 1)
-        test[rng.permutation(members)[:count]] = True
+    test = share_of_each(streams.stream("test_split", seed), strata, TEST_SHARE)
     return {"train": whole.take(~test), "test": whole.take(test)}
 
 

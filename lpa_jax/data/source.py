@@ -292,16 +292,37 @@ def held_out(
     Raises:
       DataError: If a class would have no example left.
     """
-    held = np.zeros(len(labels), bool)
-    rng = streams.stream("held_out", seed)
-    for label in np.unique(labels) if fraction else ():
-        members = np.flatnonzero(labels == label)
-        count = max(1, round(fraction * len(members)))
-        if count == len(members):
+    if not fraction:
+        return np.zeros(len(labels), bool)
+    found, counts = np.unique(labels, return_counts=True)
+    for label, number in zip(found.tolist(), counts.tolist(), strict=True):
+        if _share(fraction, number) == number:
             raise DataError(
                 f"Holding out a share of {fraction} would leave no training example of class "
-                f"{class_names[label]!r}, which has {len(members)}: give more examples, or a "
+                f"{class_names[label]!r}, which has {number}: give more examples, or a "
                 "smaller validation_fraction (0 holds out none)."
             )
-        held[rng.permutation(members)[:count]] = True
-    return held
+    return share_of_each(streams.stream("held_out", seed), labels, fraction)
+
+
+def share_of_each(
+    rng: np.random.Generator, strata: Int[np.ndarray, "n"], fraction: float
+) -> Bool[np.ndarray, "n"]:
+    """Draw a share of each stratum, rounded to at least one example, but never all of them.
+
+    Example:
+      >>> strata = np.array([0] * 10 + [1] * 2 + [2])
+      >>> chosen = share_of_each(streams.stream("test_split", 0), strata, 0.2)
+      >>> np.bincount(strata[chosen], minlength=3).tolist()
+      [2, 1, 0]
+    """
+    chosen = np.zeros(len(strata), bool)
+    for stratum in np.unique(strata):
+        members = np.flatnonzero(strata == stratum)
+        count = min(_share(fraction, len(members)), len(members) - 1)
+        chosen[rng.permutation(members)[:count]] = True
+    return chosen
+
+
+def _share(fraction: float, number: int) -> int:
+    return max(1, round(fraction * number))
