@@ -192,6 +192,7 @@ def test_its_steps_cost_what_comes_after_it(first):
         ({"augment": "crop=1"}, "set config.augment to 'none'"),
         ({"model.cached": "group9"}, "'group9', which is no module that is called once"),
         ({"optimizer.rates": "group1=0"}, "is 'group2', but group2/.* before it learns"),
+        ({"optimizer.rates": ""}, "is 'group2', but group1/.* before it learns"),
         ({"model.pretrained": None}, "needs config.model.pretrained"),
         ({"perturbation.lpa.site": "group1"}, "group1"),
     ],

@@ -1,5 +1,6 @@
 """The network of a run: how it is initialized, trained and used, whatever Flax module it is."""
 
+from collections.abc import Callable
 import contextlib
 import inspect
 from typing import Any, NamedTuple
@@ -81,14 +82,14 @@ class Network(NamedTuple):
     @property
     def apply(self) -> Any:
         """What is called with variables, inputs and the arguments of a training step."""
-        if not self._freezes:
+        if not self._freezes and self.begins is None:
             return self.module.apply
 
         def apply(variables, inputs, **kwargs):
             variables = self.whole(variables)
             if self.begins is None:
                 return self.module.apply(variables, inputs, **kwargs)
-            with _replaced(self.begins.site, inputs):
+            with visiting(self.begins.site, lambda value: inputs.astype(value.dtype)):
                 images = _no_images(self.begins, len(inputs))
                 return self.module.apply(variables, images, **kwargs)
 
@@ -111,21 +112,21 @@ class Network(NamedTuple):
         return jnp.asarray(self.apply(variables, inputs, **self._evaluating))
 
 
-def is_module(module: nn.Module, path: str) -> bool:
-    """Return whether a module is the one of a path."""
-    return "/".join(module.path) == path
+def visiting(site: str, visit: Callable[[Any], Any]) -> contextlib.AbstractContextManager[None]:
+    """Let a module return what `visit` makes of its output, wherever it is called within.
+
+    Args:
+      site: Path of the module.
+      visit: `visit(output) -> output`.
+    """
+
+    def replace(run, args, keywords, context):
+        result = run(*args, **keywords)
+        here = context.method_name == "__call__" and "/".join(context.module.path) == site
+        return visit(result) if here else result
+
+    return nn.intercept_methods(replace)
 
 
 def _no_images(begins: Begin, number: int) -> Array:
     return jnp.zeros((number, *begins.shape), begins.dtype)
-
-
-def _replaced(site: str, value: Array) -> contextlib.AbstractContextManager[None]:
-    """Let a module return a value."""
-
-    def replace(run, args, keywords, context):
-        result = run(*args, **keywords)
-        here = context.method_name == "__call__" and is_module(context.module, site)
-        return value.astype(result.dtype) if here else result
-
-    return nn.intercept_methods(replace)

@@ -4,7 +4,6 @@ from collections.abc import Callable
 import dataclasses
 from typing import Any
 
-from flax import linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
@@ -17,7 +16,7 @@ from lpa_jax.core.jaxprs import needed_by
 from lpa_jax.training import progress
 from lpa_jax.training.build import as_config_error, Parts
 from lpa_jax.training.config import ConfigError
-from lpa_jax.training.network import Begin, is_module, Network
+from lpa_jax.training.network import Begin, Network, visiting
 
 
 def without_prefix(parts: Parts, variables: PyTree, console: Console) -> Parts:
@@ -78,13 +77,11 @@ def activations(network: Network, site: str) -> Callable[[PyTree, Any], Array]:
     def call(variables, images):
         found = []
 
-        def keep(run, args, keywords, context):
-            result = run(*args, **keywords)
-            if context.method_name == "__call__" and is_module(context.module, site):
-                found.append(result)
-            return result
+        def keep(value):
+            found.append(value)
+            return value
 
-        with nn.intercept_methods(keep):
+        with visiting(site, keep):
             network.logits(variables, data.to_float(images))
         if len(found) != 1 or not isinstance(found[0], jax.Array):
             raise ValueError(
