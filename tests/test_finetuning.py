@@ -178,7 +178,8 @@ def test_a_prefix_that_is_run_once_trains_the_same_network(first, tmp_path):
 
 def test_its_steps_cost_what_comes_after_it(first):
     parts = build.build(config_of("lpa", **from_first(first[0], **{"model.cached": "group2"})))
-    tail = prefix.without_prefix(parts, fit.pretrained_variables(parts), Console(quiet=True))
+    variables = fit.pretrained_variables(parts, fit.read_weights(parts))
+    tail = prefix.without_prefix(parts, variables, Console(quiet=True))
     assert tail.dataset.train.images.dtype == np.float32
     flops = [cost(fit.compile_parts(one, fit.make_devices(one)), one) for one in (parts, tail)]
     # What is left is the tail three times, and LPA of it.

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lpa_jax.models import weight_files
-from lpa_jax.models.pretrained import Pretrainable
+from lpa_jax.models.pretrained import Arrays, Pretrainable
 from lpa_jax.models.weight_files import SOURCES as SOURCES
 
 SHOWN = 3
@@ -49,17 +49,20 @@ def load_pretrained(source: str, model: Any, variables: Mapping[str, Any]) -> di
       >>> load_pretrained(f"npz:{path}", model, variables)["params"]["embedding"]["bias"]
       Array([1., 1., 1., 1., 1., 1.], dtype=float32)
     """
+    return fitted(weight_files.read(source), source, model, variables)
+
+
+def fitted(arrays: Arrays, source: str, model: Any, variables: Mapping[str, Any]) -> dict[str, Any]:
+    """Do what `load_pretrained` does, with the arrays that were read from the source."""
     told = f"The weights {source} do not fit {type(model).__name__}"
     remedy = "give the network that they are of, with images of their size"
-    arrays = weight_files.read(source)
-    by_path = any(name.startswith("params/") for name in arrays)
-    if not by_path and not isinstance(model, Pretrainable):
+    known = isinstance(model, Pretrainable)
+    if not known and not any(name.startswith("params/") for name in arrays):
         raise ValueError(
             f"No pretrained weights are known for {type(model).__name__}: choose another network, "
             "or give it the methods of lpa_jax.models.pretrained.Pretrainable."
         )
     try:
-        known = isinstance(model, Pretrainable)
         found = model.pretrained_variables(arrays) if known else dict(arrays)
     except ValueError as error:
         raise ValueError(f"{told} ({error}): {remedy}.") from error

@@ -19,6 +19,7 @@ import numpy as np
 from rich.console import Console
 
 from lpa_jax import data
+from lpa_jax.models import weight_files
 from lpa_jax.tasks.task import is_better
 from lpa_jax.training import checkpoints, mesh, pretrained, progress, provenance, rates
 from lpa_jax.training import feed as feeds
@@ -52,6 +53,7 @@ class Compiled(NamedTuple):
       predict: The network in evaluation, see `predict.make_predict`.
       eval_batch_size: Examples of a forward pass.
       done: The functions that were called, for the progress bar.
+      weights: Pretrained ones that each seed begins with, or None.
     """
 
     devices: Mesh
@@ -61,6 +63,7 @@ class Compiled(NamedTuple):
     predict: prediction.Predict
     eval_batch_size: int
     done: set[Any]
+    weights: pretrained.Weights | None
 
 
 def make_devices(parts: Parts) -> Mesh:
@@ -73,8 +76,15 @@ def make_devices(parts: Parts) -> Mesh:
         return mesh.make_mesh(parts.plan.batch_size, parts.plan.fsdp)
 
 
-def compile_parts(parts: Parts, devices: Mesh) -> Compiled:
+def compile_parts(
+    parts: Parts, devices: Mesh, weights: pretrained.Weights | None = None
+) -> Compiled:
     """Set up the functions of a run; nothing is compiled before it is called.
+
+    Args:
+      parts: What the run is made of.
+      devices: The mesh.
+      weights: From `read_weights`; None to read them here, if the run has any.
 
     Raises:
       ConfigError: If the steps cannot be traced.
@@ -118,8 +128,9 @@ def compile_parts(parts: Parts, devices: Mesh) -> Compiled:
         _try(parts, steps.like)
         _check_frozen(parts, steps.like)
     if parts.pretrained is not None:
+        weights = weights or read_weights(parts)
         # Before anything is written.
-        pretrained_variables(parts)
+        pretrained_variables(parts, weights)
     return Compiled(
         devices,
         feed,
@@ -129,6 +140,7 @@ def compile_parts(parts: Parts, devices: Mesh) -> Compiled:
         predict,
         mesh.multiple(devices, plan.eval_batch_size),
         set(),
+        weights,
     )
 
 
@@ -201,19 +213,29 @@ def _check_frozen(parts: Parts, like: TrainState) -> None:
         )
 
 
-def pretrained_variables(parts: Parts) -> PyTree:
-    """Return the pretrained weights, with zeros for what they lack.
+def read_weights(parts: Parts) -> pretrained.Weights:
+    """Read the pretrained weights of a run.
 
     Raises:
-      ConfigError: If there are none, or they cannot be read or do not fit.
+      ConfigError: If it has none, or they cannot be read.
     """
     if parts.pretrained is None:
         raise ConfigError("config.model.pretrained names no weights.")
+    with as_config_error():
+        return pretrained.Weights(parts.pretrained, weight_files.read(parts.pretrained))
+
+
+def pretrained_variables(parts: Parts, weights: pretrained.Weights) -> PyTree:
+    """Return the variables of a run's network with its weights, and zeros for what they lack.
+
+    Raises:
+      ConfigError: If they do not fit.
+    """
     inputs = data.to_float(jnp.asarray(parts.dataset.train.images[:1]))
     with as_config_error():
         shapes = jax.eval_shape(parts.network.init, jax.random.key(0), inputs)
         zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
-        return pretrained.load(parts.pretrained, parts.network, zeros)
+        return weights.fitted(parts.network, zeros)
 
 
 def restore(saved: checkpoints.Checkpoints, steps: Steps) -> TrainState | None:
@@ -327,13 +349,9 @@ class Fit:
             for i, seed in enumerate(self.seeds):
                 if states[i] is None:
                     states[i] = self.show.call(self.steps.init, jnp.int32(seed))
-                    if self.parts.pretrained is not None:
-                        states[i] = pretrained.begin(
-                            self.parts.pretrained,
-                            self.parts.network,
-                            states[i],
-                            self.steps.shardings,
-                        )
+                    if (weights := self.compiled.weights) is not None:
+                        network, shardings = self.parts.network, self.steps.shardings
+                        states[i] = pretrained.begin(weights, network, states[i], shardings)
             state = self.together.stack(states)
             # Those of several seeds are in it as copies.
             del states

@@ -163,11 +163,11 @@ def train_seeds(
     )
     # Nothing is traced only to read results.
     left = [seed for seed in parts.plan.seeds if seed not in finished]
+    used, weights = parts, None
     if left and parts.plan.cached is not None:
-        used = prefix.without_prefix(parts, fit.pretrained_variables(parts), console)
-    else:
-        used = parts
-    compiled = fit.compile_parts(used, devices) if left else None
+        weights = fit.read_weights(parts)
+        used = prefix.without_prefix(parts, fit.pretrained_variables(parts, weights), console)
+    compiled = fit.compile_parts(used, devices, weights) if left else None
     first = dict.fromkeys(left, 0)
     # What another configuration cannot continue is refused before anything is written; and seeds
     # that are trained together begin at the same step.
