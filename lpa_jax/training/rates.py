@@ -52,10 +52,15 @@ def factor(rates: Rates, path: str) -> float:
       >>> [factor(rates, f"{path}/conv1/kernel") for path in ("group1", "group2/block1", "group3")]
       [0.0, 0.5, 1.0]
     """
+    fits = [number for pattern, number in rates if _fits(pattern, path)]
+    return fits[-1] if fits else 1.0
+
+
+def _fits(pattern: str, path: str) -> bool:
+    """Return whether a pattern is of a parameter, or of a module that it is within."""
     names = path.split("/")
     above = ["/".join(names[: i + 1]) for i in range(len(names))]
-    fits = [number for pattern, number in rates if any(fnmatch.filter(above, pattern))]
-    return fits[-1] if fits else 1.0
+    return bool(fnmatch.filter(above, pattern))
 
 
 def divide(params: Mapping[str, Any], rates: Rates) -> tuple[PyTree, PyTree]:
@@ -102,8 +107,4 @@ def scaled(tx: optax.GradientTransformation, rates: Rates) -> optax.GradientTran
 def unknown(params: Mapping[str, Any], rates: Rates) -> list[str]:
     """Return the patterns that fit no parameter."""
     paths = flatten_dict(params, sep="/")
-    return [
-        pattern
-        for pattern, number in rates
-        if all(factor(((pattern, number + 2),), path) == 1 for path in paths)
-    ]
+    return [pattern for pattern, _ in rates if not any(_fits(pattern, path) for path in paths)]
