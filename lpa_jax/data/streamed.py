@@ -80,11 +80,6 @@ class Streamed:
         """Shape of the images when they are read."""
         return len(self.index), self.size, self.size, self.channels
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the images when they are read."""
-        return int(np.prod(self.shape))
-
     def take(self, chosen: Any) -> "Streamed":
         """Return the images that indices or a mask choose, unread."""
         return dataclasses.replace(self, index=self.index[chosen])

@@ -77,19 +77,19 @@ def make_feed(
     Raises:
       ValueError: If image files are to be on the devices.
     """
-    augment = tuple(augment)
-    streamed = isinstance(examples.images, data.Streamed)
-    if streamed and place == "device":
-        raise ValueError(
-            "config.input 'device' needs decoded images: set config.cache to 'memory', or "
-            "config.input to 'auto'."
-        )
+    augment, images = tuple(augment), examples.images
+    streamed = isinstance(images, data.Streamed)
     if streamed:
+        if place == "device":
+            raise ValueError(
+                "config.input 'device' needs decoded images: set config.cache to 'memory', or "
+                "config.input to 'auto'."
+            )
         place = "host"
-    if place == "auto":
+    elif place == "auto":
         told = jax.local_devices()[0].memory_stats() or {}
         room = SHARE * told.get("bytes_limit", UNKNOWN_MEMORY)
-        fits = examples.images.nbytes <= room
+        fits = images.nbytes <= room
         if jax.process_count() > 1:
             # All must do the same, whatever else is in the memory of one's device.
             fits = bool(multihost_utils.broadcast_one_to_all(np.array(fits)))
@@ -207,14 +207,10 @@ class _Read:
         labels, extra = jax.tree.map(lambda column: column[indices], (labels, extra))
         return images, labels, extra | {"examples": indices}
 
-    def _order(self, seed: int, epoch: int) -> Int[np.ndarray, "steps batch"]:
-        # Made where the batches are read, and only kept there.
-        if "_kept" not in self.__dict__:
-            self._kept = functools.lru_cache(maxsize=2 * np.size(self.seeds))(self.batches)
-        return self._kept(seed, epoch)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_kept"}
+    @functools.cached_property
+    def _order(self) -> Batches:
+        # Made where the batches are read, after this was sent there.
+        return functools.lru_cache(maxsize=2 * np.size(self.seeds))(self.batches)
 
 
 def _stacked(make: Callable[[int], PyTree], seeds: Seeds) -> PyTree:
