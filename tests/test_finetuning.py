@@ -11,6 +11,7 @@ from rich.console import Console
 
 from configs import digits
 import lpa_jax
+from lpa_jax import data
 from lpa_jax.training import build, fit, loop, prefix, rates
 from lpa_jax.training.config import ConfigError
 
@@ -165,7 +166,8 @@ def from_first(workdir, **changes):
 def test_a_prefix_that_is_run_once_trains_the_same_network(first, tmp_path):
     settings = from_first(first[0])
     whole = trained(tmp_path / "whole", **settings)
-    tail = trained(tmp_path / "tail", **settings, **{"model.cached": "group2"})
+    kept = {"model.cached": "group2", "model.cache_dir": str(tmp_path / "kept")}
+    tail = trained(tmp_path / "tail", **settings, **kept)
     chex.assert_trees_all_close(tail.variables, whole.variables, rtol=1e-4, atol=1e-5)
     logits = [run.logits(run.dataset.splits["test"].images) for run in (whole, tail)]
     np.testing.assert_allclose(*logits, rtol=1e-3, atol=1e-3)
@@ -190,7 +192,11 @@ def test_its_steps_cost_what_comes_after_it(first):
     ("changes", "message"),
     [
         ({"model.options.freeze_norm": False}, "needs running statistics that stay"),
-        ({"augment": "crop=1"}, "set config.augment to 'none'"),
+        ({"augment": "crop=1"}, "set config.augment to 'none', or config.model.views"),
+        ({"model.views": 2}, "views is 2, but images are not augmented"),
+        ({"model.cached": None, "model.views": 2}, "name it by config.model.cached"),
+        ({"model.cached": None, "model.cache_dir": "kept"}, "name it by config.model.cached"),
+        ({"model.cache_dir": "/dev/null/x"}, "'/dev/null/x', which cannot keep activations"),
         ({"model.cached": "group9"}, "'group9', which is no module that is called once"),
         ({"optimizer.rates": "group1=0"}, "is 'group2', but group2/.* before it learns"),
         ({"optimizer.rates": ""}, "is 'group2', but group1/.* before it learns"),
@@ -203,3 +209,84 @@ def test_a_prefix_that_cannot_be_kept_is_refused(first, changes, message, tmp_pa
     with pytest.raises(ConfigError, match=message):
         trained(tmp_path / "run", **settings)
     assert not (tmp_path / "run").exists()
+
+
+def without(first, **changes):
+    settings = from_first(first[0], **{"model.cached": "group2"}) | changes
+    parts = build.build(config_of("lpa", **settings))
+    variables = fit.pretrained_variables(parts, fit.read_weights(parts))
+    return parts, variables, prefix.without_prefix(parts, variables, Console(quiet=True))
+
+
+AUGMENTED = {"augment": "crop=1+flip", "model.views": 2}
+
+
+@pytest.mark.parametrize("place", ["device", "host"])
+def test_epochs_take_augmented_views_by_turns(first, place):
+    parts, variables, tail = without(first, **AUGMENTED, input=place, epochs=3)
+    assert (len(tail.views), tail.plan.augment) == (2, ())
+    # Drawn by the number of the example alone, whatever the batch.
+    rows = np.array([7, 3])
+    key = jax.random.fold_in(jax.random.key(0), 1)
+    pixels = jnp.asarray(parts.dataset.train.images[rows])
+    images = [
+        data.augment(jax.random.fold_in(key, row), image[None], parts.plan.augment)
+        for row, image in zip(rows, pixels, strict=True)
+    ]
+    run = prefix.activations(parts.network, "group2")
+    expected = run(variables, data.to_float(jnp.concatenate(images)))
+    np.testing.assert_allclose(tail.views[1][rows], expected, rtol=1e-4, atol=1e-5)
+    assert np.abs(tail.views[0] - tail.views[1]).max() > 0.01
+    # The validation split is not augmented.
+    plain = without(first)[2].dataset.splits["validation"].images
+    np.testing.assert_array_equal(tail.dataset.splits["validation"].images, plain)
+
+    compiled = fit.compile_parts(tail, fit.make_devices(tail))
+    batches = compiled.feed.open(0, 0)
+    for step in range(2 * tail.plan.steps_per_epoch + 1):
+        found, _, extra = compiled.feed.take(step, *next(batches))
+        view = tail.views[step // tail.plan.steps_per_epoch % 2]
+        np.testing.assert_array_equal(found, view[np.asarray(extra["examples"])])
+
+
+def test_a_directory_keeps_activations_for_other_runs(first, tmp_path, monkeypatch):
+    kept = tmp_path / "kept"
+    settings = {**AUGMENTED, "model.cache_dir": str(kept)}
+    in_memory = without(first, **AUGMENTED)[2]
+    on_disk = without(first, **settings)[2]
+    names = {path.name for path in kept.iterdir()}
+    assert len(names) == 2 + len(on_disk.dataset.splits) - 1
+    # What is there is not computed again.
+    with monkeypatch.context() as patch:
+        patch.setattr(prefix, "_computed", None)
+        again = without(first, **settings)[2]
+    for one in (on_disk, again):
+        for mine, theirs in zip(one.views, in_memory.views, strict=True):
+            assert isinstance(mine, np.memmap)
+            np.testing.assert_array_equal(mine, theirs)
+
+    # What changes has files of its own; what stays, such as the test split, is shared.
+    for changes, shared in (
+        ({"limit": 100}, 0),
+        ({"augment": "flip"}, 2),
+        ({"data_seed": 1}, 1),
+        ({"model.cached": "group1"}, 0),
+    ):
+        before = {path.name for path in kept.iterdir()}
+        without(first, **settings | changes)
+        added = {path.name for path in kept.iterdir()} - before
+        assert len(added) == len(names) - shared
+
+    (kept / sorted(names)[0]).write_bytes(b"damaged")
+    with pytest.raises(ConfigError, match=r"is damaged .*: remove it"):
+        without(first, **settings)
+
+
+def test_nothing_is_kept_of_activations_that_are_not_finished(first, tmp_path, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(prefix, "_computed", stop)
+    with pytest.raises(KeyboardInterrupt):
+        without(first, **{"model.cache_dir": str(tmp_path)})
+    assert not list(tmp_path.iterdir())

@@ -53,6 +53,9 @@ class Plan(NamedTuple):
       augment: What training images go through, in order.
       readers: Processes that read image files.
       cached: The module whose output is computed once for each image, or None.
+      views: Augmented versions of each image whose outputs are kept.
+      cache_dir: Where they are kept; None for memory.
+      data_seed: Of what is drawn once, for all seeds.
       place: Where training examples are kept.
       steps_per_dispatch: Steps in one call.
       fsdp: Devices that share one copy of the state.
@@ -74,6 +77,9 @@ class Plan(NamedTuple):
     augment: tuple[data.Applied, ...]
     readers: int
     cached: str | None
+    views: int
+    cache_dir: str | None
+    data_seed: int
     place: str
     steps_per_dispatch: int
     fsdp: int
@@ -99,6 +105,7 @@ class Parts(NamedTuple):
       plan: How the run is carried out.
       selection: The split and the metric that select the best epoch.
       writers: What makes the writers of metrics.
+      views: Versions of the training images that epochs take by turns; empty for the images alone.
     """
 
     config: dict[str, Any]
@@ -117,6 +124,7 @@ class Parts(NamedTuple):
     plan: Plan
     selection: tuple[str, str]
     writers: Sequence[MakeWriter]
+    views: Sequence[np.ndarray] = ()
 
     @property
     def selection_metric(self) -> Metric:
@@ -178,6 +186,11 @@ def build(config: Config, *, model: nn.Module | None = None, dataset: Data | Non
             config.optimizer.decay,
         )
         tx = rates.scaled(tx, factors)
+        if config.model.cached is None and (config.model.views or config.model.cache_dir):
+            raise ConfigError(
+                "config.model.views and config.model.cache_dir say how the outputs of a module are "
+                "kept: name it by config.model.cached, or leave them out."
+            )
         if config.model.cached is not None and config.model.pretrained is None:
             raise ConfigError(
                 "config.model.cached needs config.model.pretrained: a prefix of random weights has "
@@ -324,6 +337,9 @@ def _plan(config: Config, dataset: data.Dataset) -> Plan:
         augment=augment,
         readers=config.readers,
         cached=config.model.cached,
+        views=config.model.views,
+        cache_dir=config.model.cache_dir,
+        data_seed=config.data_seed,
         place=config.input,
         steps_per_dispatch=config.steps_per_dispatch,
         fsdp=config.fsdp,

@@ -121,8 +121,14 @@ SCHEMA: dict[str, Any] = {
         "cached": Key(
             None,
             "path of a module, such as group5, whose output is computed once for each image: all "
-            "that leads to it is frozen, and images are not augmented",
+            "that leads to it is frozen",
             str,
+        ),
+        "views": Key(
+            0, "augmented versions of each image whose output of it is kept, by turns", low=0
+        ),
+        "cache_dir": Key(
+            None, "directory of outputs that runs share; left out: memory", str, free=True
         ),
         "options": Key({}, "further attributes of the network, by name"),
     },

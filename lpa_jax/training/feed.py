@@ -58,6 +58,7 @@ def make_feed(
     *,
     augment: Sequence[data.Applied] = (),
     readers: int = 0,
+    views: Sequence[np.ndarray] = (),
 ) -> Feed:
     """Return the feed of a run.
 
@@ -72,13 +73,14 @@ def make_feed(
       sampling: How an epoch draws the examples, see `data.train_batches`.
       augment: What training images go through, in order. A random part of an image file is taken
         where it is decoded, if it comes first.
-      readers: Processes that read batches ahead; 0: threads of this one.
+      readers: Processes that read batches of image files ahead; 0: threads of this one.
+      views: Versions of the images that epochs take by turns; empty for `examples.images` alone.
 
     Raises:
       ValueError: If image files are to be on the devices.
     """
-    augment, images = tuple(augment), examples.images
-    streamed = isinstance(images, data.Streamed)
+    images: Sequence[Any] = tuple(views) or (examples.images,)
+    streamed = isinstance(examples.images, data.Streamed)
     if streamed:
         if place == "device":
             raise ValueError(
@@ -87,26 +89,52 @@ def make_feed(
             )
         place = "host"
     elif place == "auto":
-        told = jax.local_devices()[0].memory_stats() or {}
-        room = SHARE * told.get("bytes_limit", UNKNOWN_MEMORY)
-        fits = images.nbytes <= room
-        if jax.process_count() > 1:
-            # All must do the same, whatever else is in the memory of one's device.
-            fits = bool(multihost_utils.broadcast_one_to_all(np.array(fits)))
-        place = "device" if fits else "host"
+        place = "device" if _fit(images) else "host"
     batches = functools.partial(
         data.train_batches, labels=examples.labels, batch_size=batch_size, sampling=sampling
     )
     if place == "device":
-        return _from_device(examples, batch_size, num_steps, mesh, batches, augment)
-    part: tuple[float, ...] | None = None
-    if streamed and augment and augment[0].name == "resized_crop":
-        part, augment = augment[0].numbers, augment[1:]
-    return _from_host(examples, batch_size, num_steps, mesh, batches, augment, part, readers)
+        return _from_device(examples, images, batch_size, num_steps, mesh, batches, tuple(augment))
+    part, augment = divided(examples.images, augment)
+    readers = readers if streamed else 0
+    return _from_host(
+        examples, images, batch_size, num_steps, mesh, batches, augment, part, readers
+    )
+
+
+def _fit(images: Sequence[Any]) -> bool:
+    """Return whether arrays fill no more than their share of a device's memory."""
+    told = jax.local_devices()[0].memory_stats() or {}
+    room = SHARE * told.get("bytes_limit", UNKNOWN_MEMORY)
+    found = sum(one.nbytes for one in images) <= room
+    if jax.process_count() > 1:
+        # All must do the same, whatever else is in the memory of one's device.
+        found = bool(multihost_utils.broadcast_one_to_all(np.array(found)))
+    return found
+
+
+def divided(
+    images: Any, augment: Sequence[data.Applied]
+) -> tuple[tuple[float, ...] | None, tuple[data.Applied, ...]]:
+    """Return what is drawn where images are decoded, and what is left of an augmentation.
+
+    Args:
+      images: In files or in memory.
+      augment: What they go through.
+
+    Returns:
+      Smallest and largest share of an image file that is taken at random, empty for the default,
+      None for the fixed part; and the rest.
+    """
+    first = augment[0] if augment else None
+    if first is None or first.name != "resized_crop" or not isinstance(images, data.Streamed):
+        return None, tuple(augment)
+    return first.numbers, tuple(augment[1:])
 
 
 def _from_device(
     examples: data.Examples,
+    images: Sequence[Any],
     batch_size: int,
     num_steps: int,
     mesh: Mesh,
@@ -114,14 +142,14 @@ def _from_device(
     augment: tuple[data.Applied, ...],
 ) -> Feed:
     steps_per_epoch = len(examples) // batch_size
-    whole = meshes.put(_columns(examples), meshes.replicated(mesh))
+    views, others = meshes.put((images, _columns(examples)), meshes.replicated(mesh))
 
     def open_(seeds, first):
         for epoch in range(first // steps_per_epoch, num_steps // steps_per_epoch):
             order = _stacked(lambda seed, epoch=epoch: batches(seed, epoch), seeds)
             order = meshes.put(order, meshes.batched(mesh, axis=order.ndim - 1))
             for _ in range(max(first - epoch * steps_per_epoch, 0), steps_per_epoch):
-                yield whole, order
+                yield (views[epoch % len(views)], *others), order
 
     def take(step, whole, order):
         indices = order[step % order.shape[0]]
@@ -135,6 +163,7 @@ def _from_device(
 
 def _from_host(
     examples: data.Examples,
+    images: Sequence[Any],
     batch_size: int,
     num_steps: int,
     mesh: Mesh,
@@ -152,7 +181,7 @@ def _from_host(
     rows = np.unique(np.concatenate([np.arange(batch_size)[index] for index in here]))
 
     def open_(seeds, first):
-        read = _Read(examples, batches, steps_per_epoch, rows, seeds, part)
+        read = _Read(examples, images, batches, steps_per_epoch, rows, seeds, part)
         ahead = grain.ReadOptions(num_threads=4, prefetch_buffer_size=8)
         steps = grain.MapDataset.range(first, num_steps).map(read).to_iter_dataset(ahead)
         if readers:
@@ -178,15 +207,16 @@ class _Read:
 
     Attributes:
       examples: The training examples.
+      images: Versions of their images, which epochs take by turns.
       batches: `(seed, epoch) -> indices`, a row a step.
       steps_per_epoch: Rows of an epoch.
       rows: Those of a batch that this process reads.
       seeds: Whose batches, see `Feed.open`.
-      part: Smallest and largest share of an image file that is taken at random; None for the fixed
-        part, empty for the default.
+      part: What is taken of an image file, see `divided`.
     """
 
     examples: data.Examples
+    images: Sequence[Any]
     batches: Batches
     steps_per_epoch: int
     rows: Int[np.ndarray, "local"]
@@ -199,12 +229,12 @@ class _Read:
     def _of(self, seed: int, step: int) -> Batch:
         epoch, at = divmod(step, self.steps_per_epoch)
         indices = self._order(seed, epoch)[at][self.rows]
-        images, labels, extra = _columns(self.examples)
+        images = self.images[epoch % len(self.images)]
         if self.part is not None:
             images = images.read(indices, data.random_parts(seed, epoch, *self.part))
         else:
             images = images[indices]
-        labels, extra = jax.tree.map(lambda column: column[indices], (labels, extra))
+        labels, extra = jax.tree.map(lambda column: column[indices], _columns(self.examples))
         return images, labels, extra | {"examples": indices}
 
     @functools.cached_property
@@ -220,13 +250,13 @@ def _stacked(make: Callable[[int], PyTree], seeds: Seeds) -> PyTree:
     return jax.tree.map(lambda *arrays: np.stack(arrays), *map(make, seeds))
 
 
-def _columns(examples: data.Examples) -> tuple[Any, np.ndarray, dict[str, np.ndarray]]:
-    return examples.images, examples.labels, dict(examples.extra)
+def _columns(examples: data.Examples) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    return examples.labels, dict(examples.extra)
 
 
 def _shapes(examples: data.Examples, batch_size: int) -> Batch:
     def shape(column):
         return jax.ShapeDtypeStruct((batch_size, *column.shape[1:]), column.dtype)
 
-    images, labels, extra = jax.tree.map(shape, _columns(examples))
+    images, labels, extra = jax.tree.map(shape, (examples.images, *_columns(examples)))
     return images, labels, extra | {"examples": jax.ShapeDtypeStruct((batch_size,), np.int32)}

@@ -101,6 +101,7 @@ def compile_parts(
             plan.sampling,
             augment=plan.augment,
             readers=plan.readers,
+            views=parts.views,
         )
         looped = plan.steps_per_dispatch > 1
         if looped and not feed.resident:
