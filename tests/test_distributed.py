@@ -8,9 +8,11 @@ import subprocess
 import sys
 
 import numpy as np
+from PIL import Image
 import pytest
 
 import lpa_jax
+from lpa_jax import data
 from lpa_jax.training.metric_log import scalars
 
 HERE = pathlib.Path(__file__).parent
@@ -139,6 +141,48 @@ def test_the_command_line_trains_on_two_processes(tmp_path):
     for name in theirs:
         if name.endswith("/mean"):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-2)
+
+
+def test_two_processes_read_disjoint_shards_of_image_files(tmp_path):
+    rng = np.random.default_rng(0)
+    for split, number in (("train", 40), ("val", 10), ("test", 10)):
+        for name, level in (("cat", 60), ("dog", 180)):
+            folder = tmp_path / "images" / split / name
+            folder.mkdir(parents=True)
+            for i in range(number):
+                pixels = np.clip(rng.normal(level, 40, (20, 30, 3)), 0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(folder / f"{i}.png")
+    command = [
+        sys.executable, "-m", "lpa_jax.main", "--config=configs/digits.py:method=lpa,smoke",
+        f"--config.dataset=folder:{tmp_path / 'images'}", "--config.image_size=16",
+        "--config.augment=imagenet", "--config.batch_size=16", "--config.epochs=3",
+        "--config.writers=()", "--import=reads",
+    ]  # fmt: skip
+    root = HERE.parent
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(HERE / "helpers")}
+
+    def start(name, *more):
+        reads = {"READS": str(tmp_path / f"{name}{len(more) and more[-1][-1]}.txt")}
+        arguments = [*command, f"--workdir={tmp_path / name}", *more]
+        return subprocess.Popen(arguments, cwd=root, env=env | reads)
+
+    address = [f"--coordinator_address=localhost:{free_port()}", "--num_processes=2"]
+    running = [start("two", *address, f"--process_id={i}") for i in range(2)]
+    assert [process.wait(timeout=600) for process in running] == [0, 0]
+    assert start("one").wait(timeout=600) == 0
+
+    run = lpa_jax.load_run(tmp_path / "two")
+    orders = [data.train_batches(0, epoch, run.dataset.train.labels, 16) for epoch in range(3)]
+    order = np.concatenate(orders)
+    for name, shard in (("two0", order[:, :8]), ("two1", order[:, 8:]), ("one0", order)):
+        lines = (tmp_path / f"{name}.txt").read_text().splitlines()
+        # Threads read several batches at once, in any order.
+        assert sorted(lines) == sorted(" ".join(map(str, rows)) for rows in shard)
+    both = [json.loads((tmp_path / name / "summary.json").read_text()) for name in ("one", "two")]
+    one, two = (scalars(summary["metrics"]) for summary in both)
+    for name in one:
+        if name.endswith("/mean"):
+            assert two[name] == pytest.approx(one[name], rel=1e-2)
 
 
 @pytest.mark.guarantee("same-processes")

@@ -246,7 +246,7 @@ def change(root, what):
     (root / "train/red/note.txt").write_text("x")
     match what:
         case "no folder":
-            return f"folder:{root}/nothing", "There is no folder .*nothing: give one with folders"
+            return f"folder:{root}/nothing", "There is no folder .*nothing': give one with folders"
         case "no classes":
             (root / "empty").mkdir()
             return f"folder:{root}/empty", "empty has no folders: give folders of images"

@@ -3,6 +3,7 @@
 `python -m pytest tests/test_interruption.py -m slow -s` tells how many kills were tried.
 """
 
+import itertools
 import json
 import os
 import pathlib
@@ -12,6 +13,7 @@ import sys
 import time
 
 import numpy as np
+from PIL import Image
 import pytest
 from stored import leaves
 
@@ -47,10 +49,10 @@ pytestmark = [
 ]
 
 
-def start(method, workdir, cache):
+def start(method, workdir, cache, *more):
     command = [
         sys.executable, "-m", "lpa_jax.main", f"--config=configs/digits.py:method={method},smoke",
-        f"--workdir={workdir}", *COMMON, *CASES[method],
+        f"--workdir={workdir}", *COMMON, *CASES.get(method, []), *more,
     ]  # fmt: skip
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(cache)}
     return subprocess.Popen(
@@ -137,13 +139,35 @@ def tally():
 
 @pytest.mark.parametrize("method", CASES)
 def test_a_run_killed_repeatedly_ends_with_the_same_bits(method, tmp_path, tally):
-    rng = np.random.default_rng(list(CASES).index(method))
+    kill_repeatedly(method, tmp_path, tally, list(CASES).index(method), itertools.repeat([]))
+
+
+def test_a_killed_run_on_files_resumes_with_other_readers_to_the_same_bits(tmp_path, tally):
+    for split, number in (("train", 60), ("val", 8), ("test", 8)):
+        for label, name in enumerate(("cat", "dog")):
+            folder = tmp_path / "images" / split / name
+            folder.mkdir(parents=True)
+            for i in range(number):
+                pixels = np.random.default_rng([label, i]).integers(0, 256, (20, 30, 3), np.uint8)
+                Image.fromarray(pixels).save(folder / f"{i}.png")
+    files = [
+        f"--config.dataset=folder:{tmp_path / 'images'}", "--config.image_size=16",
+        "--config.augment=imagenet", "--config.batch_size=16", "--config.limit=None",
+    ]  # fmt: skip
+    readers = itertools.cycle((0, 2, 1))
+    arguments = ([*files, f"--config.readers={number}"] for number in readers)
+    kill_repeatedly("dropout", tmp_path, tally, 0, arguments)
+
+
+def kill_repeatedly(method, tmp_path, tally, seed, arguments):
+    """Kill runs, each with the next arguments, and compare what they come to."""
+    rng = np.random.default_rng(seed)
     whole, cache = tmp_path / "whole", tmp_path / "cache"
-    finish(start(method, whole, cache))
+    finish(start(method, whole, cache, *next(arguments)))
     killed, while_saving, run = 0, 0, 0
     while killed < KILLS:
         workdir = tmp_path / f"run{run}"
-        process = start(method, workdir, cache)
+        process = start(method, workdir, cache, *next(arguments))
         saving = kill(process, workdir, AIMS[killed % len(AIMS)], rng)
         if saving is None:
             # It ended before the kill: one more resumed run, and a new one is begun.
@@ -152,7 +176,7 @@ def test_a_run_killed_repeatedly_ends_with_the_same_bits(method, tmp_path, tally
             continue
         killed += 1
         while_saving += saving
-    finish(start(method, workdir, cache))
+    finish(start(method, workdir, cache, *next(arguments)))
     assert_same(workdir, whole)
     tally["kills"] += killed
     tally["while saving"] += while_saving

@@ -168,8 +168,8 @@ Listed = tuple[str, int]
 
 def _folder(path: str) -> pathlib.Path:
     root = pathlib.Path(path).expanduser()
-    if "\0" in path or not root.is_dir():
-        raise DataError(f"There is no folder {path}: give one with folders of images.")
+    if not path or "\0" in path or not root.is_dir():
+        raise DataError(f"There is no folder {path!r}: give one with folders of images.")
     return root
 
 
@@ -197,7 +197,12 @@ def _images(root: pathlib.Path, name: str) -> list[Listed]:
     """Return the image files of a class."""
     files, others = [], []
     for entry in _entries(root / name):
-        if entry.name.lower().endswith(decoding.EXTENSIONS) and entry.is_file():
+        if entry.name.lower().endswith(decoding.EXTENSIONS):
+            if not entry.is_file():
+                raise DataError(
+                    f"{root / name / entry.name} has the name of an image, but is no file, or a "
+                    "link to none: replace or remove it."
+                )
             files.append((f"{name}/{entry.name}", entry.stat().st_size))
         else:
             others.append(entry.name)

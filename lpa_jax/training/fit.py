@@ -91,6 +91,10 @@ def compile_parts(
     """
     plan = parts.plan
     _check_together(parts, devices)
+    if parts.pretrained is not None:
+        weights = weights or read_weights(parts)
+        # Before anything is traced or written.
+        pretrained_variables(parts, weights)
     with as_config_error():
         feed = feeds.make_feed(
             plan.place,
@@ -128,10 +132,6 @@ def compile_parts(
     with as_config_error():
         _try(parts, steps.like)
         _check_frozen(parts, steps.like)
-    if parts.pretrained is not None:
-        weights = weights or read_weights(parts)
-        # Before anything is written.
-        pretrained_variables(parts, weights)
     return Compiled(
         devices,
         feed,
