@@ -30,14 +30,15 @@ def close(one, other):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4), one, other)
 
 
-def both(case):
+def both(case, groups=1):
     """Return losses through our convolution and through XLA's, and what they are of."""
     options = {"window_strides": (1, 1), "padding": "SAME", "dimension_numbers": DIMENSIONS}
-    options |= CASES[case]
+    options |= {"feature_group_count": groups} | CASES[case]
     height, width = options.pop("size", (64, 65))
     kernel = options.pop("kernel", (3, 3))
     images = jax.random.normal(jax.random.key(0), (2, height, width, 4))
-    kernel = jax.random.normal(jax.random.key(1), (*kernel, 4, 5)) / 4
+    shape = (1, 4) if groups > 1 else (4, 5)
+    kernel = jax.random.normal(jax.random.key(1), (*kernel, *shape)) / 4
 
     def loss(convolve):
         return lambda images, kernel: jnp.mean(jnp.sin(convolve(images, kernel, **options)))
@@ -87,10 +88,20 @@ def test_the_gradient_is_that_of_xla_and_made_of_products(case):
     assert products_in(jax.grad(ours, 1), *given) == given[1].shape[0]
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_a_kernel_for_each_channel_is_a_sum_of_shifted_images(case):
+    ours, plain, given = both(case, groups=4)
+    np.testing.assert_allclose(ours(*given), plain(*given), rtol=1e-5)
+    gradient = jax.grad(ours, (0, 1))
+    close(gradient(*given), jax.grad(plain, (0, 1))(*given))
+    text = jax.jit(gradient).lower(*given).as_text()
+    assert "stablehlo.convolution" not in text
+
+
 @pytest.mark.parametrize("name", TRANSFORMED)
-@pytest.mark.parametrize("case", ["same", "strides"])
-def test_every_transformation_works(case, name):
-    ours, plain, given = both(case)
+@pytest.mark.parametrize(("case", "groups"), [("same", 1), ("strides", 1), ("strides", 4)])
+def test_every_transformation_works(case, groups, name):
+    ours, plain, given = both(case, groups)
     found, expected = (jax.jit(TRANSFORMED[name](loss))(*given) for loss in (ours, plain))
     close(found, expected)
 
@@ -133,8 +144,9 @@ def test_narrow_types_are_left_to_xla(dtype):
     assert "custom_jvp" not in text
 
 
-def test_other_platforms_convolve_as_before():
-    ours, plain, given = both("same")
+@pytest.mark.parametrize("groups", [1, 4])
+def test_other_platforms_convolve_as_before(groups):
+    ours, plain, given = both("same", groups)
     texts = []
     for loss in (ours, plain):
         traced = jax.jit(jax.grad(loss, (0, 1))).trace(*given)
