@@ -193,7 +193,8 @@ def _gathered(geometry, lhs, rhs):
         geometry.met(geometry.met(padded, 1, i), 2, j) * rhs[i, j, 0]
         for i, j in np.ndindex(*rhs.shape[:2])
     ]
-    return sum(terms[1:], terms[0])
+    # Apart from what follows: within a reduction XLA would compute the sums entry by entry.
+    return lax.optimization_barrier(sum(terms[1:], terms[0]))
 
 
 def _scattered(geometry, lhs, rhs):
@@ -211,7 +212,7 @@ def _scattered(geometry, lhs, rhs):
             strict=True,
         )
     ]  # fmt: skip
-    terms = []
+    terms, lhs = [], lax.optimization_barrier(lhs)
     for places in np.ndindex(*rhs.shape[:2]):
         border = []
         for axis, place in enumerate(places):
