@@ -16,6 +16,7 @@ import zipfile
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 from tfds_fixture import write_examples, write_tfds
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -74,6 +75,32 @@ def npz(*settings, **changes):
 def cifar(setting):
     _, (_, workdir, *settings) = npz("augment=crop=1", setting)
     return npz()[0], ["--config=configs/cifar10.py:smoke", workdir, *settings]
+
+
+def weights(*arguments, **arrays):
+    """The command of weights; where it is given arrays, DIR/x.safetensors holds them."""
+
+    def prepare(directory):
+        save_file({name.replace("_", "/"): a for name, a in arrays.items()}, file_in(directory))
+
+    return prepare if arrays else None, ["weights", *arguments]
+
+
+def file_in(directory):
+    return directory / "x.safetensors"
+
+
+def half_of_weights(directory):
+    save_file({"a": np.ones(9)}, file_in(directory))
+    os.truncate(file_in(directory), file_in(directory).stat().st_size - 9)
+
+
+def no_numbers_of_inputs(directory):
+    told = {"lpa_jax.inputs": '{"mean": "gray"}'}
+    save_file({"a": np.ones(9)}, file_in(directory), metadata=told)
+
+
+FILE = "--source=safetensors:DIR/x.safetensors"
 
 
 def content(change, save=np.savez):
@@ -512,6 +539,43 @@ CASES = {
     ),
     "a set that asks for code": (tfds(code_for_features), "asks for code of 'asked_for."),
     "a set of texts": ((texts, TFDS), "has no 8-bit 'image' with a class as its 'label'"),
+    # ------------------------------------------------------------ the command of weights
+    "no weights": (weights(), "Say which weights, for example --source=safetensors:"),
+    "a run for weights": (weights("--workdir=r"), "which weights, for example --source=run:r."),
+    "a run beside weights": (weights(FILE, "--workdir=r"), "--source=run:WORKDIR names a run"),
+    "an unknown kind of weights": (weights("--source=hub:x"), "There are no weights 'hub:x': give"),
+    "no file of weights": (weights(FILE), "x.safetensors' of weights: correct the path"),
+    "half a file of weights": (
+        (half_of_weights, weights(FILE)[1]), "is truncated, corrupted or of another kind"
+    ),
+    "inputs in words": (
+        (no_numbers_of_inputs, weights(FILE)[1]), "is truncated, corrupted or of another kind"
+    ),
+    "no run of weights": (weights("--source=run:DIR", "--output=DIR/o"), " holds no run"),
+    "weights that are not to be written": (
+        weights(FILE, "--output=DIR/o", a=np.ones(3)), "--output is of a run: leave it out, or give"
+    ),
+    "a seed of a file": (weights(FILE, "--seed=1", a=np.ones(3)), "--seed is of a run: leave it"),
+    "half a seed": (weights(FILE, "--seed=1.5"), "--seed cannot be '1.5': give an integer"),
+    "an average of a file": (weights(FILE, "--ema", a=np.ones(3)), "--ema is of a run: leave it"),
+    "a configuration of a file": (
+        weights(FILE, "--config.data_dir=x", a=np.ones(3)), "--config is of a run: leave it out"
+    ),
+    "a directory of weights that is there": (
+        weights("--source=run:DIR/run", "--output=DIR"), "is there already: give another directory"
+    ),
+    "a network for what is written": (
+        weights("--source=run:DIR/run", "--output=DIR/o", "--model=resnet_20"), "leave --model out"
+    ),
+    "no network for weights": (
+        weights(FILE, "--model=vit", params_head_bias=np.ones(3)), "There is no network 'vit'; the"
+    ),
+    "a network of other names": (
+        weights(FILE, "--model=small_cnn", a=np.ones(3)), "weights are known for SmallCNN: choo"
+    ),
+    "a network of other weights": (
+        weights(FILE, "--model=small_cnn", params_x_bias=np.ones(3)), "1 left over (params/x/bias)"
+    ),
 }  # fmt: skip
 REAL = ("nothing at all", "an unknown method", "a negative strength", "objects for labels")
 """Those that go through the command line itself."""
