@@ -11,6 +11,7 @@ COMMANDS = {
     "export": "Write the network of a run as a file that needs no code of this package.",
     "pack": "Decode the images of a data set once, for later runs.",
     "table": "Train a table of methods, and compare them.",
+    "weights": "Show the weights of a file or run, or write those of a run as safetensors.",
 }
 """The modules that are commands, and what each does."""
 

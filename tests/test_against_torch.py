@@ -131,6 +131,7 @@ def test_logits_gradients_and_statistics_are_theirs(pair, tmp_path):
             init = functools.partial(model.init, train=False)
             shapes = jax.eval_shape(init, jax.random.key(0), IMAGES)
             zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+            by_path = {path: leaf.shape for path, leaf in flatten_dict(zeros, sep="/").items()}
             variables = load_pretrained(
                 f"safetensors:{tmp_path / 'weights.safetensors'}", model, zeros
             )
@@ -151,7 +152,8 @@ def test_logits_gradients_and_statistics_are_theirs(pair, tmp_path):
         got = {
             "logits": apart({"logits": logits}, expected),
             "gradients": apart(
-                flatten_dict({"params": grads}, sep="/"), model.pretrained_variables(by_name)
+                flatten_dict({"params": grads}, sep="/"),
+                model.pretrained_variables(by_name, by_path),
             ),
         }
         if statistics:
@@ -160,7 +162,7 @@ def test_logits_gradients_and_statistics_are_theirs(pair, tmp_path):
                 for path, leaf in flatten_dict(updates, sep="/").items()
                 if path.endswith("/mean")
             }
-            got["statistics"] = apart(means, model.pretrained_variables(statistics))
+            got["statistics"] = apart(means, model.pretrained_variables(statistics, by_path))
         print(pair, jnp.dtype(dtype).name, {key: f"{error:.1e}" for key, error in got.items()})
         assert got.pop("gradients") < of_gradients
         assert max(got.values()) < tolerance, got

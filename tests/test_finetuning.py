@@ -1,8 +1,10 @@
 """Pretrained weights, frozen modules and factors of the learning rate."""
 
 import json
+import re
 
 import chex
+from flax import linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,8 +14,11 @@ from rich.console import Console
 from configs import digits
 import lpa_jax
 from lpa_jax import data
-from lpa_jax.training import build, fit, loop, prefix, rates
+from lpa_jax.models import weight_files
+from lpa_jax.models.pretrained import Inputs
+from lpa_jax.training import build, fit, loop, model_card, prefix, rates
 from lpa_jax.training.config import ConfigError
+from lpa_jax.training.run import Run
 
 
 def config_of(method="lpa", **changes):
@@ -290,3 +295,127 @@ def test_nothing_is_kept_of_activations_that_are_not_finished(first, tmp_path, m
     with pytest.raises(KeyboardInterrupt):
         without(first, **{"model.cache_dir": str(tmp_path)})
     assert not list(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------- weights that are given away
+
+
+class Own(nn.Module):
+    """A network of a user's, of which no names are known."""
+
+    num_classes: int
+    width: int = 3
+
+    @nn.compact
+    def __call__(self, x, train):
+        x = nn.Dense(self.width, name="first")(x.reshape(len(x), -1))
+        x = nn.BatchNorm(use_running_average=not train, name="norm")(x)
+        return nn.Dense(self.num_classes, name="last")(nn.relu(x))
+
+
+def read_back(directory, **changes):
+    """Return the variables that a run begins with, given those of a directory."""
+    path = directory / "model.safetensors"
+    parts = build.build(config_of("erm", **changes, **{"model.pretrained": f"safetensors:{path}"}))
+    return fit.pretrained_variables(parts, fit.read_weights(parts))
+
+
+def loaded_by_card(directory, monkeypatch):
+    """Return the variables that the lines of the card load, and the card."""
+    card = (directory / "README.md").read_text()
+    monkeypatch.chdir(directory)
+    names = {}
+    exec(re.search("```python\n(.*?)```", card, re.DOTALL)[1], names)
+    return names["variables"], card
+
+
+def front_of(card):
+    _, front, _ = card.split("---\n", 2)
+    return {
+        key: json.loads(value)
+        for key, value in (line.split(": ", 1) for line in front.splitlines())
+    }
+
+
+def test_the_weights_of_a_run_are_written_and_read_back(first, tmp_path, monkeypatch):
+    workdir, run = first
+    out = tmp_path / "out"
+    model_card.write_weights(run, workdir, out)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == [
+        "README.md", "model.safetensors", "out"
+    ]  # fmt: skip
+    chex.assert_trees_all_equal(read_back(out), run.variables)
+    found, card = loaded_by_card(out, monkeypatch)
+    chex.assert_trees_all_equal(found, run.variables)
+    front = front_of(card)
+    row = json.loads((workdir / "seed0/metrics.jsonl").read_text().splitlines()[-1])
+    (result,) = front["model-index"][0]["results"]
+    accuracy = row["metrics"]["test"]["accuracy"]
+    assert result["metrics"] == [{"type": "accuracy", "value": accuracy}]
+    assert front["tags"] == ["jax", "flax", "image-classification"]
+    assert f"| test | {100 - 100 * accuracy:.2f} | {100 * accuracy:.2f} |" in card
+    assert json.dumps([*run.dataset.class_names]) in card
+    assert str(workdir) not in card
+    with pytest.raises(ConfigError, match="is there already"):
+        model_card.write_weights(run, workdir, out)
+    with pytest.raises(ConfigError, match="kept no average of its weights"):
+        model_card.write_weights(run, workdir, tmp_path / "average", ema=True)
+
+
+def test_nothing_is_left_of_weights_that_cannot_be_written(first, tmp_path, monkeypatch):
+    workdir, run = first
+
+    def full(path, *_):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(weight_files, "write", full)
+    with pytest.raises(RuntimeError, match=r"cannot be written \(No space left"):
+        model_card.write_weights(run, workdir, tmp_path / "out")
+    assert not [*tmp_path.iterdir()]
+
+
+def test_the_average_of_a_network_of_a_users_own_is_read_back(first, tmp_path, monkeypatch):
+    workdir, _ = first
+    own = {"model.name": f"{__name__}:Own", "model.options": {"width": 5}}
+    # A data set by a path, which the card does not tell whole.
+    images = np.arange(40 * 64, dtype=np.int64).astype(np.uint8).reshape(40, 4, 4, 4)
+    labels = np.arange(40) % 4
+    arrays = {"x_train": images, "y_train": labels, "x_test": images, "y_test": labels}
+    np.savez(tmp_path / "set.npz", **arrays)
+    own |= {"dataset": f"npz:{tmp_path}/set.npz", "batch_size": 8, "optimizer.ema_decay": 0.9}
+    parts = build.build(config_of("erm", **own))
+    variables, ema = (
+        parts.network.init(jax.random.key(seed), jnp.zeros((1, 4, 4, 4))) for seed in (0, 1)
+    )
+    run = Run(
+        parts.network.module, variables, ema, parts.config, parts.dataset, parts.task, 0, 3, parts
+    )
+    # The records are another run's.
+    model_card.write_weights(run, workdir, tmp_path / "out", ema=True)
+    chex.assert_trees_all_equal(read_back(tmp_path / "out", **own), ema)
+    found, card = loaded_by_card(tmp_path / "out", monkeypatch)
+    chex.assert_trees_all_equal(found, ema)
+    assert "| data set | npz:set.npz |" in card
+    assert str(tmp_path) not in card
+    assert "| weights | average, decay 0.9 |" in card
+
+
+def test_a_run_takes_its_inputs_as_the_file_tells_them_and_needs_it_once(tmp_path):
+    settings = {"model.name": "vit_ti_4", "model.options": {"depth": 1}}
+    path = tmp_path / "x.safetensors"
+    settings["model.pretrained"] = f"safetensors:{path}"
+    weight_files.write(path, {"a": np.ones(3)}, Inputs((0.125,), (0.5,), 8))
+    parts = build.build(config_of("erm", **settings))
+    assert (parts.network.module.mean, parts.network.module.std) == ((0.125,), (0.5,))
+    path.unlink()
+    with pytest.raises(ConfigError, match="There is no file"):
+        build.build(config_of("erm", **settings))
+    again = build.build(
+        config_of("erm", **settings | {"model.options": parts.config["model"]["options"]})
+    )
+    assert again.network.module == parts.network.module
+    assert again.config == parts.config
+    # Others tell none, and the network does.
+    weight_files.write(path, {"a": np.ones(3)}, None)
+    assert build.build(config_of("erm", **settings)).network.module.mean == (0.5,) * 3

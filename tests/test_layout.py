@@ -23,7 +23,7 @@ LAYERS = [
     ["tables"],
     ["listing"],
     ["commands"],
-    ["__main__", "main", "evaluate", "export", "pack", "table"],
+    ["__main__", "main", "evaluate", "export", "pack", "table", "weights"],
 ]
 RANKS = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 

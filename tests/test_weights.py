@@ -17,8 +17,9 @@ import pytest
 from safetensors.numpy import save_file
 
 from lpa_jax import models
+from lpa_jax import weights as command
 from lpa_jax.models import pretrained, torch_files, weight_files
-from lpa_jax.models.weights import load_pretrained
+from lpa_jax.models.weights import fitted, load_pretrained
 
 RNG = np.random.default_rng(0)
 RESNET = models.ImageNetResNet((1, 1), num_classes=5, bottleneck=True)
@@ -279,6 +280,69 @@ def test_efficientnet_lite_counts_its_blocks(tmp_path, names):
     chex.assert_trees_all_equal(load_pretrained(source, model, zeros(model, 32)), variables)
 
 
+def own_names(model, size):
+    """Return random variables of a network by their paths."""
+    variables = flatten_dict(zeros(model, size), sep="/")
+    return {path: numbers(*leaf.shape) for path, leaf in variables.items()}
+
+
+@pytest.mark.parametrize(
+    ("model", "size"),
+    [
+        (RESNET, 16),
+        (VIT, 16),
+        (VIT.clone(scan=True), 16),
+        (models.ConvNeXt((1, 2), (4, 6), num_classes=5), 16),
+        pytest.param(models.EfficientNetLite(0, num_classes=5), 32, marks=pytest.mark.slow),
+    ],
+    ids=["resnet", "vit", "scan", "convnext", "lite"],
+)
+def test_paths_of_variables_are_names_of_every_network(model, size):
+    arrays = own_names(model, size)
+    shapes = {path: array.shape for path, array in arrays.items()}
+    chex.assert_trees_all_equal(model.pretrained_variables(arrays, shapes), arrays)
+
+
+def positions_for(size, positions):
+    arrays = {"params/positions": positions}
+    shapes = {"params/positions": (1, 1 + (size // 8) ** 2, 6)}
+    return VIT.pretrained_variables(arrays, shapes)["params/positions"]
+
+
+def test_positions_are_interpolated_for_images_of_another_size():
+    theirs = numbers(1, 257, 6)
+    np.testing.assert_array_equal(positions_for(128, theirs), theirs)
+    # Rows, columns and a constant, at the centers of the patches.
+    centers = (np.arange(16) + 0.5) / 16
+    grid = np.stack([*np.meshgrid(centers, centers, indexing="ij"), np.ones((16, 16))], axis=-1)
+    theirs[:, 1:] = np.concatenate([grid, -grid], axis=-1).reshape(1, 256, 6)
+    for size in (64, 192):
+        found = positions_for(size, theirs)
+        np.testing.assert_array_equal(found[:, 0], theirs[:, 0])
+        side = size // 8
+        found = found[0, 1:].reshape(side, side, 6)
+        centers = (np.arange(side) + 0.5) / side
+        inner = slice(side // 4, -(side // 4))
+        expected = np.broadcast_to(centers[:, None], (side, side))
+        np.testing.assert_allclose(found[inner, inner, 0], expected[inner, inner], atol=1e-5)
+        np.testing.assert_allclose(found[inner, inner, 1], expected.T[inner, inner], atol=1e-5)
+        np.testing.assert_allclose(found[..., 2], 1, atol=1e-5)
+        np.testing.assert_allclose(found[..., 3:], -found[..., :3], atol=1e-5)
+
+
+def test_positions_of_no_square_grid_are_refused():
+    for theirs, size in ((8, 16), (1, 16), (0, 16)):
+        with pytest.raises(ValueError, match=rf"^the positions of {theirs - 1} patches cannot be"):
+            positions_for(size, numbers(1, theirs, 6))
+    variables = jax.eval_shape(VIT.init, jax.random.key(0), jnp.zeros((1, 8, 24, 3)))
+    arrays = own_names(VIT, 16)
+    told = (
+        r"do not fit ViT \(the positions of 4 patches cannot be interpolated for 3, since both must"
+    )
+    with pytest.raises(ValueError, match=told):
+        fitted(arrays, "own", VIT, variables)
+
+
 def test_dtypes_are_those_of_the_network(tmp_path):
     weights = {name: np.float16(array) for name, array in vit_weights().items()}
     loaded = load_pretrained(save(tmp_path, weights), VIT, zeros(VIT))
@@ -337,6 +401,29 @@ def test_sources_are_named_and_registered(monkeypatch):
     chex.assert_trees_all_equal(loaded, jax.tree.map(lambda leaf: leaf + 1, variables))
 
 
+def test_what_there_is_and_all_that_does_not_fit_is_shown(capsys):
+    arrays = own_names(models.SmallCNN(5, mean=(0.0,), std=(1.0,)), 8)
+    inputs = pretrained.Inputs((0.5,) * 3, (0.5,) * 3, 8)
+    command._show("a source", arrays, inputs, "small_cnn")
+    told = capsys.readouterr().out
+    assert re.search(r"params/head/kernel +│ \(128, 5\) +│ float32", told)
+    sizes = {False: 0, True: 0}
+    for name, array in arrays.items():
+        sizes["batch_stats" in name] += array.size
+    count = f"{sizes[False]:,} parameters in {len(arrays)} arrays, and {sizes[True]} running stat"
+    assert count in told
+    assert "They fit small_cnn, with a head of 5 classes." in told
+    for name in ("params/head/bias", "params/head/kernel", "batch_stats/group1/norm1/mean"):
+        del arrays[name]
+    arrays |= {"params/group1/norm1/bias": numbers(3), "[red]\x1b": numbers(2)}
+    with pytest.raises(ValueError, match=r"1 missing .*1 left over .*1 of another shape"):
+        command._show("a source", arrays, inputs, "small_cnn")
+    told = capsys.readouterr().out.partition("What does not fit small_cnn")[2]
+    assert re.search(r"batch_stats/group1/norm1/mean +│ missing", told)
+    assert re.search(r"\[red\]\\x1b +│ left over", told)
+    assert re.search(r"params/group1/norm1/bias +│ \(3,\) for \(32,\)", told)
+
+
 # Files
 
 
@@ -353,6 +440,23 @@ def test_missing_and_damaged_files_end_in_a_sentence(tmp_path):
             path.write_bytes(whole[:end])
             with pytest.raises(ValueError, match="is truncated, corrupted or of another kind"):
                 weight_files.read(f"{kind}:{path}")
+
+
+def test_what_is_written_is_read_with_its_inputs(tmp_path):
+    half = jnp.asarray(numbers(3), jnp.bfloat16)
+    arrays = {"a/b": np.asfortranarray(numbers(4, 5)), "c": np.array(7), "half": np.asarray(half)}
+    path, inputs = tmp_path / "x.safetensors", pretrained.Inputs((0.1, 0.7), (0.3, 1.1), 12)
+    source = f"safetensors:{path}"
+    weight_files.write(path, arrays, inputs)
+    found = weight_files.read(source)
+    assert {name: (array.shape, array.dtype.name) for name, array in found.items()} == {
+        "a/b": ((4, 5), "float32"), "c": ((), "int64"), "half": ((3,), "float32")
+    }  # fmt: skip
+    chex.assert_trees_all_equal(found | {"half": found["half"].astype(jnp.bfloat16)}, arrays)
+    assert weight_files.inputs_of(source) == inputs
+    weight_files.write(path, arrays, None)
+    assert weight_files.inputs_of(source) is None
+    assert weight_files.inputs_of("torch:of another kind") is None
 
 
 def test_objects_in_an_npz_file_are_refused(tmp_path):

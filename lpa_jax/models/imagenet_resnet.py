@@ -8,7 +8,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32
 
 from lpa_jax.models.layers import batch_norm, classify, conv, Group, normalize, rematerialized
-from lpa_jax.models.pretrained import Arrays, IMAGENET, Inputs, renamed
+from lpa_jax.models.pretrained import Arrays, IMAGENET, Inputs, renamed, Shapes
 
 STAGES = {
     18: ((2, 2, 2, 2), False),
@@ -144,7 +144,7 @@ class ImageNetResNet(nn.Module):
         return classify(x, self.num_classes, self.head, dropout=self.head_dropout, train=train)
 
     @nn.nowrap
-    def pretrained_variables(self, arrays: Arrays) -> Arrays:
+    def pretrained_variables(self, arrays: Arrays, shapes: Shapes) -> Arrays:
         """Return weights of torchvision or timm by paths of variables."""
         return renamed(arrays, NAMES)
 

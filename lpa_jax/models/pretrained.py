@@ -7,6 +7,8 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import numpy as np
 
 Arrays = dict[str, np.ndarray]
+Shapes = Mapping[str, tuple[int, ...]]
+"""Of a network's variables, by their paths."""
 Names = tuple[tuple[str, str], ...]
 """Names of others, and of ours for the same.
 
@@ -50,10 +52,18 @@ HALF = Inputs((0.5,) * 3, (0.5,) * 3)
 class Pretrainable(Protocol):
     """A network that pretrained weights fit, as those of this package for real images."""
 
-    def pretrained_variables(self, arrays: Arrays) -> Arrays:
+    def pretrained_variables(self, arrays: Arrays, shapes: Shapes) -> Arrays:
         """Return arrays of others by paths of variables, such as `"params/head/bias"`.
 
-        What has no such path keeps its name. `renamed` is most of it.
+        What has no such path keeps its name, and what is called by its path already stays as it is.
+        `renamed` is most of it.
+
+        Args:
+          arrays: Those of others, by their names.
+          shapes: Of the network's variables, for what depends on the size of images.
+
+        Raises:
+          ValueError: If the arrays cannot be brought into these shapes.
         """
         ...
 

@@ -1,6 +1,9 @@
 """Vision transformers."""
 
+import math
+
 from flax import linen as nn
+import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32
@@ -8,7 +11,7 @@ import numpy as np
 
 from lpa_jax.models.convolution import conv_general_dilated
 from lpa_jax.models.layers import classify_features, layer_norm, normalize, rematerialized
-from lpa_jax.models.pretrained import Arrays, HALF, Inputs, renamed
+from lpa_jax.models.pretrained import Arrays, HALF, Inputs, renamed, Shapes
 
 SIZES = {"ti": (192, 3), "s": (384, 6), "b": (768, 12)}
 """Widths, and numbers of heads."""
@@ -64,7 +67,8 @@ class ViT(nn.Module):
     """Vision transformer with a class token (Dosovitskiy et al. 2021, arXiv:2010.11929).
 
     Its modules are `embedding`, `block0`, `block1`, ..., or `blocks` with `scan`, `features` (the
-    normalized class token) and `head`. Positions are learned, for images of one size.
+    normalized class token) and `head`. Positions are learned, for images of one size; pretrained
+    ones are interpolated for another.
 
     Attributes:
       patch: Side of the patches.
@@ -156,21 +160,28 @@ class ViT(nn.Module):
         )
 
     @nn.nowrap
-    def pretrained_variables(self, arrays: Arrays) -> Arrays:
-        """Return weights of timm, torchvision, AugReg or big_vision by paths of variables."""
+    def pretrained_variables(self, arrays: Arrays, shapes: Shapes) -> Arrays:
+        """Return weights of timm, torchvision, AugReg or big_vision by paths of variables.
+
+        Raises:
+          ValueError: If positions are to be interpolated, but are those of no square grid.
+        """
         found = {}
         for path, array in renamed(arrays, NAMES).items():
             if "/attention/qkv/" in path:
                 for part, piece in zip(PARTS, np.split(array, 3, axis=-1), strict=True):
                     shape = (*piece.shape[:-1], self.num_heads, -1)
                     found[path.replace("qkv", part)] = piece.reshape(shape)
-            elif path.endswith("/attention/out/kernel"):
+            elif path.endswith("/attention/out/kernel") and array.ndim == 2:
                 found[path] = array.reshape(self.num_heads, -1, array.shape[-1])
             elif path == "params/patch_positions":
                 # big_vision gives the class token no position.
                 found["params/positions"] = np.pad(array, ((0, 0), (1, 0), (0, 0)))
             else:
                 found[path] = array
+        if "params/positions" in found:
+            number = shapes["params/positions"][1]
+            found["params/positions"] = _for_tokens(found["params/positions"], number)
         if not self.scan:
             return found
         stacks: dict[str, list[np.ndarray]] = {}
@@ -184,6 +195,27 @@ class ViT(nn.Module):
     def pretrained_inputs(self) -> Inputs:
         """Return the inputs of AugReg's weights; torchvision's want `pretrained.IMAGENET`."""
         return HALF
+
+
+def _for_tokens(positions: np.ndarray, number: int) -> np.ndarray:
+    """Return positions of a class token and a square grid, interpolated for another grid.
+
+    The class token keeps its own. The grid is resized as an image, by a cubic kernel, which is
+    widened where it gets smaller.
+    """
+    if positions.ndim != 3 or positions.shape[1] == number:
+        return positions
+    sizes = positions.shape[1] - 1, number - 1
+    before, after = (math.isqrt(max(size, 0)) for size in sizes)
+    if 0 in (before, after) or (before**2, after**2) != sizes:
+        raise ValueError(
+            f"the positions of {sizes[0]} patches cannot be interpolated for {sizes[1]}, since "
+            "both must be those of a square grid"
+        )
+    grid = jnp.asarray(positions[:, 1:], jnp.float32).reshape(before, before, -1)
+    resized = jax.image.resize(grid, (after, after, grid.shape[-1]), "bicubic")
+    patches = np.asarray(resized).reshape(1, after**2, -1)
+    return np.concatenate([positions[:, :1], patches], axis=1)
 
 
 def _dense(features: int, dtype: DTypeLike, name: str) -> nn.Dense:

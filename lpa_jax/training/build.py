@@ -18,6 +18,7 @@ import optax
 import lpa_jax
 from lpa_jax import data, models
 from lpa_jax.core.step import LossFn, Step
+from lpa_jax.models import weight_files
 from lpa_jax.models.pretrained import Pretrainable
 from lpa_jax.registry import reason
 from lpa_jax.tasks import Metric, Task, TASKS
@@ -159,7 +160,8 @@ def build(config: Config, *, model: nn.Module | None = None, dataset: Data | Non
         examples, class_counts, lacking = _limited(config, examples, task)
     plan = _plan(config, examples)
     with as_config_error():
-        module, recorded["model"]["name"] = _network(config, model, examples)
+        module, named = _network(config, model, examples)
+        recorded["model"] |= named
         factors = rates.parse(config.optimizer.rates)
         network = Network(module, factors)
         chain = method_config.perturbation(
@@ -370,8 +372,8 @@ def _augment(config: Config, shape: Sequence[int]) -> tuple[data.Applied, ...]:
 
 def _network(
     config: Config, given: nn.Module | None, dataset: data.Dataset
-) -> tuple[nn.Module, str]:
-    """Return the network, and the name to record."""
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Return the network, and the name and options to record."""
     name = config.model.name
     if given is not None:
         if not isinstance(given, nn.Module):
@@ -380,39 +382,46 @@ def _network(
                 "lpa_jax.value_and_grad takes others, in a loop of your own."
             )
         # Functions among its attributes are shown with their addresses.
-        return given, GIVEN + re.sub(r" at 0x[0-9a-f]+", "", repr(given))
+        return given, {"name": GIVEN + re.sub(r" at 0x[0-9a-f]+", "", repr(given))}
     if name.startswith(GIVEN):
         raise ConfigError(
             f"The run has a network that was given as an object ({name.removeprefix(GIVEN)!r:.99}):"
             " give it again from Python, as in lpa_jax.load_run(workdir, model=...)."
         )
+    pretrained, options = config.model.pretrained, dict(config.model.options)
+    if pretrained is not None and not {"mean", "std"} <= options.keys():
+        options = _scale(_inputs_of(pretrained)) | options
+    arguments: dict[str, Any] = {"mean": dataset.mean, "std": dataset.std}
+    arguments |= {} if config.remat is None else {"remat": config.remat}
     with _options_named(name):
         module = models.create(
             name,
             num_classes=dataset.num_classes,
-            mean=dataset.mean,
-            std=dataset.std,
             dtype=jnp.dtype(config.model.dtype),
             head=config.model.head,
-            **({} if config.remat is None else {"remat": config.remat}),
-            **config.model.options,
+            **(arguments | options),
         )
-    return _scaled_inputs(module, config.model.pretrained), name
+    if not hasattr(module, "mean"):
+        return module, {"name": name}
+    scale: dict[str, Any] = {key: tuple(options[key]) for key in ("mean", "std") if key in options}
+    if pretrained is not None and not scale and isinstance(module, Pretrainable):
+        scale = _scale(module.pretrained_inputs())
+    # Recorded, so that the run can be loaded where what it began with is no longer there.
+    return module.clone(**scale), {"name": name, "options": options | scale}
 
 
-def _scaled_inputs(module: nn.Module, pretrained: str | None) -> nn.Module:
-    """Return a network that takes inputs as its pretrained weights want them."""
-    inputs: Any = None
-    if pretrained is not None and pretrained.startswith("run:"):
+def _inputs_of(pretrained: str) -> Any:
+    """Return what tells the inputs that pretrained weights want; None where only a network does."""
+    if pretrained.startswith("run:"):
         # Imported late: it builds a run, as this does.
         from lpa_jax.training.run import load_run
 
-        inputs = load_run(pretrained.removeprefix("run:")).model
-    elif pretrained is not None and isinstance(module, Pretrainable):
-        inputs = module.pretrained_inputs()
-    if not (hasattr(inputs, "mean") and hasattr(module, "mean")):
-        return module
-    return module.clone(mean=inputs.mean, std=inputs.std)
+        return load_run(pretrained.removeprefix("run:")).model
+    return weight_files.inputs_of(pretrained)
+
+
+def _scale(inputs: Any) -> dict[str, Any]:
+    return {"mean": inputs.mean, "std": inputs.std} if hasattr(inputs, "mean") else {}
 
 
 @contextlib.contextmanager

@@ -48,12 +48,13 @@ class Network(NamedTuple):
     begins: Begin | None = None
 
     @property
-    def _takes_train(self) -> bool:
+    def takes_train(self) -> bool:
+        """Whether the module has an argument `train`."""
         return "train" in inspect.signature(type(self.module).__call__).parameters
 
     @property
     def _evaluating(self) -> dict[str, Any]:
-        return {"train": False} if self._takes_train else {}
+        return {"train": False} if self.takes_train else {}
 
     @property
     def _freezes(self) -> bool:
@@ -105,7 +106,7 @@ class Network(NamedTuple):
         mutable = sorted(set(variables) - {"params", FROZEN})
         arguments: dict[str, Any] = {"rngs": {"dropout": key}}
         arguments |= {"mutable": mutable} if mutable else {}
-        return arguments | ({"train": True} if self._takes_train else {})
+        return arguments | ({"train": True} if self.takes_train else {})
 
     def logits(self, variables: PyTree, inputs: Array) -> Array:
         """Return the logits of a trained network."""

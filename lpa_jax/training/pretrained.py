@@ -2,12 +2,10 @@
 
 from typing import NamedTuple
 
-from flax.traverse_util import flatten_dict
 import jax
 from jax.experimental import multihost_utils
 import jax.numpy as jnp
 from jaxtyping import PyTree
-import numpy as np
 
 from lpa_jax.models.pretrained import Arrays
 from lpa_jax.models.weights import fitted, SOURCES
@@ -16,12 +14,11 @@ from lpa_jax.training.network import Network
 from lpa_jax.training.state import TrainState
 
 
-def _run(workdir: str) -> dict[str, np.ndarray]:
+def _run(workdir: str) -> Arrays:
     # Imported late: a run is built by what imports this.
     from lpa_jax.training.run import load_run
 
-    variables = jax.device_get(load_run(workdir).variables)
-    return {path: np.asarray(leaf) for path, leaf in flatten_dict(variables, sep="/").items()}
+    return load_run(workdir).arrays()
 
 
 if "run" not in SOURCES:

@@ -7,6 +7,7 @@ import types
 from typing import Any, NamedTuple
 
 from flax import linen as nn
+from flax.traverse_util import flatten_dict
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
@@ -14,6 +15,7 @@ from jaxtyping import Array, Float32, PyTree
 import numpy as np
 
 from lpa_jax import data
+from lpa_jax.models.pretrained import Arrays
 from lpa_jax.tasks import Task
 from lpa_jax.training import checkpoints, identity, mesh
 from lpa_jax.training.build import build, Data, Parts
@@ -56,6 +58,23 @@ class Run(NamedTuple):
           inputs: `[B, ...]` like those of the data set: uint8 images, or floats in [0, 1].
         """
         return _logits(self.parts.network.logits, self.variables, jnp.asarray(inputs))
+
+    def arrays(self, *, ema: bool = False) -> Arrays:
+        """Return the variables by their paths, such as `"params/head/bias"`.
+
+        Args:
+          ema: Whether of the average of the weights.
+
+        Raises:
+          ConfigError: If the run kept none.
+        """
+        if ema and self.ema is None:
+            raise ConfigError(
+                "The run kept no average of its weights: take the last ones, or train with "
+                "config.optimizer.ema_decay."
+            )
+        variables = jax.device_get(self.ema if ema else self.variables)
+        return {path: np.asarray(leaf) for path, leaf in flatten_dict(variables, sep="/").items()}
 
 
 # Compiled once for a network, whichever its variables are.
