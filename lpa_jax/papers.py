@@ -340,6 +340,13 @@ PAPERS = {
     "resized_crop": Paper(
         "Szegedy et al.", "Going Deeper with Convolutions", "CVPR", 2015, "1409.4842"
     ),
+    "rand_augment": Paper(
+        "Cubuk et al.",
+        "RandAugment: Practical Automated Data Augmentation with a Reduced Search Space",
+        "NeurIPS",
+        2020,
+        "1909.13719",
+    ),
     "random_erasing": Paper(
         "Zhong et al.", "Random Erasing Data Augmentation", "AAAI", 2020, "1708.04896"
     ),
