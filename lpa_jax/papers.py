@@ -77,6 +77,13 @@ PAPERS = {
         2019,
         "1905.04899",
     ),
+    "mixup_cutmix": Paper(
+        "Touvron et al.",
+        "Training data-efficient image transformers & distillation through attention",
+        "ICML",
+        2021,
+        "2012.12877",
+    ),
     "cutout": Paper(
         "DeVries and Taylor",
         "Improved Regularization of Convolutional Neural Networks with Cutout",
