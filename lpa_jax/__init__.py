@@ -41,6 +41,7 @@ from lpa_jax.transforms.lpl import lpl as lpl
 from lpa_jax.transforms.manifold_mixup import manifold_mixup as manifold_mixup
 from lpa_jax.transforms.mixstyle import mixstyle as mixstyle
 from lpa_jax.transforms.mixup import mixup as mixup
+from lpa_jax.transforms.mixup_cutmix import mixup_cutmix as mixup_cutmix
 from lpa_jax.transforms.reweight import reweight as reweight
 from lpa_jax.transforms.sam import sam as sam
 from lpa_jax.transforms.shake import shake as shake

@@ -40,6 +40,7 @@ from lpa_jax.transforms.lpl import lpl
 from lpa_jax.transforms.manifold_mixup import manifold_mixup
 from lpa_jax.transforms.mixstyle import mixstyle
 from lpa_jax.transforms.mixup import mixup
+from lpa_jax.transforms.mixup_cutmix import mixup_cutmix
 from lpa_jax.transforms.reweight import reweight
 from lpa_jax.transforms.sam import sam
 from lpa_jax.transforms.shake import shake
@@ -298,6 +299,16 @@ METHODS: Registry[Method] = Registry(
             "alpha",
             ranges={"alpha": Range(0.1, 4.0, log=True)},
             paper="mixup",
+        ),
+        "mixup_cutmix": Method(
+            mixup_cutmix,
+            {"mixup_alpha": 0.8, "cutmix_alpha": 1.0},
+            ranges={
+                "mixup_alpha": Range(0.1, 4.0, log=True),
+                "cutmix_alpha": Range(0.1, 4.0, log=True),
+                "switch": Range(0.1, 0.9),
+            },
+            paper="mixup_cutmix",
         ),
         "reweight": Method(reweight, {}, "beta", paper="reweight", corrects_frequencies=True),
         "sam": Method(

@@ -77,6 +77,13 @@ PAPERS = {
         2019,
         "1905.04899",
     ),
+    "mixup_cutmix": Paper(
+        "Touvron et al.",
+        "Training data-efficient image transformers & distillation through attention",
+        "ICML",
+        2021,
+        "2012.12877",
+    ),
     "cutout": Paper(
         "DeVries and Taylor",
         "Improved Regularization of Convolutional Neural Networks with Cutout",
@@ -339,6 +346,13 @@ PAPERS = {
     "convnext": Paper("Liu et al.", "A ConvNet for the 2020s", "CVPR", 2022, "2201.03545"),
     "resized_crop": Paper(
         "Szegedy et al.", "Going Deeper with Convolutions", "CVPR", 2015, "1409.4842"
+    ),
+    "rand_augment": Paper(
+        "Cubuk et al.",
+        "RandAugment: Practical Automated Data Augmentation with a Reduced Search Space",
+        "NeurIPS",
+        2020,
+        "1909.13719",
     ),
     "random_erasing": Paper(
         "Zhong et al.", "Random Erasing Data Augmentation", "AAAI", 2020, "1708.04896"

@@ -451,6 +451,8 @@ CASES = {
     "no such augmentation": (key("augment=flop"), "no augmentation 'flop': give none, cifar"),
     "no number": (key("augment=crop=two"), "'crop=two' needs numbers after ="),
     "half a pixel": (key("augment=crop=1.5"), "no whole number of pixels"),
+    "half an operation": (key("augment=rand_augment=1.5,9"), "no whole number of operations"),
+    "too large a magnitude": (key("augment=rand_augment=2,15"), "give 0 to 10"),
     "too many numbers": (key("augment=flip=1"), "flip takes 0 at most"),
     "a share above 1": (key("augment=resized_crop=0.5,2"), "give 0.001 to 1"),
     "shares in the wrong order": (key("augment=resized_crop=1,0.5"), "change places"),

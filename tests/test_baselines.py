@@ -897,6 +897,41 @@ def test_cutmix_and_cutout_need_images(make):
         one_step(make(), draw_batch(0))
 
 
+def sent_through(perturbation):
+    """Return a function of a key: images and targets that a batch becomes, with padding in it."""
+    value, targets = images(), jax.nn.one_hot(jnp.arange(BATCH) % CLASSES, CLASSES)
+    weights = jnp.ones(BATCH).at[3].set(0.0)
+
+    def run(key, switch):
+        given = {"key": key, "weights": weights}
+        chosen = perturbation(switch)
+        mixed, state = chosen.update(value, chosen.init(value), site="inputs", **given)
+        # As between the sites of a step. Fused, the area may be rounded otherwise.
+        state = jax.lax.optimization_barrier(state)
+        return mixed, chosen.update(targets, state, site="labels", **given)[0]
+
+    return quick_jit(run)
+
+
+def test_each_batch_goes_through_mixup_or_cutmix_to_the_bit():
+    either = sent_through(lambda switch: lpa_jax.mixup_cutmix(0.8, 1.0, switch))
+    interpolated = sent_through(lambda _: lpa_jax.mixup(0.8))
+    pasted = sent_through(lambda _: lpa_jax.cutmix(1.0))
+
+    def same(found, expected):
+        return all(map(np.array_equal, found, expected))
+
+    drawn = []
+    for key in jax.random.split(KEY, 40):
+        first, second = interpolated(key, 0.0), pasted(key, 0.0)
+        assert same(either(key, 0.0), first)
+        assert same(either(key, 1.0), second)
+        found = either(key, 0.3)
+        drawn.append(same(found, second))
+        assert drawn[-1] or same(found, first)
+    assert 5 < sum(drawn) < 20
+
+
 # ---------------------------------------------------------------- activations and gradients
 
 

@@ -45,6 +45,10 @@ def clipping(sharpness):
     return lpa_jax.gradient_clipping(1.0 / sharpness)
 
 
+def mixup_cutmix(alpha):
+    return lpa_jax.mixup_cutmix(alpha, alpha)
+
+
 def logits(factory, strength, amount, *, label="", **arguments):
     ball = arguments.pop("ball", None)
     name = factory.__name__ + label
@@ -135,6 +139,7 @@ VARIANTS = [
         {"class_counts": COUNTS, "normalize": True},
     ),
     Line("gradient_clipping", clipping, ("param_grads",), "sharpness", 20.0, schedule=False),
+    Line("mixup_cutmix", mixup_cutmix, ("inputs", "labels"), "alpha", 1.0),
     Line("at-add_noise", add_noise, ("first",), "eta", 0.1, schedule=False),
     Line("at-clip", clip, ("logit_grads",), "sharpness", 20.0, schedule=False),
 ]
@@ -733,6 +738,9 @@ def refused(factory, *arguments, **keywords):
         refused(lpa_jax.elr, 0, strength=1.0),
         refused(lpa_jax.elr, 10, strength=1.0, beta=1.1),
         refused(lpa_jax.cutmix, alpha=1.0, probability=1.1),
+        refused(lpa_jax.mixup_cutmix, mixup_alpha=-0.1, cutmix_alpha=1.0),
+        refused(lpa_jax.mixup_cutmix, mixup_alpha=0.8, cutmix_alpha=-1.0),
+        refused(lpa_jax.mixup_cutmix, mixup_alpha=0.8, cutmix_alpha=1.0, switch=1.1),
         refused(lpa_jax.shake, "labels", strength=0.1),
         refused(lpa_jax.shake, "first", strength=1.1),
         refused(lpa_jax.gradient_clipping, -1.0),

@@ -1,6 +1,7 @@
 """Sources of examples and their errors, splits, batches, augmentation."""
 
 import functools
+import itertools
 import pathlib
 import pickle
 import subprocess
@@ -9,11 +10,12 @@ import zlib
 
 import jax
 import numpy as np
+from PIL import Image, ImageEnhance, ImageOps
 import pytest
 from tfds_fixture import png, write_examples, write_tfds
 
 from lpa_jax import data
-from lpa_jax.data import DataError, digits
+from lpa_jax.data import augmentation, DataError, digits, rand_augment
 from lpa_jax.evaluation import corruptions
 
 
@@ -567,6 +569,88 @@ def test_augment_is_crop_then_flip_with_independent_keys(images):
     cropped = data.augment(key, images, changes[:1])
     np.testing.assert_array_equal(cropped, crop(crop_key, images, 3))
     assert data.augment(key, images, ()) is images
+
+
+def enhanced(enhancer):
+    return lambda image, amount: enhancer(image).enhance(1 + 0.9 * amount)
+
+
+def warped(image, *matrix):
+    return image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR)
+
+
+BY_PILLOW = {
+    "identity": lambda image, _: image,
+    "shear_x": lambda image, amount: warped(image, 1, 0.3 * amount, 0, 0, 1, 0),
+    "shear_y": lambda image, amount: warped(image, 1, 0, 0, 0.3 * amount, 1, 0),
+    "translate_x": lambda image, amount: warped(
+        image, 1, 0, image.width * amount * 150 / 331, 0, 1, 0
+    ),
+    "translate_y": lambda image, amount: warped(
+        image, 1, 0, 0, 0, 1, image.height * amount * 150 / 331
+    ),
+    "rotate": lambda image, amount: image.rotate(30 * amount, Image.Resampling.BILINEAR),
+    "brightness": enhanced(ImageEnhance.Brightness),
+    "color": enhanced(ImageEnhance.Color),
+    "contrast": enhanced(ImageEnhance.Contrast),
+    "sharpness": enhanced(ImageEnhance.Sharpness),
+    "posterize": lambda image, amount: ImageOps.posterize(image, 8 - round(4 * abs(amount))),
+    "solarize": lambda image, amount: ImageOps.solarize(image, 255 * (1 - abs(amount))),
+    "auto_contrast": lambda image, _: ImageOps.autocontrast(image),
+    "equalize": lambda image, _: ImageOps.equalize(image),
+}
+one_operation = jax.jit(rand_augment.operation)
+
+
+@pytest.mark.parametrize("name", rand_augment.OPERATIONS)
+def test_an_operation_of_rand_augment_is_that_of_pillow(name):
+    rng = np.random.default_rng(4)
+    y, x = np.mgrid[:21, :16]
+    given = [
+        rng.integers(0, 256, (21, 16, 3)),
+        # Smooth, of few levels, and of one level.
+        np.stack([5 * y + 6 * x + 20, 200 - 4 * y, 90 + 3 * x], -1),
+        60 + rng.integers(0, 3, (21, 16, 3)) * [1, 40, 0],
+    ]
+    which = jax.numpy.array(rand_augment.OPERATIONS.index(name))
+    changed = False
+    for pixels, amount in itertools.product(given, (0.9, -0.9, 0.37, 1.0, -1.0)):
+        pixels = pixels.astype(np.uint8)
+        found = one_operation(jax.numpy.asarray(pixels), which, jax.numpy.float32(amount))
+        expected = np.asarray(BY_PILLOW[name](Image.fromarray(pixels), amount))
+        apart = np.abs(np.asarray(found, int) - expected)
+        # What is rounded otherwise is one level apart.
+        assert apart.max() <= 1
+        assert apart.mean() < 0.1
+        changed |= (np.asarray(found) != pixels).any()
+    assert changed == (name != "identity")
+
+
+def test_rand_augment_draws_for_each_image_and_each_turn(images):
+    draw = jax.jit(rand_augment.rand_augment, static_argnums=(2, 3))
+    # One image, many times.
+    key, images = jax.random.key(2), jax.numpy.repeat(images[:1], 200, axis=0)
+    expected = [images[0]] * 40
+    for each in jax.random.split(key, 2):
+        which_key, sign_key = jax.random.split(each)
+        which = jax.random.randint(which_key, (200,), 0, 14)
+        amounts = jax.random.rademacher(sign_key, (200,), np.float32) / 2
+        assert set(which.tolist()) == set(range(14))
+        expected = list(map(one_operation, expected, which, amounts))
+    found = draw(key, data.to_float(images), 2, 5.0)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found[:40], np.stack(expected) / 255, atol=1e-6)
+    integers = jax.eval_shape(rand_augment.rand_augment, key, images)
+    assert (integers.shape, integers.dtype) == (images.shape, np.uint8)
+
+
+def test_presets_are_lists_of_augmentations():
+    for name in augmentation.PRESETS:
+        data.augmentations(name)
+    names = [change.name for change in data.augmentations("imagenet_strong")]
+    assert names == ["resized_crop", "flip", "rand_augment", "random_erasing"]
+    (change,) = data.augmentations("rand_augment=3.0,4.5")
+    assert str(change.numbers) == "(3, 4.5)"
 
 
 def test_to_float():

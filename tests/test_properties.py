@@ -179,10 +179,16 @@ class Net(nn.Module):
 WHERE = ("inputs", "first", "second", "logits")
 # One so small that its square is 0.
 EPSILONS = st.sampled_from([0.0, 1e-30, 0.01, 0.1, 0.3, 5.0, 1e4])
+
+
+def mixup_cutmix(alpha):
+    return lpa_jax.mixup_cutmix(alpha, alpha)
+
+
 DRAWN_ONCE = (
     lpa_jax.manifold_mixup, lpa_jax.mixup, lpa_jax.dropout, lpa_jax.dropblock,
     lpa_jax.gaussian_noise, lpa_jax.disturb_label, optax.add_noise, lpa_jax.cutmix, lpa_jax.cutout,
-    lpa_jax.shake,
+    lpa_jax.shake, mixup_cutmix,
 )  # fmt: skip
 """What draws for each place of a batch, or pairs each example with the one before it."""
 
@@ -290,13 +296,13 @@ def a_class_level_line(draw, setting):
     return Line(name, factory, places, "epsilon", amount, arguments, "lpa", schedule=False)
 
 
-KINDS = 26
+KINDS = 27
 """Of lines that `another_line` draws by hand; those of the other methods follow, of their rows."""
 BY_HAND = {
     "additive_margin", "adversarial", "asam", "cutmix", "cutout", "disturb_label", "dropblock",
     "dropout", "drw", "elr", "gaussian_noise", "gradient_clipping", "gradient_noise", "isda",
     "label_smoothing", "ldam", "logit_adjustment", "lpa", "lpg", "lpl", "manifold_mixup", "mixup",
-    "reweight", "sam", "shake",
+    "mixup_cutmix", "reweight", "sam", "shake",
 }  # fmt: skip
 OF_ROWS = [name for name in METHODS if name not in BY_HAND]
 
@@ -390,6 +396,7 @@ def another_line(draw, setting, kind=None):
             schedule=False,
         ),
         Line("cutmix", lpa_jax.cutmix, ("inputs", "labels"), "alpha", amount),
+        Line("mixup_cutmix", mixup_cutmix, ("inputs", "labels"), "alpha", amount),
         Line("cutout", lpa_jax.cutout, ("inputs",), "size", amount, {"mean": (0.1, -0.2)}),
         Line("shake", lpa_jax.shake, (place,), "strength", share, {"site": place}),
         Line("isda", lpa_jax.isda, ("second", "logits"), "strength", amount, spread),
@@ -893,5 +900,6 @@ def test_many_chains_on_many_batches(capsys):
     with capsys.disabled():
         print(f"\n{chains} chains on {batches} batches each")
     assert chains >= 180
-    known = {row.factory for row in METHODS.values()} - {lpa_jax.gradient_clipping}
-    assert known | {clipping} <= factories
+    known = {row.factory for row in METHODS.values()}
+    known -= {lpa_jax.gradient_clipping, lpa_jax.mixup_cutmix}
+    assert known | {clipping, mixup_cutmix} <= factories

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, UInt8
 
+from lpa_jax.data.rand_augment import rand_augment
 from lpa_jax.registry import Registry
 
 Images = UInt8[Array, "batch height width channels"] | Float[Array, "batch height width channels"]
@@ -267,6 +268,7 @@ AUGMENTATIONS = Registry(
         ),
         "grayscale": Augmentation(grayscale, (0.0,), (1.0,), color=True),
         "random_erasing": Augmentation(random_erasing, (0.0,), (1.0,)),
+        "rand_augment": Augmentation(rand_augment, (1, 0.0), (math.inf, 10.0), color=True),
     },
     Augmentation,
 )
@@ -276,6 +278,7 @@ PRESETS = {
     "none": "",
     "cifar": "crop=4+flip",
     "imagenet": "resized_crop=0.08,1+flip",
+    "imagenet_strong": "resized_crop=0.08,1+flip+rand_augment=2,9+random_erasing=0.25",
     "domainbed": "resized_crop=0.7,1+flip+color_jitter=0.3,0.3,0.3,0.3+grayscale=0.1",
 }
 """Usual lists of augmentations, by the name of where they are usual."""
@@ -323,8 +326,9 @@ def augmentations(text: str) -> tuple[Applied, ...]:
         for number, low, high in zip(numbers, entry.least, entry.most, strict=False):
             if not low <= number <= high:
                 raise ValueError(f"{part!r} has the number {number:g}: give {low:g} to {high:g}.")
-        if name == "crop" and any(number % 1 for number in numbers):
-            raise ValueError(f"{part!r} has no whole number of pixels: give one.")
+        counted = {"crop": "pixels", "rand_augment": "operations"}.get(name)
+        if counted and any(number % 1 for number in numbers[:1]):
+            raise ValueError(f"{part!r} has no whole number of {counted}: give one.")
         if name == "resized_crop" and list(numbers) != sorted(numbers):
             raise ValueError(f"{part!r} has its smallest share above its largest: change places.")
         found.append(Applied(name, numbers))
@@ -332,7 +336,8 @@ def augmentations(text: str) -> tuple[Applied, ...]:
 
 
 def _number(text: str) -> float:
-    return int(text) if text.strip().isdecimal() else float(text)
+    number = float(text)
+    return int(number) if number.is_integer() else number
 
 
 def augment(key: Key[Array, ""], images: Images, changes: Sequence[Applied]) -> Images:
