@@ -674,7 +674,9 @@ CASES = {
     "an augmentation out of range": (images(None, "augment=grayscale=2"), "give 0 to 1"),
     "shares the wrong way round": (images(None, "augment=resized_crop=1,0.5"), "change places"),
     "a border as wide as the image": (images(None, "augment=crop=8"), "needs a border below"),
-    "no binary files of CIFAR": (images(name="cifar:DIR/images"), "neither test_batch.bin nor"),
+    "no binary files of CIFAR": (
+        images(None, "image_size=None", name="cifar:DIR/images"), "neither test_batch.bin nor"
+    ),
     "no pack": (images(name="packed:DIR/images"), "is no folder that lpa-jax pack wrote"),
     "a pack half described": (
         images(
