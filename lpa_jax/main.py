@@ -80,7 +80,29 @@ def _check() -> None:
 
 
 def _parse(argv: list[str]) -> list[str]:
-    return commands.parse(argv, _check, _explain)
+    argv, cleared = _without_cleared(argv)
+
+    def check():
+        if cleared and flags.FLAGS["config"].value is not None:
+            _CONFIG.value.update_from_flattened_dict(dict.fromkeys(cleared))
+        _check()
+
+    return commands.parse(argv, check, _explain)
+
+
+def _without_cleared(argv: list[str]) -> tuple[list[str], list[str]]:
+    """Return the words but those `--config.KEY=None` that leave a key out, and these keys."""
+    pairs = [re.fullmatch(r"--?config\.([\w.]+)=(.*)", word, re.DOTALL) for word in argv]
+    last = {pair[1]: pair[2] for pair in pairs if pair is not None}
+    if "None" not in last.values():
+        return argv, []
+    # Imported late, as above.
+    from lpa_jax.training import config as configuration
+
+    optional = {name for name, key in configuration.keys().items() if key.kind is not None}
+    cleared = [key for key, value in last.items() if value == "None" and key in optional]
+    words = zip(argv, pairs, strict=True)
+    return [word for word, pair in words if pair is None or pair[1] not in cleared], cleared
 
 
 def _explain(argv: list[str], error: Exception) -> str | None:

@@ -59,6 +59,15 @@ def whole(tmp_path_factory):
     return directory
 
 
+def test_none_leaves_a_key_out_that_may_be():
+    words = ["--config.limit=None", "--config.model.cached=None", "--config.model.cached=group1"]
+    done = call("--config=configs/digits.py:smoke", *words, "--print_config")
+    assert "\nlimit = None " in done.stdout
+    assert "\nmodel.cached = 'group1' " in done.stdout
+    done = call("--config=configs/digits.py:smoke", "--config.epochs=None", "--print_config")
+    assert done.stderr == "lpa_jax: --config.epochs cannot be 'None': give an integer.\n"
+
+
 def damage(checkpoint):
     """Cut every file of a checkpoint short, as a crash of the machine may."""
     for path in checkpoint.rglob("*"):

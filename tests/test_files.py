@@ -5,6 +5,7 @@ import os
 import pathlib
 import pickle
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -361,6 +362,35 @@ def test_any_number_of_readers_gives_the_same_batches_from_any_step(examples, re
     _, other = opened(examples, readers, first=2)
     for left, right in zip(one[2:], other, strict=True):
         jax.tree.map(np.testing.assert_array_equal, left, right)
+
+
+KILLED = """
+import sys
+from lpa_jax.data import folder
+from lpa_jax.training import feed, mesh
+examples = folder.read(sys.argv[1], 8, "cover", 0)["train"]
+source = feed.make_feed("host", examples, 8, 600, mesh.make_mesh(8), readers=1)
+if __name__ == "__main__":
+    batches = source.open(0, 0)
+    next(batches)
+    import multiprocessing, os
+    print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+    os.kill(os.getpid(), 9)
+"""
+
+
+def test_readers_end_with_a_run_that_is_killed(tmp_path):
+    root = splits(tmp_path / "images", "train", "test", number=12)
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED)
+    # Its output is closed when the last process that writes to it has ended.
+    done = subprocess.run(
+        [sys.executable, script, root],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == -signal.SIGKILL
+    assert done.stdout.strip()
 
 
 def test_files_are_not_put_on_the_devices(examples):

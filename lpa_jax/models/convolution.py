@@ -94,10 +94,11 @@ def conv_general_dilated(
     if not quick or not (by_channel or (feature_group_count == 1 and large)):
         return plain(lhs, rhs)
     dilation = (1, 1) if rhs_dilation is None else rhs_dilation
-    pads = padding
     if isinstance(padding, str):
         window = [(k - 1) * d + 1 for k, d in zip(rhs.shape, dilation, strict=False)]
         pads = lax.padtype_to_pads(lhs.shape[1:3], window, window_strides, padding)
+    else:
+        pads = padding
     shape = jax.eval_shape(plain, lhs, rhs).shape
     geometry = _Geometry(tuple(window_strides), tuple(pads), tuple(dilation), shape)
 

@@ -3,6 +3,9 @@
 from collections.abc import Callable, Generator, Sequence
 import dataclasses
 import functools
+import multiprocessing
+import os
+import threading
 from typing import Any, NamedTuple
 
 from absl import flags
@@ -188,7 +191,8 @@ def _from_host(
             if not flags.FLAGS.is_parsed():
                 # Grain reads flags of its own here, which notebooks and scripts never parse.
                 flags.FLAGS.mark_as_parsed()
-            steps = steps.mp_prefetch(grain.MultiprocessingOptions(num_workers=readers))
+            options = grain.MultiprocessingOptions(num_workers=readers)
+            steps = steps.mp_prefetch(options, _end_with_parent)
         for local in steps:
             place = functools.partial(jax.make_array_from_process_local_data, sharding)
             yield tuple(jax.tree.map(place, local))
@@ -199,6 +203,19 @@ def _from_host(
 
     like = _shapes(examples, batch_size)
     return Feed(open_, take, (0, 0, 0), resident=False, augment=augment, like=like)
+
+
+def _end_with_parent(index: int, count: int) -> None:
+    """Let a reader process end when the one that started it is gone, even if that was killed."""
+    del index, count
+    parent = multiprocessing.parent_process()
+
+    def wait():
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 @dataclasses.dataclass(eq=False)
