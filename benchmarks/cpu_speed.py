@@ -1,6 +1,7 @@
-"""What keeping memory, and the quick kernel gradient, make of the training step on a CPU.
+"""What keeping memory, and the quicker convolutions, make of the training step on a CPU.
 
     python benchmarks/cpu_speed.py [--model=wrn_16_2] [--rounds=5] [--out=FILE.json]
+    python benchmarks/cpu_speed.py --model=efficientnet_lite_0 --size=224 --batch=16 --site=group7
 
 Each variant is a process of its own that waits for its turn; every variant runs once a round, and
 ratios are of runs of the same round. "before": memory is given back and XLA's kernel gradient is
@@ -23,7 +24,6 @@ VARIANTS = {
     "memory kept": {"keep": True, "quick": False},
     "both": {"keep": True, "quick": True},
 }
-SITE = "group2"
 
 
 def serve(args):
@@ -42,12 +42,12 @@ def serve(args):
     if not args.quick:
         models.layers.conv_general_dilated = jax.lax.conv_general_dilated
     model = models.create(args.model, num_classes=10, mean=(0.5,) * 3, std=(0.25,) * 3)
-    images = jax.random.uniform(jax.random.key(0), (args.batch, 32, 32, 3))
+    images = jax.random.uniform(jax.random.key(0), (args.batch, args.size, args.size, 3))
     labels = jnp.arange(args.batch) % 10
     variables = model.init(jax.random.key(0), images[:1], train=False)
     run, init = plain_step(model), lambda *_, **__: ()
     if args.step == "lpa":
-        run, init = perturbed_step(model, lpa_jax.lpa(SITE, 0.2), 10)
+        run, init = perturbed_step(model, lpa_jax.lpa(args.site, 0.2), 10)
     state = init(variables, images, labels, **APPLY)
     key = jax.random.key(1)
     step = jax.jit(run).lower(variables, state, images, labels, key).compile()
@@ -65,7 +65,8 @@ class Server:
     """A process that takes steps when it is asked to."""
 
     def __init__(self, args, step, cores, *, keep, quick):
-        words = [f"--model={args.model}", f"--batch={args.batch}", f"--step={step}"]
+        names = ("model", "size", "site", "batch")
+        words = [*(f"--{name}={getattr(args, name)}" for name in names), f"--step={step}"]
         words += ["--keep"] * keep + ["--quick"] * quick
         root = str(pathlib.Path(__file__).parent.parent)
         ours = os.sched_getaffinity(0)
@@ -120,6 +121,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="wrn_16_2")
     parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--size", type=int, default=32, help="Side of an image in pixels.")
+    parser.add_argument("--site", default="group2", help="Where LPA acts.")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=2, help="Training steps in each round.")
     parser.add_argument("--out", type=pathlib.Path, help="Write the figures as JSON.")
@@ -138,7 +141,8 @@ def main():
 
     rows = measure(args, "plain") + measure(args, "lpa")
     table = Table(
-        title=f"{args.model}, float32, batch {args.batch}, LPA at {SITE}, images a second"
+        title=f"{args.model}, {args.size} px, float32, batch {args.batch}, LPA at {args.site}",
+        caption="images a second",
     )
     for column in ("step", "variant", "images/s", "x before", "page faults a step"):
         table.add_column(column, justify="left" if column in ("step", "variant") else "right")
