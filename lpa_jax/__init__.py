@@ -20,6 +20,7 @@ from lpa_jax.transforms.adaptive import adaptive as adaptive
 from lpa_jax.transforms.additive_margin import additive_margin as additive_margin
 from lpa_jax.transforms.adversarial import adversarial as adversarial
 from lpa_jax.transforms.asam import asam as asam
+from lpa_jax.transforms.coral import coral as coral
 from lpa_jax.transforms.cutmix import cutmix as cutmix
 from lpa_jax.transforms.cutout import cutout as cutout
 from lpa_jax.transforms.disturb_label import disturb_label as disturb_label
@@ -42,6 +43,7 @@ from lpa_jax.transforms.manifold_mixup import manifold_mixup as manifold_mixup
 from lpa_jax.transforms.mixstyle import mixstyle as mixstyle
 from lpa_jax.transforms.mixup import mixup as mixup
 from lpa_jax.transforms.mixup_cutmix import mixup_cutmix as mixup_cutmix
+from lpa_jax.transforms.mmd import mmd as mmd
 from lpa_jax.transforms.reweight import reweight as reweight
 from lpa_jax.transforms.sam import sam as sam
 from lpa_jax.transforms.shake import shake as shake

@@ -19,6 +19,7 @@ from lpa_jax.registry import Registry
 from lpa_jax.transforms.additive_margin import additive_margin
 from lpa_jax.transforms.adversarial import adversarial
 from lpa_jax.transforms.asam import asam
+from lpa_jax.transforms.coral import coral
 from lpa_jax.transforms.cutmix import cutmix
 from lpa_jax.transforms.cutout import cutout
 from lpa_jax.transforms.disturb_label import disturb_label
@@ -41,12 +42,13 @@ from lpa_jax.transforms.manifold_mixup import manifold_mixup
 from lpa_jax.transforms.mixstyle import mixstyle
 from lpa_jax.transforms.mixup import mixup
 from lpa_jax.transforms.mixup_cutmix import mixup_cutmix
+from lpa_jax.transforms.mmd import mmd
 from lpa_jax.transforms.reweight import reweight
 from lpa_jax.transforms.sam import sam
 from lpa_jax.transforms.shake import shake
 
 COMMAND = "python -c \"from lpa_jax import methods; print(methods.page(), end='')\""
-FACTS = ("class_counts", "mean", "num_classes", "num_examples", "num_steps")
+FACTS = ("class_counts", "mean", "num_classes", "num_domains", "num_examples", "num_steps")
 """Arguments of methods that follow from the training set and the length of the run."""
 
 
@@ -138,6 +140,13 @@ METHODS: Registry[Method] = Registry(
             by_dataset={"cifar100": {"rho": 1.0}},
             ranges={"rho": Range(0.1, 4.0, log=True)},
             paper="asam",
+        ),
+        "coral": Method(
+            coral,
+            {"site": "features", "gamma": 1.0},
+            "gamma",
+            ranges={"gamma": Range(0.1, 10.0, log=True)},
+            paper="coral",
         ),
         "cutmix": Method(
             cutmix,
@@ -310,6 +319,13 @@ METHODS: Registry[Method] = Registry(
             },
             paper="mixup_cutmix",
         ),
+        "mmd": Method(
+            mmd,
+            {"site": "features", "gamma": 1.0},
+            "gamma",
+            ranges={"gamma": Range(0.1, 10.0, log=True)},
+            paper="mmd",
+        ),
         "reweight": Method(reweight, {}, "beta", paper="reweight", corrects_frequencies=True),
         "sam": Method(
             sam,
@@ -357,6 +373,7 @@ def page() -> str:
         "class_counts": [2, 1],
         "mean": 0.0,
         "num_classes": 2,
+        "num_domains": 2,
         "num_examples": 3,
         "num_steps": 100,
     }

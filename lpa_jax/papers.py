@@ -126,6 +126,20 @@ PAPERS = {
         2021,
         "2104.02008",
     ),
+    "coral": Paper(
+        "Sun and Saenko",
+        "Deep CORAL: Correlation Alignment for Deep Domain Adaptation",
+        "ECCV Workshops",
+        2016,
+        "1607.01719",
+    ),
+    "mmd": Paper(
+        "Li et al.",
+        "Domain Generalization with Adversarial Feature Learning",
+        "CVPR",
+        2018,
+        None,
+    ),
     "shake": Paper("Gastaldi", "Shake-Shake regularization", None, 2017, "1705.07485"),
     "fgsm": Paper(
         "Goodfellow, Shlens and Szegedy",

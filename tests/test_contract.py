@@ -26,7 +26,7 @@ NUM_CLASSES = 6
 BATCH = 16
 EXTRA = {
     "examples": jnp.asarray(np.random.default_rng(3).permutation(2 * BATCH)[:BATCH]),
-    "domains": jnp.arange(BATCH) % 3,
+    "domains": jnp.arange(BATCH) % 4,
 }
 COUNTS = [40, 10, 20, 5, 30, 2]
 ALL = lpa_jax.splits.all_positive()
@@ -148,6 +148,7 @@ FACTS = {
     "class_counts": COUNTS,
     "mean": (0.1, -0.2),
     "num_classes": NUM_CLASSES,
+    "num_domains": 4,
     "num_examples": 2 * BATCH,
 }
 # A method without a strength has a line above.

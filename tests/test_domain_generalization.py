@@ -1,0 +1,292 @@
+"""Methods of domain generalization, against their formulas in float64.
+
+The formulas are loops over domains and examples; gradients are central differences of them.
+"""
+
+import itertools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from probes import quick_jit, watch
+import pytest
+
+import lpa_jax
+
+DEPTH, WIDTH, CLASSES, DOMAINS = 3, 4, 3, 4
+KEY = jax.random.key(0)
+BALANCED = [0, 1, 2, 0, 1, 2, 0, 1, 2, 0]
+# The last of four domains has no example, and the third has one.
+SPARSE = [0, 1, 1, 0, 0, 2, 1, 0, 1, 0]
+PADDING = [1, 1, 1, 0, 1, 1, 1, 1, 0, 1]
+FRACTIONS = [1, 0.5, 2, 0, 1, 0.25, 1, 1, 0, 3]
+BATCH = len(BALANCED)
+
+
+class Net(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.tanh(nn.Dense(WIDTH, name="dense")(x))
+        x = lpa_jax.tap("features", x)
+        return nn.Dense(CLASSES, name="head")(x)
+
+
+def draw(seed=0):
+    rng = np.random.default_rng(seed)
+
+    def numbers(*shape):
+        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+    params = {
+        "dense": {"kernel": numbers(DEPTH, WIDTH), "bias": numbers(WIDTH)},
+        "head": {"kernel": numbers(WIDTH, CLASSES), "bias": numbers(CLASSES)},
+    }
+    return params, numbers(BATCH, DEPTH), jnp.asarray(rng.integers(0, CLASSES, BATCH))
+
+
+PARAMS, INPUTS, LABELS = draw()
+
+
+def one_step(chain, domains, weights, inputs=INPUTS, num_steps=1):
+    """Return the loss, the gradient and the state of the last of several steps."""
+    step = lpa_jax.value_and_grad(Net().apply, chain, num_classes=CLASSES)
+    state = step.init({"params": PARAMS}, inputs, LABELS)
+
+    @quick_jit
+    def run(state, inputs, domains, weights):
+        given = {"params": PARAMS}, state, inputs, LABELS, KEY
+        return step(*given, weights=weights, extra={"domains": domains})
+
+    given = jnp.asarray(inputs), jnp.asarray(domains), jnp.asarray(weights, jnp.float32)
+    for _ in range(num_steps):
+        (loss, _), grads, state = run(state, *given)
+    return float(loss), grads, state
+
+
+class Values:
+    """What a formula is of: each real example's features, logits, loss, domain and weight."""
+
+    def __init__(self, params, domains, weights, moved=0.0):
+        features = (
+            np.tanh(np.float64(INPUTS) @ params["dense"]["kernel"] + params["dense"]["bias"])
+            + moved
+        )
+        logits = features @ params["head"]["kernel"] + params["head"]["bias"]
+        real = [i for i in range(BATCH) if weights[i] > 0]
+        self.features = [features[i] for i in real]
+        self.logits = [logits[i] for i in real]
+        self.labels = [int(LABELS[i]) for i in real]
+        self.domains = [domains[i] for i in real]
+        self.weights = [weights[i] for i in real]
+        self.losses = [
+            np.log(np.exp(u).sum()) - u[y] for u, y in zip(self.logits, self.labels, strict=True)
+        ]
+
+    def of_domains(self):
+        """Return the places of the examples of each domain that has some."""
+        places = [
+            [i for i, domain in enumerate(self.domains) if domain == m] for m in range(DOMAINS)
+        ]
+        return [found for found in places if found]
+
+    def mean(self, numbers, places=None):
+        places = range(len(numbers)) if places is None else places
+        total = sum(self.weights[i] for i in places)
+        return sum(self.weights[i] * numbers[i] for i in places) / total
+
+
+def gradient_of(function):
+    """Return central differences of a function of the parameters, and its value."""
+    params = jax.tree.map(np.float64, PARAMS)
+
+    def differences(leaf):
+        found = np.zeros_like(leaf)
+        for place in np.ndindex(leaf.shape):
+            ends = []
+            for sign in (1, -1):
+                before = leaf[place]
+                leaf[place] = before + sign * 1e-5
+                ends.append(function(params))
+                leaf[place] = before
+            found[place] = (ends[0] - ends[1]) / 2e-5
+        return found
+
+    return function(params), jax.tree.map(differences, params)
+
+
+def compare(grads, expected):
+    jax.tree.map(
+        lambda got, exact: np.testing.assert_allclose(got, exact, rtol=2e-4, atol=2e-5),
+        grads,
+        expected,
+    )
+
+
+# ---------------------------------------------------------------- CORAL and MMD
+
+
+def coral_of(values):
+    total, pairs = 0.0, 0
+    for one, other in itertools.combinations(values.of_domains(), 2):
+        stats = []
+        for places in (one, other):
+            x = np.stack([values.features[i] for i in places])
+            centered = x - x.mean(0)
+            covariance = centered.T @ centered / (len(x) - 1) if len(x) > 1 else None
+            stats.append((x.mean(0), covariance))
+        (mean, cov), (its_mean, its_cov) = stats
+        total += ((mean - its_mean) ** 2).mean()
+        if cov is not None and its_cov is not None:
+            total += ((cov - its_cov) ** 2).mean()
+        pairs += 1
+    return total / pairs if pairs else 0.0
+
+
+def mmd_of(values):
+    def kernel(one, other):
+        numbers = []
+        for i, j in itertools.product(one, other):
+            distance = ((values.features[i] - values.features[j]) ** 2).sum()
+            numbers.append(sum(np.exp(-(10.0**s) * distance) for s in range(-3, 4)))
+        return np.mean(numbers)
+
+    found = [
+        kernel(one, one) + kernel(other, other) - 2 * kernel(one, other)
+        for one, other in itertools.combinations(values.of_domains(), 2)
+    ]
+    return np.mean(found) if found else 0.0
+
+
+PENALTIES = {"coral": (lpa_jax.coral, coral_of), "mmd": (lpa_jax.mmd, mmd_of)}
+BATCHES = {
+    "whole": (BALANCED, [1] * BATCH),
+    "padding": (BALANCED, PADDING),
+    "sparse": (SPARSE, FRACTIONS),
+    "one domain": ([2] * BATCH, PADDING),
+}
+each_batch = pytest.mark.parametrize("batch", BATCHES)
+
+
+@pytest.mark.parametrize("name", PENALTIES)
+@each_batch
+def test_a_penalty_of_the_features(name, batch):
+    factory, penalty = PENALTIES[name]
+    domains, weights = BATCHES[batch]
+
+    def objective(params):
+        values = Values(params, domains, weights)
+        return values.mean(values.losses) + 0.7 * penalty(values)
+
+    _, exact = gradient_of(objective)
+    loss, grads, _ = one_step(factory("features", 0.7, DOMAINS), domains, weights)
+    compare(grads, exact)
+    # The loss is the plain one.
+    values = Values(jax.tree.map(np.float64, PARAMS), domains, weights)
+    assert loss == pytest.approx(values.mean(values.losses), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", PENALTIES)
+def test_a_penalty_of_features_that_lpa_has_moved(name):
+    factory, penalty = PENALTIES[name]
+    lpa = lpa_jax.lpa("features", 0.5, split=lpa_jax.splits.all_positive())
+    chain = lpa_jax.chain(
+        watch("features"), lpa, watch("features"), factory("features", 0.7, DOMAINS)
+    )
+    _, grads, state = one_step(chain, BALANCED, PADDING)
+    before, after = (np.float64(state.perturbations[i]) for i in (0, 2))
+    assert np.abs(after - before).max() > 0.05
+
+    def objective(params):
+        values = Values(params, BALANCED, PADDING, after - before)
+        return values.mean(values.losses) + 0.7 * penalty(values)
+
+    compare(grads, gradient_of(objective)[1])
+
+
+# ---------------------------------------------------------------- all of them
+
+
+ALL = {
+    "coral": lpa_jax.coral("features", 0.7, DOMAINS),
+    "mmd": lpa_jax.mmd("features", 0.7, DOMAINS),
+}
+each_method = pytest.mark.parametrize("method", ALL)
+
+
+@each_method
+def test_a_batch_of_padding_has_no_gradient(method):
+    inputs = jnp.full_like(INPUTS, jnp.nan)
+    loss, grads, state = one_step(ALL[method], BALANCED, [0] * BATCH, inputs)
+    assert loss == 0
+    for leaf in jax.tree.leaves(grads):
+        np.testing.assert_array_equal(leaf, 0.0)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.perturbations))
+
+
+@each_method
+def test_a_domain_that_there_is_not_makes_the_gradient_nan(method):
+    for wrong in (-1, DOMAINS):
+        _, grads, _ = one_step(ALL[method], [wrong, *BALANCED[1:]], [1] * BATCH)
+        assert all(np.isnan(leaf).all() for leaf in jax.tree.leaves(grads["dense"]))
+        # Of padding it does not count.
+        _, grads, _ = one_step(ALL[method], [wrong, *BALANCED[1:]], [0, *PADDING[1:]])
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
+
+
+@each_method
+def test_devices_have_the_statistics_of_the_whole_batch(method):
+    domains, weights = jnp.array(SPARSE), jnp.array(FRACTIONS, jnp.float32)
+    given = jnp.asarray(INPUTS), jnp.asarray(LABELS), domains, weights
+    variables = {"params": PARAMS}
+    options = {"num_classes": CLASSES, "axis_name": "data"}
+    step = lpa_jax.value_and_grad(Net().apply, ALL[method], **options)
+    state = step.init(variables, INPUTS, LABELS)
+
+    def run(inputs, labels, domains, weights):
+        extra = {"domains": domains}
+        _, grads, new = step(variables, state, inputs, labels, KEY, weights=weights, extra=extra)
+        return jax.lax.pmean(grads, "data"), new
+
+    parts = [array.reshape(5, 2, *array.shape[1:]) for array in given]
+    grads, new = quick_jit(jax.vmap(run, axis_name="data"))(*parts)
+    axes = (jax.sharding.AxisType.Auto,)
+    mesh = jax.make_mesh((5,), ("data",), axis_types=axes, devices=jax.devices()[:5])
+    split, whole = jax.P("data"), jax.P()
+    mapped = jax.shard_map(run, mesh=mesh, in_specs=(split,) * 4, out_specs=(whole, whole))
+    shard_grads, shard_new = quick_jit(mapped)(*given)
+    _, exact, exact_new = one_step(ALL[method], SPARSE, FRACTIONS)
+    compare(jax.tree.map(lambda leaf: leaf[0], grads), exact)
+    compare(shard_grads, exact)
+    compare(jax.tree.map(lambda leaf: leaf[0], new.perturbations), exact_new.perturbations)
+    compare(shard_new.perturbations, exact_new.perturbations)
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ({}, r"needs the domain of each example: give the step extra=\{'domains': domains\}"),
+        ({"domains": jnp.ones(BATCH)}, "needs an integer for each example in extra"),
+        ({"domains": jnp.ones((BATCH, 2), jnp.int32)}, "needs an integer for each example"),
+    ],
+)
+@each_method
+def test_a_step_without_domains_is_refused(method, extra, message):
+    step = lpa_jax.value_and_grad(Net().apply, ALL[method], num_classes=CLASSES)
+    state = step.init({"params": PARAMS}, INPUTS, LABELS)
+    with pytest.raises(ValueError, match=f"{method} {message}"):
+        step({"params": PARAMS}, state, INPUTS, LABELS, KEY, extra=extra)
+
+
+@pytest.mark.parametrize("name", PENALTIES)
+def test_what_is_no_vector_of_features_is_refused(name):
+    factory, _ = PENALTIES[name]
+    for site in ("inputs", "logits"):
+        with pytest.raises(lpa_jax.SiteError, match="acts at a layer before the head"):
+            factory(site, 1.0, 3)
+    with pytest.raises(ValueError, match="num_domains must be a whole number of at least 2"):
+        factory("features", 1.0, 1)
+    penalty = factory("group3", 1.0, 3)
+    value = jnp.ones((2, 4, 4, 3))
+    with pytest.raises(lpa_jax.SiteError, match=r"needs features \[B, D\].*'group3' holds \(2, 4"):
+        penalty.update(value, (), weights=jnp.ones(2), domains=jnp.arange(2))
