@@ -84,6 +84,7 @@ def cost(
                 class_stats=stats,
                 gradient_fn=ask,
                 logits=value,
+                losses=jnp.ones(batch),
             )
 
         if not back:

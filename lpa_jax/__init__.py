@@ -32,6 +32,7 @@ from lpa_jax.transforms.elr import elr as elr
 from lpa_jax.transforms.gaussian_noise import gaussian_noise as gaussian_noise
 from lpa_jax.transforms.gradient_clipping import gradient_clipping as gradient_clipping
 from lpa_jax.transforms.gradient_noise import gradient_noise as gradient_noise
+from lpa_jax.transforms.group_dro import group_dro as group_dro
 from lpa_jax.transforms.isda import isda as isda
 from lpa_jax.transforms.label_smoothing import label_smoothing as label_smoothing
 from lpa_jax.transforms.ldam import ldam as ldam
@@ -47,6 +48,7 @@ from lpa_jax.transforms.mmd import mmd as mmd
 from lpa_jax.transforms.reweight import reweight as reweight
 from lpa_jax.transforms.sam import sam as sam
 from lpa_jax.transforms.shake import shake as shake
+from lpa_jax.transforms.vrex import vrex as vrex
 
 # The rest is imported where it is first used: the core does not need it, and the trainer's packages
 # may not be installed.

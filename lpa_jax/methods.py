@@ -31,6 +31,7 @@ from lpa_jax.transforms.elr import elr
 from lpa_jax.transforms.gaussian_noise import gaussian_noise
 from lpa_jax.transforms.gradient_clipping import gradient_clipping
 from lpa_jax.transforms.gradient_noise import gradient_noise
+from lpa_jax.transforms.group_dro import group_dro
 from lpa_jax.transforms.isda import isda
 from lpa_jax.transforms.label_smoothing import label_smoothing
 from lpa_jax.transforms.ldam import ldam
@@ -46,6 +47,7 @@ from lpa_jax.transforms.mmd import mmd
 from lpa_jax.transforms.reweight import reweight
 from lpa_jax.transforms.sam import sam
 from lpa_jax.transforms.shake import shake
+from lpa_jax.transforms.vrex import vrex
 
 COMMAND = "python -c \"from lpa_jax import methods; print(methods.page(), end='')\""
 FACTS = ("class_counts", "mean", "num_classes", "num_domains", "num_examples", "num_steps")
@@ -233,6 +235,13 @@ METHODS: Registry[Method] = Registry(
             ranges={"eta": Range(1e-8, 1e-3, log=True)},
             paper="gradient_noise",
         ),
+        # Without strength the domains weigh the same, and not the examples.
+        "group_dro": Method(
+            group_dro,
+            {"eta": 0.01},
+            ranges={"eta": Range(1e-3, 0.1, log=True)},
+            paper="group_dro",
+        ),
         "isda": Method(
             isda,
             {"site": "features", "strength": 0.5},
@@ -341,6 +350,18 @@ METHODS: Registry[Method] = Registry(
             "strength",
             ranges={"strength": Range(0.1, 1.0)},
             paper="shake",
+        ),
+        "vrex": Method(
+            vrex,
+            # Of DomainBed's 5,001 steps.
+            {"penalty_weight": 10.0, "anneal_steps": 0.1},
+            "penalty_weight",
+            ranges={
+                "penalty_weight": Range(0.1, 1e5, log=True),
+                "anneal_steps": Range(2e-4, 1.0, log=True),
+            },
+            paper="vrex",
+            shares=("anneal_steps",),
         ),
     },
     Method,

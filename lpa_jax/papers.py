@@ -140,6 +140,20 @@ PAPERS = {
         2018,
         None,
     ),
+    "group_dro": Paper(
+        "Sagawa et al.",
+        "Distributionally Robust Neural Networks",
+        "ICLR",
+        2020,
+        "1911.08731",
+    ),
+    "vrex": Paper(
+        "Krueger et al.",
+        "Out-of-Distribution Generalization via Risk Extrapolation (REx)",
+        "ICML",
+        2021,
+        "2003.00688",
+    ),
     "shake": Paper("Gastaldi", "Shake-Shake regularization", None, 2017, "1705.07485"),
     "fgsm": Paper(
         "Goodfellow, Shlens and Szegedy",

@@ -139,6 +139,8 @@ VARIANTS = [
         {"class_counts": COUNTS, "normalize": True},
     ),
     Line("gradient_clipping", clipping, ("param_grads",), "sharpness", 20.0, schedule=False),
+    # The domains have as many examples each, and so weigh the same without strength.
+    Line("group_dro", lpa_jax.group_dro, ("logit_grads",), "eta", 0.5, {"num_domains": 4}),
     Line("mixup_cutmix", mixup_cutmix, ("inputs", "labels"), "alpha", 1.0),
     Line("at-add_noise", add_noise, ("first",), "eta", 0.1, schedule=False),
     Line("at-clip", clip, ("logit_grads",), "sharpness", 20.0, schedule=False),
@@ -525,6 +527,7 @@ def direct(line, dtype, stats=None, gradient_fn=None):
             class_stats=seen() if stats is None else stats,
             gradient_fn=gradient_fn or losses,
             logits=jnp.zeros((BATCH, NUM_CLASSES)),
+            losses=jnp.zeros(BATCH),
             never_heard_of="this",
         )[0]
 

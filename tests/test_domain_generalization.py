@@ -204,12 +204,99 @@ def test_a_penalty_of_features_that_lpa_has_moved(name):
     compare(grads, gradient_of(objective)[1])
 
 
+# ---------------------------------------------------------------- GroupDRO and V-REx
+
+
+def mean_losses(values):
+    return {
+        values.domains[places[0]]: values.mean(values.losses, places)
+        for places in values.of_domains()
+    }
+
+
+@each_batch
+def test_the_weights_of_group_dro(batch):
+    domains, weights = BATCHES[batch]
+    eta, num_steps = 0.4, 3
+    means = mean_losses(Values(jax.tree.map(np.float64, PARAMS), domains, weights))
+    scores = {m: np.exp(num_steps * eta * mean) for m, mean in means.items()}
+    shares = {m: score / sum(scores.values()) for m, score in scores.items()}
+
+    def objective(params):
+        means = mean_losses(Values(params, domains, weights))
+        return sum(shares[m] * mean for m, mean in means.items())
+
+    group_dro = lpa_jax.group_dro(eta, DOMAINS)
+    loss, grads, state = one_step(group_dro, domains, weights, num_steps=num_steps)
+    compare(grads, gradient_of(objective)[1])
+    values = Values(jax.tree.map(np.float64, PARAMS), domains, weights)
+    assert loss == pytest.approx(values.mean(values.losses), rel=1e-5)
+    # The other domains keep the weight that they began with.
+    q = np.exp(np.float64(state.perturbations[0]))
+    exact = np.array([scores.get(m, 1.0) for m in range(DOMAINS)])
+    np.testing.assert_allclose(q / q.sum(), exact / exact.sum(), rtol=1e-4)
+
+
+def test_group_dro_holds_out_against_losses_without_end():
+    group_dro = lpa_jax.group_dro(1.0, 3)
+    state = group_dro.init(jnp.ones((3, 2)))
+    given = {"weights": jnp.ones(3), "domains": jnp.arange(3)}
+    for _ in range(3):
+        value, state = group_dro.update(
+            jnp.ones((3, 2)), state, losses=jnp.array([1e30, 1.0, 2e30]), **given
+        )
+    np.testing.assert_array_equal(value, [[0, 0], [0, 0], [3, 3]])
+    assert np.isfinite(state).all()
+
+
+@each_batch
+@pytest.mark.parametrize("num_steps", [2, 3])
+def test_the_variance_of_vrex(batch, num_steps):
+    domains, weights = BATCHES[batch]
+    # Steps 0 and 1 have weight 1, and step 2 has another.
+    weight = 1.0 if num_steps == 2 else 5.0
+
+    def objective(params):
+        values = Values(params, domains, weights)
+        return values.mean(values.losses) + weight * np.var(list(mean_losses(values).values()))
+
+    vrex = lpa_jax.vrex(5.0, DOMAINS, anneal_steps=2)
+    loss, grads, _ = one_step(vrex, domains, weights, num_steps=num_steps)
+    compare(grads, gradient_of(objective)[1])
+    values = Values(jax.tree.map(np.float64, PARAMS), domains, weights)
+    assert loss == pytest.approx(values.mean(values.losses), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["group_dro", "vrex"])
+def test_the_domains_are_weighed_of_features_that_lpa_has_moved(name):
+    lpa = lpa_jax.lpa("features", 0.5, split=lpa_jax.splits.all_positive())
+    chain = lpa_jax.chain(watch("features"), lpa, watch("features"), ALL[name])
+    _, grads, state = one_step(chain, BALANCED, PADDING)
+    before, after = (np.float64(state.perturbations[i]) for i in (0, 2))
+
+    def means_of(params):
+        values = Values(params, BALANCED, PADDING, after - before)
+        return values.mean(values.losses), mean_losses(values)
+
+    scores = np.exp(0.4 * np.array(list(means_of(jax.tree.map(np.float64, PARAMS))[1].values())))
+
+    def objective(params):
+        mean, means = means_of(params)
+        if name == "vrex":
+            return mean + 5.0 * np.var(list(means.values()))
+        return sum(scores / scores.sum() * list(means.values()))
+
+    compare(grads, gradient_of(objective)[1])
+
+
 # ---------------------------------------------------------------- all of them
 
 
 ALL = {
     "coral": lpa_jax.coral("features", 0.7, DOMAINS),
     "mmd": lpa_jax.mmd("features", 0.7, DOMAINS),
+    "group_dro": lpa_jax.group_dro(0.4, DOMAINS),
+    "vrex": lpa_jax.vrex(5.0, DOMAINS),
 }
 each_method = pytest.mark.parametrize("method", ALL)
 

@@ -305,7 +305,9 @@ BY_HAND = {
     "label_smoothing", "ldam", "logit_adjustment", "lpa", "lpg", "lpl", "manifold_mixup", "mixup",
     "mixup_cutmix", "reweight", "sam", "shake",
 }  # fmt: skip
-OF_ROWS = [name for name in METHODS if name not in BY_HAND]
+# Without strength it is no plain training, unless the domains have as many examples each.
+LEFT_OUT = {"group_dro"}
+OF_ROWS = [name for name in METHODS if name not in BY_HAND | LEFT_OUT]
 
 
 def facts_of(classes):
@@ -903,6 +905,6 @@ def test_many_chains_on_many_batches(capsys):
     with capsys.disabled():
         print(f"\n{chains} chains on {batches} batches each")
     assert chains >= 180
-    known = {row.factory for row in METHODS.values()}
+    known = {row.factory for name, row in METHODS.items() if name not in LEFT_OUT}
     known -= {lpa_jax.gradient_clipping, lpa_jax.mixup_cutmix}
     assert known | {clipping, mixup_cutmix} <= factories

@@ -1,12 +1,14 @@
 """The domains of the examples, as the methods of domain generalization use them."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
 from lpa_jax.core import membership
+from lpa_jax.core.arguments import at_step, Number
 from lpa_jax.core.perturbation import check_activations, INPUTS, LOGITS, SiteError
 
 
@@ -48,6 +50,17 @@ def by_domain(
     wrong = members.summed(jnp.sum(jnp.where(fits, 0.0, 1.0)))
     counts = jnp.where(wrong > 0, jnp.nan, members.counts)
     return dataclasses.replace(members, counts=counts)
+
+
+def scales(members: membership.Membership) -> Float[Array, "rows"]:
+    """Return what makes the mean over the examples that over a row: n / n_m, and 0 without any."""
+    counts = members.counts
+    return jnp.where(counts == 0, 0.0, jnp.sum(counts) / jnp.where(counts == 0, 1.0, counts))
+
+
+def annealed(number: Number, anneal_steps: int, step: Any) -> Float[Array, ""]:
+    """Return the weight of a penalty: 1 for a number of steps, and then what is given."""
+    return jnp.where(jnp.asarray(step) < anneal_steps, 1.0, at_step(number, step))
 
 
 def check_layer(name: str, site: str) -> None:
