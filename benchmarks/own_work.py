@@ -135,7 +135,8 @@ def of_row(row, batch, classes):
     shapes = dict.fromkeys(("labels", "logits", "logit_grads"), (batch, classes))
     shapes["param_grads"] = parameters.shape
     shapes["features"] = (batch, K)
-    more = {"params": parameters} if site == "param_grads" else {}
+    head = {"head": {"kernel": jax.ShapeDtypeStruct((K, classes), jnp.float32)}}
+    more = {"params": {"param_grads": parameters, "features": head}.get(site, ())}
     # More gradients than any of our loops of steps is unrolled for.
     calls = UNROLL + 1 if perturbation.needs_gradient else 0
     more |= {"site": site, "calls": calls, "back": site not in ("inputs", "labels")}

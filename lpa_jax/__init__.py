@@ -33,6 +33,7 @@ from lpa_jax.transforms.gaussian_noise import gaussian_noise as gaussian_noise
 from lpa_jax.transforms.gradient_clipping import gradient_clipping as gradient_clipping
 from lpa_jax.transforms.gradient_noise import gradient_noise as gradient_noise
 from lpa_jax.transforms.group_dro import group_dro as group_dro
+from lpa_jax.transforms.irm import irm as irm
 from lpa_jax.transforms.isda import isda as isda
 from lpa_jax.transforms.label_smoothing import label_smoothing as label_smoothing
 from lpa_jax.transforms.ldam import ldam as ldam
@@ -46,6 +47,7 @@ from lpa_jax.transforms.mixup import mixup as mixup
 from lpa_jax.transforms.mixup_cutmix import mixup_cutmix as mixup_cutmix
 from lpa_jax.transforms.mmd import mmd as mmd
 from lpa_jax.transforms.reweight import reweight as reweight
+from lpa_jax.transforms.rsc import rsc as rsc
 from lpa_jax.transforms.sam import sam as sam
 from lpa_jax.transforms.shake import shake as shake
 from lpa_jax.transforms.vrex import vrex as vrex

@@ -32,6 +32,7 @@ from lpa_jax.transforms.gaussian_noise import gaussian_noise
 from lpa_jax.transforms.gradient_clipping import gradient_clipping
 from lpa_jax.transforms.gradient_noise import gradient_noise
 from lpa_jax.transforms.group_dro import group_dro
+from lpa_jax.transforms.irm import irm
 from lpa_jax.transforms.isda import isda
 from lpa_jax.transforms.label_smoothing import label_smoothing
 from lpa_jax.transforms.ldam import ldam
@@ -45,6 +46,7 @@ from lpa_jax.transforms.mixup import mixup
 from lpa_jax.transforms.mixup_cutmix import mixup_cutmix
 from lpa_jax.transforms.mmd import mmd
 from lpa_jax.transforms.reweight import reweight
+from lpa_jax.transforms.rsc import rsc
 from lpa_jax.transforms.sam import sam
 from lpa_jax.transforms.shake import shake
 from lpa_jax.transforms.vrex import vrex
@@ -242,6 +244,18 @@ METHODS: Registry[Method] = Registry(
             ranges={"eta": Range(1e-3, 0.1, log=True)},
             paper="group_dro",
         ),
+        "irm": Method(
+            irm,
+            # Of DomainBed's 5,001 steps.
+            {"penalty_weight": 100.0, "anneal_steps": 0.1},
+            "penalty_weight",
+            ranges={
+                "penalty_weight": Range(0.1, 1e5, log=True),
+                "anneal_steps": Range(2e-4, 1.0, log=True),
+            },
+            paper="irm",
+            shares=("anneal_steps",),
+        ),
         "isda": Method(
             isda,
             {"site": "features", "strength": 0.5},
@@ -336,6 +350,13 @@ METHODS: Registry[Method] = Registry(
             paper="mmd",
         ),
         "reweight": Method(reweight, {}, "beta", paper="reweight", corrects_frequencies=True),
+        "rsc": Method(
+            rsc,
+            {"site": "features"},
+            "features",
+            ranges={"features": Range(0.0, 0.5), "batch": Range(0.0, 0.5)},
+            paper="rsc",
+        ),
         "sam": Method(
             sam,
             {"rho": 0.05},

@@ -154,6 +154,14 @@ PAPERS = {
         2021,
         "2003.00688",
     ),
+    "irm": Paper("Arjovsky et al.", "Invariant Risk Minimization", None, 2019, "1907.02893"),
+    "rsc": Paper(
+        "Huang et al.",
+        "Self-Challenging Improves Cross-Domain Generalization",
+        "ECCV",
+        2020,
+        "2007.02454",
+    ),
     "shake": Paper("Gastaldi", "Shake-Shake regularization", None, 2017, "1705.07485"),
     "fgsm": Paper(
         "Goodfellow, Shlens and Szegedy",

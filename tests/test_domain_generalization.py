@@ -289,6 +289,93 @@ def test_the_domains_are_weighed_of_features_that_lpa_has_moved(name):
     compare(grads, gradient_of(objective)[1])
 
 
+# ---------------------------------------------------------------- IRM and RSC
+
+
+def irm_of(values):
+    products = []
+    for places in values.of_domains():
+        slopes = []
+        for half in (places[::2], places[1::2]):
+            numbers = []
+            for i, u in enumerate(values.logits):
+                p = np.exp(u) / np.exp(u).sum()
+                numbers.append(p @ u - u[values.labels[i]])
+            slopes.append(values.mean(numbers, half) if half else 0.0)
+        products.append(slopes[0] * slopes[1])
+    return np.mean(products)
+
+
+@each_batch
+def test_the_penalty_of_irm(batch):
+    domains, weights = BATCHES[batch]
+
+    def objective(params):
+        values = Values(params, domains, weights)
+        return values.mean(values.losses) + 3.0 * irm_of(values)
+
+    loss, grads, _ = one_step(ALL["irm"], domains, weights)
+    compare(grads, gradient_of(objective)[1])
+    values = Values(jax.tree.map(np.float64, PARAMS), domains, weights)
+    assert loss == pytest.approx(values.mean(values.losses), rel=1e-5)
+
+
+def test_the_weight_of_irm_is_1_in_its_first_steps():
+    rng = np.random.default_rng(1)
+    given = {
+        "logits": jnp.asarray(rng.normal(size=(BATCH, CLASSES)), jnp.float32),
+        "targets": jax.nn.one_hot(LABELS, CLASSES),
+        "weights": jnp.asarray(PADDING, jnp.float32),
+        "domains": jnp.array(BALANCED),
+    }
+    irm = lpa_jax.irm(9.0, DOMAINS, anneal_steps=2)
+    zero = jnp.zeros((BATCH, CLASSES))
+    pulls = [irm.update(zero, (), step=jnp.int32(step), **given)[0] for step in (1, 2)]
+    assert jnp.abs(pulls[0]).max() > 0.01
+    np.testing.assert_allclose(pulls[1], 9.0 * pulls[0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("batch", ["whole", "padding", "sparse"])
+@pytest.mark.parametrize("shares", [(1 / 3, 1 / 3), (0.7, 0.5), (1.0, 1.0)])
+def test_rsc_mutes_what_a_prediction_rests_on(batch, shares):
+    _, weights = BATCHES[batch]
+    of_features, of_batch = shares
+    params = jax.tree.map(np.float64, PARAMS)
+    kernel, bias = params["head"]["kernel"], params["head"]["bias"]
+    real = [i for i in range(BATCH) if weights[i] > 0]
+    features = np.tanh(np.float64(INPUTS) @ params["dense"]["kernel"] + params["dense"]["bias"])
+
+    def probability(a, y):
+        u = a @ kernel + bias
+        return np.exp(u[y]) / np.exp(u).sum()
+
+    keep, falls = np.ones_like(features), {}
+    for i in real:
+        slopes = kernel[:, LABELS[i]]
+        # As DomainBed takes the percentile.
+        keep[i] = slopes < np.percentile(slopes, 100 * (1 - of_features)) - 1e-9
+        falls[i] = probability(features[i], LABELS[i])
+        falls[i] -= probability(features[i] * keep[i], LABELS[i])
+    least = np.percentile(list(falls.values()), 100 * (1 - of_batch))
+    for i in range(BATCH):
+        if falls.get(i, -np.inf) < least - 1e-9:
+            keep[i] = 1
+    assert (keep[real] == 0).any()
+    chain = lpa_jax.chain(lpa_jax.rsc("features", *shares), watch("features"))
+    loss, _, state = one_step(chain, BALANCED, weights)
+    muted = features * keep
+    np.testing.assert_allclose(
+        np.asarray(state.perturbations[1])[real], muted[real], rtol=1e-5, atol=1e-6
+    )
+    losses = np.array([-np.log(probability(muted[i], LABELS[i])) for i in range(BATCH)])
+    assert loss == pytest.approx(np.average(losses, weights=weights), rel=1e-5)
+
+
+def test_rsc_needs_the_kernel_of_the_head():
+    with pytest.raises(lpa_jax.SiteError, match="rsc needs the kernel of the network's last"):
+        one_step(lpa_jax.rsc("features", head="last"), BALANCED, PADDING)
+
+
 # ---------------------------------------------------------------- all of them
 
 
@@ -297,6 +384,7 @@ ALL = {
     "mmd": lpa_jax.mmd("features", 0.7, DOMAINS),
     "group_dro": lpa_jax.group_dro(0.4, DOMAINS),
     "vrex": lpa_jax.vrex(5.0, DOMAINS),
+    "irm": lpa_jax.irm(3.0, DOMAINS),
 }
 each_method = pytest.mark.parametrize("method", ALL)
 

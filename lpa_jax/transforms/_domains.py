@@ -52,6 +52,11 @@ def by_domain(
     return dataclasses.replace(members, counts=counts)
 
 
+def everywhere(array: Array, axis_name: tuple[str, ...]) -> Array:
+    """Return the parts of an array `[B, ...]` that all devices have, one after the other."""
+    return jax.lax.all_gather(array, axis_name, tiled=True) if axis_name else array
+
+
 def scales(members: membership.Membership) -> Float[Array, "rows"]:
     """Return what makes the mean over the examples that over a row: n / n_m, and 0 without any."""
     counts = members.counts

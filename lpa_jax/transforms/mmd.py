@@ -1,5 +1,7 @@
 """MMD: the features of all domains have the same distribution, as Gaussian kernels tell it."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -55,9 +57,7 @@ def mmd(site: str, gamma: Number, num_domains: int) -> Perturbation:
         real = (weights > 0).astype(jnp.float32)
         members = _domains.by_domain("mmd", domains, real, num_domains, axis_name)
 
-        def everywhere(array):
-            return jax.lax.all_gather(array, axis_name, tiled=True) if axis_name else array
-
+        everywhere = functools.partial(_domains.everywhere, axis_name=axis_name)
         features = jax.lax.stop_gradient(value).astype(jnp.float32)
         features = jnp.where(real[:, None] > 0, features, 0.0)
         number = jnp.sum((members.counts > 0).astype(jnp.float32))
