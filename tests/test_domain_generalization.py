@@ -11,8 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 from probes import quick_jit, watch
 import pytest
+from rich.console import Console
 
+from configs import digits
 import lpa_jax
+from lpa_jax import data
+from lpa_jax.training import build
+from lpa_jax.training.config import ConfigError
 
 DEPTH, WIDTH, CLASSES, DOMAINS = 3, 4, 3, 4
 KEY = jax.random.key(0)
@@ -165,7 +170,8 @@ BATCHES = {
     "sparse": (SPARSE, FRACTIONS),
     "one domain": ([2] * BATCH, PADDING),
 }
-each_batch = pytest.mark.parametrize("batch", BATCHES)
+OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in BATCHES if name != "sparse"]
+each_batch = pytest.mark.parametrize("batch", ["sparse", *OTHERS])
 
 
 @pytest.mark.parametrize("name", PENALTIES)
@@ -186,7 +192,7 @@ def test_a_penalty_of_the_features(name, batch):
     assert loss == pytest.approx(values.mean(values.losses), rel=1e-5)
 
 
-@pytest.mark.parametrize("name", PENALTIES)
+@pytest.mark.parametrize("name", ["coral", pytest.param("mmd", marks=pytest.mark.slow)])
 def test_a_penalty_of_features_that_lpa_has_moved(name):
     factory, penalty = PENALTIES[name]
     lpa = lpa_jax.lpa("features", 0.5, split=lpa_jax.splits.all_positive())
@@ -267,7 +273,7 @@ def test_the_variance_of_vrex(batch, num_steps):
     assert loss == pytest.approx(values.mean(values.losses), rel=1e-5)
 
 
-@pytest.mark.parametrize("name", ["group_dro", "vrex"])
+@pytest.mark.parametrize("name", ["group_dro", pytest.param("vrex", marks=pytest.mark.slow)])
 def test_the_domains_are_weighed_of_features_that_lpa_has_moved(name):
     lpa = lpa_jax.lpa("features", 0.5, split=lpa_jax.splits.all_positive())
     chain = lpa_jax.chain(watch("features"), lpa, watch("features"), ALL[name])
@@ -335,7 +341,7 @@ def test_the_weight_of_irm_is_1_in_its_first_steps():
     np.testing.assert_allclose(pulls[1], 9.0 * pulls[0], rtol=1e-5)
 
 
-@pytest.mark.parametrize("batch", ["whole", "padding", "sparse"])
+@each_batch
 @pytest.mark.parametrize("shares", [(1 / 3, 1 / 3), (0.7, 0.5), (1.0, 1.0)])
 def test_rsc_mutes_what_a_prediction_rests_on(batch, shares):
     _, weights = BATCHES[batch]
@@ -387,6 +393,13 @@ ALL = {
     "irm": lpa_jax.irm(3.0, DOMAINS),
 }
 each_method = pytest.mark.parametrize("method", ALL)
+each_method_in_time = pytest.mark.parametrize(
+    "method",
+    [
+        name if name in ("coral", "irm") else pytest.param(name, marks=pytest.mark.slow)
+        for name in ALL
+    ],
+)
 
 
 @each_method
@@ -399,7 +412,7 @@ def test_a_batch_of_padding_has_no_gradient(method):
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.perturbations))
 
 
-@each_method
+@each_method_in_time
 def test_a_domain_that_there_is_not_makes_the_gradient_nan(method):
     for wrong in (-1, DOMAINS):
         _, grads, _ = one_step(ALL[method], [wrong, *BALANCED[1:]], [1] * BATCH)
@@ -409,7 +422,7 @@ def test_a_domain_that_there_is_not_makes_the_gradient_nan(method):
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
 
 
-@each_method
+@each_method_in_time
 def test_devices_have_the_statistics_of_the_whole_batch(method):
     domains, weights = jnp.array(SPARSE), jnp.array(FRACTIONS, jnp.float32)
     given = jnp.asarray(INPUTS), jnp.asarray(LABELS), domains, weights
@@ -465,3 +478,30 @@ def test_what_is_no_vector_of_features_is_refused(name):
     value = jnp.ones((2, 4, 4, 3))
     with pytest.raises(lpa_jax.SiteError, match=r"needs features \[B, D\].*'group3' holds \(2, 4"):
         penalty.update(value, (), weights=jnp.ones(2), domains=jnp.arange(2))
+
+
+# ---------------------------------------------------------------- the trainer
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:tensorboardX")
+def test_the_trainer_counts_the_domains(tmp_path):
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (90, 8, 8, 1)).astype(np.uint8)
+    labels = np.arange(90, dtype=np.int32) % 3
+    domains = {"domains": np.arange(90, dtype=np.int32) // 30}
+    examples = data.Examples(images, labels, ("a", "b", "c"), domains)
+    config = digits.get_config("method=coral+group_dro,smoke")
+    config.update_from_flattened_dict(
+        {"batch_size": 32, "epochs": 1, "schedule.boundaries": (), "limit": None}
+    )
+    splits = {"train": examples, "test": examples}
+    lpa_jax.train_and_evaluate(config, tmp_path, Console(quiet=True), dataset=splits)
+    state = lpa_jax.load_run(tmp_path, dataset=splits)
+    assert state.step == 2
+    parts = build.build(config, dataset=splits)
+    assert parts.perturbed.chain[1].init(jnp.zeros((2, 3))).shape == (3,)
+    del domains["domains"]
+    with pytest.raises(ConfigError, match=r"For coral and group_dro in .* the domain of each"):
+        lpa_jax.train_and_evaluate(config, tmp_path / "x", Console(quiet=True), dataset=splits)
+    assert not (tmp_path / "x").exists()

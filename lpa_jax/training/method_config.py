@@ -177,8 +177,9 @@ def perturbation(
     ]
     if needing and num_domains is None:
         raise ConfigError(
-            f"{' and '.join(needing)} in config.method needs the domain of each training example: "
-            "take data that have them, such as config.dataset='domains:PATH', or another method."
+            f"For {' and '.join(needing)} in config.method the domain of each training example "
+            "must be known: take data that have it, such as config.dataset='domains:PATH', or "
+            "another method."
         )
     task = {
         "class_counts": class_counts,
