@@ -23,6 +23,7 @@ from lpa_jax.transforms.coral import coral
 from lpa_jax.transforms.cutmix import cutmix
 from lpa_jax.transforms.cutout import cutout
 from lpa_jax.transforms.disturb_label import disturb_label
+from lpa_jax.transforms.domain_mixup import domain_mixup
 from lpa_jax.transforms.drop_path import drop_path
 from lpa_jax.transforms.dropblock import dropblock
 from lpa_jax.transforms.dropout import dropout
@@ -173,6 +174,13 @@ METHODS: Registry[Method] = Registry(
             "rate",
             ranges={"rate": Range(0.02, 0.4, log=True)},
             paper="disturb_label",
+        ),
+        "domain_mixup": Method(
+            domain_mixup,
+            {"alpha": 0.2},
+            "alpha",
+            ranges={"alpha": Range(0.1, 10.0, log=True)},
+            paper="domain_mixup",
         ),
         "drop_path": Method(
             drop_path,

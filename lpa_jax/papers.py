@@ -162,6 +162,13 @@ PAPERS = {
         2020,
         "2007.02454",
     ),
+    "domain_mixup": Paper(
+        "Yan et al.",
+        "Improve Unsupervised Domain Adaptation with Mixup Training",
+        None,
+        2020,
+        "2001.00677",
+    ),
     "shake": Paper("Gastaldi", "Shake-Shake regularization", None, 2017, "1705.07485"),
     "fgsm": Paper(
         "Goodfellow, Shlens and Szegedy",

@@ -382,6 +382,52 @@ def test_rsc_needs_the_kernel_of_the_head():
         one_step(lpa_jax.rsc("features", head="last"), BALANCED, PADDING)
 
 
+# ---------------------------------------------------------------- mixup of domains
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+def test_each_domain_is_mixed_with_the_next_in_a_circle(batch):
+    domains, weights = BATCHES[batch]
+    perturbation = lpa_jax.domain_mixup(1.0, DOMAINS)
+    targets = jnp.eye(BATCH)
+    places = {
+        m: [i for i in range(BATCH) if weights[i] > 0 and domains[i] == m] for m in range(DOMAINS)
+    }
+    places = {m: found for m, found in places.items() if found}
+    given = {"weights": jnp.asarray(weights, jnp.float32), "domains": jnp.array(domains)}
+    circles = set()
+    for seed in range(8):
+        key = jax.random.key(seed)
+        # With a class of its own for each example the targets tell the shares.
+        mixed, inputs = (
+            np.asarray(perturbation.update(value, (), site=site, key=key, **given)[0])
+            for site, value in (("labels", targets), ("inputs", INPUTS))
+        )
+        np.testing.assert_allclose(inputs, mixed @ np.asarray(INPUTS), atol=1e-6)
+        following, lam = {}, {}
+        for m, found in places.items():
+            for turn, i in enumerate(found):
+                (j,) = set(np.flatnonzero(mixed[i])) - {i} or {i}
+                share = mixed[i, i] if j != i else 1.0
+                assert following.setdefault(m, domains[j]) == domains[j]
+                assert lam.setdefault(m, share) == pytest.approx(share, abs=1e-6)
+                others = places[following[m]]
+                assert j == others[turn % len(others)]
+        for i in range(BATCH):
+            if weights[i] == 0:
+                np.testing.assert_array_equal(mixed[i], targets[i])
+        if len(places) > 1:
+            # All of them in one circle, and each with a share of its own.
+            walk = [min(places)]
+            while len(walk) < len(places):
+                walk.append(following[walk[-1]])
+            assert sorted(walk) == sorted(places)
+            assert following[walk[-1]] == walk[0]
+            assert len({round(float(share), 4) for share in lam.values()}) == len(places)
+            circles.add(tuple(walk))
+    assert len(circles) == (2 if len(places) > 2 else 0)
+
+
 # ---------------------------------------------------------------- all of them
 
 
@@ -410,6 +456,16 @@ def test_a_batch_of_padding_has_no_gradient(method):
     for leaf in jax.tree.leaves(grads):
         np.testing.assert_array_equal(leaf, 0.0)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.perturbations))
+
+
+def test_a_domain_that_there_is_not_makes_the_loss_of_mixed_domains_nan():
+    mixup = lpa_jax.domain_mixup(1.0, DOMAINS)
+    given = {"key": KEY, "weights": jnp.ones(BATCH)}
+    for wrong in (-1, DOMAINS):
+        mixed, _ = mixup.update(INPUTS, (), domains=jnp.array([wrong, *BALANCED[1:]]), **given)
+        assert np.isnan(mixed).all()
+    with pytest.raises(ValueError, match="domain_mixup needs the domain of each example"):
+        mixup.update(INPUTS, (), **given)
 
 
 @each_method_in_time

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from lpa_jax.core import membership
 from lpa_jax.core.arguments import at_step, Number
@@ -55,6 +55,19 @@ def by_domain(
 def everywhere(array: Array, axis_name: tuple[str, ...]) -> Array:
     """Return the parts of an array `[B, ...]` that all devices have, one after the other."""
     return jax.lax.all_gather(array, axis_name, tiled=True) if axis_name else array
+
+
+def turns(
+    rows: Int[Array, "batch"], real: Bool[Array, "batch"], axis_name: tuple[str, ...] = ()
+) -> Int[Array, "batch"]:
+    """Return how many real examples of the same row come before each in the global batch."""
+    all_rows, all_real = (everywhere(array, axis_name) for array in (rows, real))
+    places = jnp.arange(rows.shape[0])
+    if axis_name:
+        places += rows.shape[0] * jax.lax.axis_index(axis_name)
+    before = jnp.arange(all_rows.shape[0])[None] < places[:, None]
+    before &= (rows[:, None] == all_rows[None]) & all_real[None]
+    return jnp.sum(before.astype(jnp.int32), axis=1)
 
 
 def scales(members: membership.Membership) -> Float[Array, "rows"]:

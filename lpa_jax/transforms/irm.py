@@ -51,13 +51,7 @@ def irm(penalty_weight: Number, num_domains: int, anneal_steps: int = 0) -> Pert
     def update(value, *, logits, targets, weights, domains=None, step=0, axis_name=(), **_):
         whole = _domains.by_domain("irm", domains, weights, num_domains, axis_name)
         rows, real = whole.rows, weights > 0
-        all_rows, all_real = (_domains.everywhere(array, axis_name) for array in (rows, real))
-        places = jnp.arange(real.shape[0])
-        if axis_name:
-            places += real.shape[0] * jax.lax.axis_index(axis_name)
-        before = jnp.arange(all_real.shape[0])[None] < places[:, None]
-        before &= (rows[:, None] == all_rows[None]) & all_real[None]
-        half = 2 * rows + jnp.sum(before.astype(jnp.int32), axis=1) % 2
+        half = 2 * rows + _domains.turns(rows, real, axis_name) % 2
         halves = membership.by_class(half, weights, 2 * num_domains, axis_name)
 
         u = jnp.where(real[:, None], logits, 0.0)

@@ -167,8 +167,8 @@ PROMISES = {
         "float32, on normal numbers, at strengths up to 0.3 (`delta_epsilon` up to 0.5). The "
         "exceptions are transforms that draw for each example (dropout, DropBlock, drop path, "
         "noise at activations, Cutout, Shake, DisturbLabel) and those that pair each example with "
-        "another (Mixup, Manifold Mixup, CutMix, MixStyle), and IRM, which takes the examples of a "
-        "domain by turns.",
+        "another (Mixup, Manifold Mixup, mixup of domains, CutMix, MixStyle), and IRM, which takes "
+        "the examples of a domain by turns.",
     ),
     "search": Promise(
         SILENT,

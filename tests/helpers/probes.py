@@ -118,6 +118,7 @@ SUITED = {
     "cutmix": {"probability": 1.0},
     "cutout": {"size": 2.0, "mean": (0.1, -0.2)},
     "disturb_label": {"rate": 0.5},
+    "domain_mixup": {"alpha": 1.0},
     "dropblock": {"rate": 0.3, "block_size": 2},
     "gradient_noise": {"eta": 0.1},
     "isda": {"strength": 2.0},
