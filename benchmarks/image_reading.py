@@ -10,7 +10,9 @@ All of it runs on one core, and the files are in the system's cache: disks are n
   own that waits for its turn; ratios are of runs of the same round. Streams run on before the
   clock starts, until what is read ahead no longer grows. This library decodes a JPEG that is much
   larger than needed at a fraction of its size ("draft"), which torchvision does not: rows without
-  it are the comparison. Without torchvision only this library is timed.
+  it are the comparison. Without torchvision only this library is timed. Compared are
+  seconds of the processor, of all processes of a reader, since other work on the core changes
+  those on the wall.
 - Wait: the share of the time that training waits for its next batch, with a step that takes twice
   as long as reading one. "idle" sleeps so long, as a host does whose accelerator computes;
   "shared" is the trainer's step of a small network, which needs the core that reads as well.
@@ -407,11 +409,12 @@ def waits(args):
 # ---------------------------------------------------------------- memory
 
 
-def peak():
-    """Return the most bytes that this process had in memory."""
+def resident(most=True):
+    """Return the bytes that this process has in memory, or the most that it had."""
     # Not `resource.getrusage`, which begins with what the process had that started this one.
     lines = pathlib.Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+    name = "VmHWM" if most else "VmRSS"
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))
 
 
 def hold(args):
@@ -419,10 +422,10 @@ def hold(args):
     from lpa_jax.training import feed, mesh
 
     devices = mesh.make_mesh(MEMORY_BATCH)
-    before = peak()
+    before = resident()
     examples = training_examples(args.root)
     images, files = examples.images, examples.images.store
-    listed = peak()
+    listed = resident()
     source = feed.make_feed(
         "auto", examples, MEMORY_BATCH, args.batches + AHEAD, devices,
         augment=data.augmentations(AUGMENT),
@@ -435,7 +438,8 @@ def hold(args):
         "list_bytes_of_a_file": list_bytes / len(files),
         "before_bytes": before,
         "listed_bytes": listed,
-        "read_bytes": peak(),
+        "read_bytes": resident(),
+        "held_bytes": resident(most=False),
         "decoded_bytes": len(examples) * int(np.prod(images.shape[1:])),
     }))  # fmt: skip
 
@@ -461,6 +465,14 @@ def memories(args):
     return rows
 
 
+NOTES = {
+    "speed": "Processor seconds are the comparison, of all processes of a reader; where other work "
+    "is on the core, seconds on the wall favor the reader with more threads. Medians of rounds.",
+    "wait": "idle: the step is a sleep of twice the seconds that reading a batch took just before, "
+    "since a host is idle while an accelerator computes. shared: the trainer's step on this core.",
+    "memory": "Peaks: before, the packages; listed, with the list and the mean and deviation of a "
+    "thousand images; read, with batches. held: what is left. decoded: all images in memory.",
+}
 COLUMNS = {
     "speed": (
         "size", "reader", "what", "readers", "images_per_core_second",
@@ -470,7 +482,7 @@ COLUMNS = {
     ),
     "memory": (
         "files", "list_bytes_of_a_file", "before_bytes", "listed_bytes", "read_bytes",
-        "decoded_bytes",
+        "held_bytes", "decoded_bytes",
     ),
 }  # fmt: skip
 
@@ -537,7 +549,7 @@ def main():
     for name in ("numpy", "pillow", "grain", "torch", "torchvision"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
-    record.write(args.out, rows, readers_versions=versions, cores_used=1)
+    record.write(args.out, rows, readers_versions=versions, cores_used=1, notes=NOTES)
 
 
 if __name__ == "__main__":

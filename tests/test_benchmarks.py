@@ -79,7 +79,7 @@ def figures(script, arguments, tmp_path):
 @pytest.mark.slow
 def test_reading_images_is_measured(tmp_path):
     arguments = ["--rounds=1", "--images=8", "--sizes", "60x45", "--batch=4", "--count=1"]
-    arguments += ["--wait_batch=4", "--steps=2", "--files", "200", "2000"]
+    arguments += ["--wait_batch=4", "--steps=2", "--files", "1500", "3000"]
     rows = {"speed": [], "wait": [], "memory": []}
     for row in figures("image_reading", arguments, tmp_path)["rows"]:
         rows[row["measured"]].append(row)
