@@ -14,8 +14,9 @@ All of it runs on one core, and the files are in the system's cache: disks are n
   seconds of the processor, of all processes of a reader, since other work on the core changes
   those on the wall.
 - Wait: the share of the time that training waits for its next batch, with a step that takes twice
-  as long as reading one. "idle" sleeps so long, as a host does whose accelerator computes;
-  "shared" is the trainer's step of a small network, which needs the core that reads as well.
+  as long as reading one. In "idle" that is an accelerator that is played: the host sleeps, but for
+  giving it work. "shared" is the trainer's step of a small network, which needs the core that reads
+  as well. Both are given steps ahead as by the trainer, and the wait is when none is left.
 - Memory: the peak of a process that lists files and reads 50 batches, by the number of files.
 
 The images are made here: clipped Gaussian fields whose amplitude falls as one over the frequency,
@@ -55,6 +56,10 @@ AUGMENT = "resized_crop=0.08,1+flip"
 CLASSES = 8
 AHEAD = 12
 """Batches before the clock starts: more than any of the readers reads ahead."""
+LONGER = 2
+"""How many times as long as reading a batch a step takes that is not to wait."""
+FIRST_STEPS = 4
+"""Steps before waits are counted, while the first batches are read."""
 MEMORY_CLASSES, MEMORY_BATCHES, MEMORY_BATCH = 100, 50, 32
 
 
@@ -327,12 +332,13 @@ def speed(args, size, readers):
 def waits(args):
     """Return the rows of training from files with a step twice as long as reading a batch."""
     import jax
+    import jax.numpy as jnp
     import optax
 
     import lpa_jax
     from lpa_jax import models
     from lpa_jax.tasks import classification
-    from lpa_jax.training import feed, mesh, step
+    from lpa_jax.training import feed, mesh, progress, step
     from lpa_jax.training.network import Network
 
     memory.keep_freed_memory()
@@ -344,10 +350,10 @@ def waits(args):
         parts = data.random_parts(0, 0, *changes[0].numbers)
 
         def source(readers=0):
+            number = FIRST_STEPS + args.steps + AHEAD
             return feed.make_feed(
-                "auto", examples, args.wait_batch, args.steps + 1, devices, augment=changes,
-                readers=readers,
-            )  # fmt: skip
+                "auto", examples, args.wait_batch, number, devices, augment=changes, readers=readers
+            )
 
         def reading():
             """Return the seconds that reading a batch takes now."""
@@ -366,34 +372,48 @@ def waits(args):
         state = steps.init(np.int32(0))
         numbers = mesh.put((np.int32(0), np.int32(1)), mesh.replicated(devices))
 
-        def trained(*batch):
+        def give(batch, repeats=1):
+            """Give the network some steps, and return what is there when they are done."""
             nonlocal state
-            state = jax.block_until_ready(steps.train(state, *numbers, *batch))
+            for _ in range(repeats):
+                state = steps.train(state, *numbers, *batch)
+            # A copy, since the next step overwrites the state.
+            return jnp.copy(min(jax.tree.leaves(state), key=lambda leaf: leaf.nbytes))
 
         batch = next(like.open(0, 0))
-        trained(*batch)
+        jax.block_until_ready(give(batch))
 
         def wait(host, readers):
             """Return the share of the time in a round, and the seconds of reading and of a step."""
+            waited = began = 0.0
             needed = reading()
-            alone = timed(lambda: trained(*batch), 1)[0]
-            repeats = math.ceil(2 * needed / alone)
-            waited = 0.0
+            alone = timed(lambda: jax.block_until_ready(give(batch)), 1)[0]
+            repeats = math.ceil(LONGER * needed / alone)
+            length = LONGER * needed if host == "idle" else repeats * alone
+            given = collections.deque()
             with contextlib.closing(source(readers).open(0, 0)) as batches:
-                given = next(batches)
-                began = time.perf_counter()
-                for _ in range(args.steps):
+                taken = next(batches)
+                finish = time.perf_counter()
+                for number in range(FIRST_STEPS + args.steps):
+                    if number == FIRST_STEPS:
+                        waited, began = 0.0, time.perf_counter()
                     if host == "idle":
-                        time.sleep(2 * needed)
+                        finish = max(finish, time.perf_counter()) + length
+                        ahead = progress.IN_FLIGHT * length
+                        time.sleep(max(0.0, finish - ahead - time.perf_counter()))
                     else:
-                        for _ in range(repeats):
-                            trained(*given)
+                        given.append(give(taken, repeats))
+                        if len(given) > progress.IN_FLIGHT:
+                            jax.block_until_ready(given.popleft())
                     asked = time.perf_counter()
-                    given = next(batches)
-                    waited += time.perf_counter() - asked
-                total = time.perf_counter() - began
-            step = 2 * needed if host == "idle" else repeats * alone
-            return waited / total, needed, step, total / args.steps
+                    taken = next(batches)
+                    now = time.perf_counter()
+                    if host == "idle":
+                        waited += max(0.0, now - finish)
+                    elif given[-1].is_ready():
+                        waited += now - asked  # At most, since some was there for a part of it.
+                total = now - began
+            return waited / total, needed, length, total / args.steps
 
         settings = [("idle", 0), ("idle", 1), ("shared", 0)]
         rounds = [[wait(*setting) for setting in settings] for _ in range(args.rounds)]
@@ -468,8 +488,9 @@ def memories(args):
 NOTES = {
     "speed": "Processor seconds are the comparison, of all processes of a reader; where other work "
     "is on the core, seconds on the wall favor the reader with more threads. Medians of rounds.",
-    "wait": "idle: the step is a sleep of twice the seconds that reading a batch took just before, "
-    "since a host is idle while an accelerator computes. shared: the trainer's step on this core.",
+    "wait": "idle: no accelerator, but a clock that plays one whose step takes twice the seconds "
+    "that reading a batch took just before, while the host sleeps. shared: the trainer's step, on "
+    "this core. Up to two steps are given ahead, as by the trainer; the wait is when none is left.",
     "memory": "Peaks: before, the packages; listed, with the list and the mean and deviation of a "
     "thousand images; read, with batches. held: what is left. decoded: all images in memory.",
 }
