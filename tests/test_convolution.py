@@ -145,6 +145,17 @@ def test_what_is_not_quicker_is_left_to_xla(images, kernel, options):
     assert str(ours) == str(plain)
 
 
+@pytest.mark.parametrize("batch", [0, 1])
+def test_nothing_comes_of_nothing(batch):
+    images, kernel = jnp.ones((batch, 3, 3, 4)), jnp.ones((5, 5, 1, 4))
+
+    def loss(images):
+        options = {"dimension_numbers": DIMENSIONS, "feature_group_count": 4}
+        return jnp.sum(models.conv_general_dilated(images, kernel, (1, 1), "VALID", **options))
+
+    assert jax.grad(loss)(images).shape == images.shape
+
+
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_narrow_types_are_left_to_xla(dtype):
     given = jnp.ones((2, 64, 64, 4), dtype), jnp.ones((3, 3, 4, 4), dtype)
