@@ -392,7 +392,7 @@ def _network(
     arguments: dict[str, Any] = {"mean": dataset.mean, "std": dataset.std}
     arguments |= {} if config.remat is None else {"remat": config.remat}
     with _options_named(name):
-        module = models.create(
+        module: Any = models.create(
             name,
             num_classes=dataset.num_classes,
             dtype=jnp.dtype(config.model.dtype),
@@ -401,9 +401,9 @@ def _network(
         )
     if config.model.pretrained is None or not hasattr(module, "mean"):
         return module, {"name": name}
-    given = {key: options[key] for key in ("mean", "std") if key in options}
-    if len(given) < 2:
-        module = module.clone(**(_scale(config.model.pretrained, module) | given))
+    wanted = {key: options[key] for key in ("mean", "std") if key in options}
+    if len(wanted) < 2:
+        module = module.clone(**(_scale(config.model.pretrained, module) | wanted))
     # Recorded, so that the run can be loaded where what it began with is no longer there.
     options |= {"mean": module.mean, "std": module.std}
     return module, {"name": name, "options": options}
@@ -420,7 +420,7 @@ def _scale(pretrained: str, module: nn.Module) -> dict[str, Any]:
         inputs = weight_files.inputs_of(pretrained)
         if inputs is None and isinstance(module, Pretrainable):
             inputs = module.pretrained_inputs()
-    return {"mean": inputs.mean, "std": inputs.std} if hasattr(inputs, "mean") else {}
+    return {key: getattr(inputs, key) for key in ("mean", "std") if hasattr(inputs, key)}
 
 
 @contextlib.contextmanager
