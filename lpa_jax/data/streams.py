@@ -12,6 +12,7 @@ KEYS = {
     "order_in_batch": (6,),
     "part": (7,),
     "test_split": (8,),
+    "domains": (9,),
 }
 """What the spawn key of each purpose begins with; a number is never given to another purpose."""
 
