@@ -13,6 +13,7 @@ KEYS = {
     "part": (7,),
     "test_split": (8,),
     "view": (9,),
+    "domains": (10,),
 }
 """What the spawn key of each purpose begins with; a number is never given to another purpose."""
 
