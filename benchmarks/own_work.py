@@ -27,6 +27,7 @@ from lpa_jax.methods import METHODS
 
 P, K, T = 64, 128, 3
 EXAMPLES = 50_000
+DOMAINS = 4
 
 
 def cost(
@@ -79,9 +80,11 @@ def cost(
                 targets=targets,
                 weights=jnp.ones(batch),
                 examples=jnp.arange(batch),
+                domains=jnp.arange(batch) % DOMAINS,
                 class_stats=stats,
                 gradient_fn=ask,
                 logits=value,
+                losses=jnp.ones(batch),
             )
 
         if not back:
@@ -121,6 +124,7 @@ def of_row(row, batch, classes):
         "class_counts": range(1, classes + 1),
         "mean": 0.5,
         "num_classes": classes,
+        "num_domains": DOMAINS,
         "num_examples": EXAMPLES,
         "num_steps": 1000,
     }
@@ -130,7 +134,9 @@ def of_row(row, batch, classes):
     parameters = jax.ShapeDtypeStruct((batch * P * K,), jnp.float32)
     shapes = dict.fromkeys(("labels", "logits", "logit_grads"), (batch, classes))
     shapes["param_grads"] = parameters.shape
-    more = {"params": parameters} if site == "param_grads" else {}
+    shapes["features"] = (batch, K)
+    head = {"head": {"kernel": jax.ShapeDtypeStruct((K, classes), jnp.float32)}}
+    more = {"params": {"param_grads": parameters, "features": head}.get(site, ())}
     # More gradients than any of our loops of steps is unrolled for.
     calls = UNROLL + 1 if perturbation.needs_gradient else 0
     more |= {"site": site, "calls": calls, "back": site not in ("inputs", "labels")}

@@ -20,6 +20,7 @@ from lpa_jax.transforms.adaptive import adaptive as adaptive
 from lpa_jax.transforms.additive_margin import additive_margin as additive_margin
 from lpa_jax.transforms.adversarial import adversarial as adversarial
 from lpa_jax.transforms.asam import asam as asam
+from lpa_jax.transforms.coral import coral as coral
 from lpa_jax.transforms.cutmix import cutmix as cutmix
 from lpa_jax.transforms.cutout import cutout as cutout
 from lpa_jax.transforms.disturb_label import disturb_label as disturb_label
@@ -31,6 +32,8 @@ from lpa_jax.transforms.elr import elr as elr
 from lpa_jax.transforms.gaussian_noise import gaussian_noise as gaussian_noise
 from lpa_jax.transforms.gradient_clipping import gradient_clipping as gradient_clipping
 from lpa_jax.transforms.gradient_noise import gradient_noise as gradient_noise
+from lpa_jax.transforms.group_dro import group_dro as group_dro
+from lpa_jax.transforms.irm import irm as irm
 from lpa_jax.transforms.isda import isda as isda
 from lpa_jax.transforms.label_smoothing import label_smoothing as label_smoothing
 from lpa_jax.transforms.ldam import ldam as ldam
@@ -42,9 +45,12 @@ from lpa_jax.transforms.manifold_mixup import manifold_mixup as manifold_mixup
 from lpa_jax.transforms.mixstyle import mixstyle as mixstyle
 from lpa_jax.transforms.mixup import mixup as mixup
 from lpa_jax.transforms.mixup_cutmix import mixup_cutmix as mixup_cutmix
+from lpa_jax.transforms.mmd import mmd as mmd
 from lpa_jax.transforms.reweight import reweight as reweight
+from lpa_jax.transforms.rsc import rsc as rsc
 from lpa_jax.transforms.sam import sam as sam
 from lpa_jax.transforms.shake import shake as shake
+from lpa_jax.transforms.vrex import vrex as vrex
 
 # The rest is imported where it is first used: the core does not need it, and the trainer's packages
 # may not be installed.

@@ -70,8 +70,8 @@ def value_and_grad(
       the same.
     - `extra`: a mapping of arrays `[B, ...]` that every transform is given by their names, such as
       `{"examples": i}`, int `[B]`, for `elr`, which remembers each example of the training set by
-      its place, or `{"domains": d}` for `mixstyle`. Of labels `[B, T]` they are `[B, T, ...]`, or
-      `[B, ...]` where all positions of an example share an entry.
+      its place, or `{"domains": d}` for `mixstyle`, `coral` and others. Of labels `[B, T]` they
+      are `[B, T, ...]`, or `[B, ...]` where all positions of an example share an entry.
     - `kwargs`: passed on to the network, such as `train=True, mutable=["batch_stats"]` (Linen) or
       `rng=key` (Haiku). Those whose names are taken, such as `labels`, are given in the mapping
       `apply_kwargs`.

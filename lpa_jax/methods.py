@@ -19,6 +19,7 @@ from lpa_jax.registry import Registry
 from lpa_jax.transforms.additive_margin import additive_margin
 from lpa_jax.transforms.adversarial import adversarial
 from lpa_jax.transforms.asam import asam
+from lpa_jax.transforms.coral import coral
 from lpa_jax.transforms.cutmix import cutmix
 from lpa_jax.transforms.cutout import cutout
 from lpa_jax.transforms.disturb_label import disturb_label
@@ -30,6 +31,8 @@ from lpa_jax.transforms.elr import elr
 from lpa_jax.transforms.gaussian_noise import gaussian_noise
 from lpa_jax.transforms.gradient_clipping import gradient_clipping
 from lpa_jax.transforms.gradient_noise import gradient_noise
+from lpa_jax.transforms.group_dro import group_dro
+from lpa_jax.transforms.irm import irm
 from lpa_jax.transforms.isda import isda
 from lpa_jax.transforms.label_smoothing import label_smoothing
 from lpa_jax.transforms.ldam import ldam
@@ -41,12 +44,15 @@ from lpa_jax.transforms.manifold_mixup import manifold_mixup
 from lpa_jax.transforms.mixstyle import mixstyle
 from lpa_jax.transforms.mixup import mixup
 from lpa_jax.transforms.mixup_cutmix import mixup_cutmix
+from lpa_jax.transforms.mmd import mmd
 from lpa_jax.transforms.reweight import reweight
+from lpa_jax.transforms.rsc import rsc
 from lpa_jax.transforms.sam import sam
 from lpa_jax.transforms.shake import shake
+from lpa_jax.transforms.vrex import vrex
 
 COMMAND = "python -c \"from lpa_jax import methods; print(methods.page(), end='')\""
-FACTS = ("class_counts", "mean", "num_classes", "num_examples", "num_steps")
+FACTS = ("class_counts", "mean", "num_classes", "num_domains", "num_examples", "num_steps")
 """Arguments of methods that follow from the training set and the length of the run."""
 
 
@@ -139,6 +145,13 @@ METHODS: Registry[Method] = Registry(
             ranges={"rho": Range(0.1, 4.0, log=True)},
             paper="asam",
         ),
+        "coral": Method(
+            coral,
+            {"site": "features", "gamma": 1.0},
+            "gamma",
+            ranges={"gamma": Range(0.1, 10.0, log=True)},
+            paper="coral",
+        ),
         "cutmix": Method(
             cutmix,
             {"alpha": 1.0, "probability": 0.5},
@@ -223,6 +236,25 @@ METHODS: Registry[Method] = Registry(
             "eta",
             ranges={"eta": Range(1e-8, 1e-3, log=True)},
             paper="gradient_noise",
+        ),
+        # Without strength the domains weigh the same, and not the examples.
+        "group_dro": Method(
+            group_dro,
+            {"eta": 0.01},
+            ranges={"eta": Range(1e-3, 0.1, log=True)},
+            paper="group_dro",
+        ),
+        "irm": Method(
+            irm,
+            # Of DomainBed's 5,001 steps.
+            {"penalty_weight": 100.0, "anneal_steps": 0.1},
+            "penalty_weight",
+            ranges={
+                "penalty_weight": Range(0.1, 1e5, log=True),
+                "anneal_steps": Range(2e-4, 1.0, log=True),
+            },
+            paper="irm",
+            shares=("anneal_steps",),
         ),
         "isda": Method(
             isda,
@@ -310,7 +342,21 @@ METHODS: Registry[Method] = Registry(
             },
             paper="mixup_cutmix",
         ),
+        "mmd": Method(
+            mmd,
+            {"site": "features", "gamma": 1.0},
+            "gamma",
+            ranges={"gamma": Range(0.1, 10.0, log=True)},
+            paper="mmd",
+        ),
         "reweight": Method(reweight, {}, "beta", paper="reweight", corrects_frequencies=True),
+        "rsc": Method(
+            rsc,
+            {"site": "features"},
+            "features",
+            ranges={"features": Range(0.0, 0.5), "batch": Range(0.0, 0.5)},
+            paper="rsc",
+        ),
         "sam": Method(
             sam,
             {"rho": 0.05},
@@ -325,6 +371,18 @@ METHODS: Registry[Method] = Registry(
             "strength",
             ranges={"strength": Range(0.1, 1.0)},
             paper="shake",
+        ),
+        "vrex": Method(
+            vrex,
+            # Of DomainBed's 5,001 steps.
+            {"penalty_weight": 10.0, "anneal_steps": 0.1},
+            "penalty_weight",
+            ranges={
+                "penalty_weight": Range(0.1, 1e5, log=True),
+                "anneal_steps": Range(2e-4, 1.0, log=True),
+            },
+            paper="vrex",
+            shares=("anneal_steps",),
         ),
     },
     Method,
@@ -357,6 +415,7 @@ def page() -> str:
         "class_counts": [2, 1],
         "mean": 0.0,
         "num_classes": 2,
+        "num_domains": 2,
         "num_examples": 3,
         "num_steps": 100,
     }

@@ -26,7 +26,7 @@ NUM_CLASSES = 6
 BATCH = 16
 EXTRA = {
     "examples": jnp.asarray(np.random.default_rng(3).permutation(2 * BATCH)[:BATCH]),
-    "domains": jnp.arange(BATCH) % 3,
+    "domains": jnp.arange(BATCH) % 4,
 }
 COUNTS = [40, 10, 20, 5, 30, 2]
 ALL = lpa_jax.splits.all_positive()
@@ -139,6 +139,8 @@ VARIANTS = [
         {"class_counts": COUNTS, "normalize": True},
     ),
     Line("gradient_clipping", clipping, ("param_grads",), "sharpness", 20.0, schedule=False),
+    # The domains have as many examples each, and so weigh the same without strength.
+    Line("group_dro", lpa_jax.group_dro, ("logit_grads",), "eta", 0.5, {"num_domains": 4}),
     Line("mixup_cutmix", mixup_cutmix, ("inputs", "labels"), "alpha", 1.0),
     Line("at-add_noise", add_noise, ("first",), "eta", 0.1, schedule=False),
     Line("at-clip", clip, ("logit_grads",), "sharpness", 20.0, schedule=False),
@@ -148,6 +150,7 @@ FACTS = {
     "class_counts": COUNTS,
     "mean": (0.1, -0.2),
     "num_classes": NUM_CLASSES,
+    "num_domains": 4,
     "num_examples": 2 * BATCH,
 }
 # A method without a strength has a line above.
@@ -513,7 +516,7 @@ def direct(line, dtype, stats=None, gradient_fn=None):
         return perturbation.update(
             value,
             perturbation.init(value),
-            value,
+            value if site == "param_grads" else variables_of()["params"],
             site=site,
             key=jax.random.key(0),
             step=jnp.int32(0),
@@ -524,6 +527,7 @@ def direct(line, dtype, stats=None, gradient_fn=None):
             class_stats=seen() if stats is None else stats,
             gradient_fn=gradient_fn or losses,
             logits=jnp.zeros((BATCH, NUM_CLASSES)),
+            losses=jnp.zeros(BATCH),
             never_heard_of="this",
         )[0]
 
@@ -746,6 +750,15 @@ def refused(factory, *arguments, **keywords):
         refused(lpa_jax.gradient_clipping, -1.0),
         refused(lpa_jax.gradient_noise, 0.1, gamma=-1.0),
         refused(lpa_jax.asam, 0.1, eta=-0.1),
+        refused(lpa_jax.coral, "first", 1.0, num_domains=1),
+        refused(lpa_jax.mmd, "logits", 1.0, num_domains=2),
+        refused(lpa_jax.group_dro, 0.1, num_domains=1.0),
+        refused(lpa_jax.vrex, 1.0, num_domains=2, anneal_steps=-1),
+        refused(lpa_jax.irm, 1.0, num_domains=0),
+        refused(lpa_jax.irm, 1.0, num_domains=2, anneal_steps=0.5),
+        refused(lpa_jax.rsc, "first", features=1.1),
+        refused(lpa_jax.rsc, "first", batch=-0.1),
+        refused(lpa_jax.rsc, "inputs"),
         refused(lpa_jax.adaptive, lpa_jax.lpa(("first", "second"), 0.1), every=1),
         refused(lpa_jax.adaptive, lpa_jax.lpa("first", 0.1), every=2),
         refused(lpa_jax.lpa, ("first", "second"), (0.1,)),

@@ -20,6 +20,7 @@ FACTS = {
     "class_counts": [5, 3, 2],
     "mean": 0.5,
     "num_classes": 3,
+    "num_domains": 2,
     "num_examples": 10,
     "num_steps": 50,
 }

@@ -453,8 +453,15 @@ def test_the_default_momentum_is_of_sgd_alone(name, expected):
 @pytest.mark.parametrize("name", METHODS)
 def test_every_transform_can_be_configured(name):
     config = digits.get_config(f"method={name}")
-    (perturbation,) = method_config.perturbation(config, [10] * 10, (0.5,), 20, 100)
+    (perturbation,) = method_config.perturbation(config, [10] * 10, (0.5,), 20, 100, 3)
     assert perturbation.sites
+
+
+def test_a_method_of_domains_needs_domains():
+    config = digits.get_config("method=mixstyle+coral+mmd")
+    told = "coral and mmd in config.method needs the domain of each training example: take data"
+    with pytest.raises(configuration.ConfigError, match=told):
+        method_config.perturbation(config, [10] * 10, (0.5,), 20, 100, None)
 
 
 def test_the_split_of_a_configuration_is_scaled_and_inverted():

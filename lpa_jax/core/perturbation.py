@@ -52,6 +52,7 @@ class Update(Protocol):
         `SiteError` where the site has no gradient (`"labels"`, `"logit_grads"`), or the
         perturbation declares that it needs none.
       logits: At `"logit_grads"` the logits `[B, C]` at which the gradient was taken; else None.
+      losses: At `"logit_grads"` the losses `[B]` of the examples there; else None.
       axis_name: Axes of devices over which the step is mapped, each of which has a part of the
         batch; usually `()`.
       **extra: The arrays `[B, ...]` that the step was given in its `extra`, by their names.
@@ -73,6 +74,7 @@ class Update(Protocol):
         class_stats: ClassStats,
         gradient_fn: Callable[[Any], tuple[Array, Any]],
         logits: Array | None,
+        losses: Array | None,
         axis_name: tuple[str, ...],
         **extra: Array,
     ) -> tuple[Any, Any]:
@@ -98,6 +100,7 @@ class StatelessUpdate(Protocol):
         class_stats: ClassStats,
         gradient_fn: Callable[[Any], tuple[Array, Any]],
         logits: Array | None,
+        losses: Array | None,
         axis_name: tuple[str, ...],
         **extra: Array,
     ) -> Any:

@@ -446,7 +446,7 @@ class Step:
     def _loss(self, walk: Walk, logits: Array) -> tuple[Array, Array]:
         """Return the weighted mean loss and its perturbed gradient at the logits."""
         losses, grads = self._losses_and_grads(logits, walk.targets)
-        grads = walk.perturb((LOGIT_GRADS,), grads, logits=logits)
+        grads = walk.perturb((LOGIT_GRADS,), grads, logits=logits, losses=losses)
         # The loss and gradient of a batch that is all padding are 0.
         total_weight = jnp.sum(walk.weights)
         if self.axis_name:

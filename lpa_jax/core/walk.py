@@ -123,6 +123,7 @@ class Walk:
         gradient_fn: Callable[..., tuple[Array, PyTree]] | None = None,
         *,
         logits: Array | None = None,
+        losses: Array | None = None,
         times: Mapping[str, int] = types.MappingProxyType({}),
     ) -> PyTree:
         """Let the transforms at a site have its value, in the order of the chain."""
@@ -134,7 +135,9 @@ class Walk:
             climb = gradient_fn
             if climb is not None and names == (LOGITS,):
                 climb = functools.partial(climb, after=i)
-            value, state = self._update(i, site, value, climb, logits, times.get(site, 0), names[0])
+            value, state = self._update(
+                i, site, value, climb, logits, losses, times.get(site, 0), names[0]
+            )
             self.states = (*self.states[:i], state, *self.states[i + 1 :])
             if (describe := self.chain[i].report) is not None:
                 report |= describe(site, self.class_stats, self.step)
@@ -175,7 +178,7 @@ class Walk:
         self.states = (*self.states[:index], state, *self.states[index + 1 :])
 
     def _update(
-        self, index, site, value, gradient_fn=None, logits=None, time=0, name=None
+        self, index, site, value, gradient_fn=None, logits=None, losses=None, time=0, name=None
     ) -> tuple[Any, Any]:
         perturbation = self.chain[index]
         if perturbation.needs_gradient is False:
@@ -205,6 +208,7 @@ class Walk:
             "step": self.step,
             "weights": self.weights,
             "logits": logits,
+            "losses": losses,
             "axis_name": self.axis_name,
         }
         try:

@@ -165,7 +165,12 @@ def build(config: Config, *, model: nn.Module | None = None, dataset: Data | Non
         factors = rates.parse(config.optimizer.rates)
         network = Network(module, factors)
         chain = method_config.perturbation(
-            config, class_counts, examples.mean, plan.num_steps, len(examples.train)
+            config,
+            class_counts,
+            examples.mean,
+            plan.num_steps,
+            len(examples.train),
+            _num_domains(examples),
         )
         perturbed = lpa_jax.value_and_grad(
             network.apply,
@@ -294,6 +299,12 @@ def _limited(
         )
     told = f"There is no training example of {lacking}: {remedy}; otherwise it is never learned."
     return dataset, counts, told if lacking else ""
+
+
+def _num_domains(dataset: data.Dataset) -> int | None:
+    """Return one more than the largest number of a training example's domain, if there are any."""
+    domains = dataset.train.extra.get("domains")
+    return None if domains is None else int(np.max(domains)) + 1
 
 
 def _plan(config: Config, dataset: data.Dataset) -> Plan:

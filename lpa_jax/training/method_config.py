@@ -127,6 +127,7 @@ def perturbation(
     mean: Sequence[float],
     num_steps: int,
     num_examples: int,
+    num_domains: int | None = None,
 ) -> tuple[lpa_jax.Perturbation, ...]:
     """Build the chain of a configuration, in the order in which `method` names its transforms.
 
@@ -136,10 +137,11 @@ def perturbation(
       mean: Of the training images, a number for each channel.
       num_steps: Number of steps of the run.
       num_examples: Number of training examples.
+      num_domains: Number of their domains; None where these are not known.
 
     Raises:
       ConfigError: If class frequencies would be corrected more than once, by the sampling or by
-        transforms.
+        transforms, or a transform needs domains that are not known.
       ValueError: If an argument is outside its range.
     """
     names = [] if config.method == "erm" else config.method.split("+")
@@ -168,10 +170,21 @@ def perturbation(
             f"{' and '.join(correcting)} in config.method would each correct for the frequencies "
             "of the classes: name one of them."
         )
+    needing = [
+        name
+        for name in names
+        if "num_domains" in inspect.signature(_known(name).factory).parameters
+    ]
+    if needing and num_domains is None:
+        raise ConfigError(
+            f"{' and '.join(needing)} in config.method needs the domain of each training example: "
+            "take data that have them, such as config.dataset='domains:PATH', or another method."
+        )
     task = {
         "class_counts": class_counts,
         "mean": tuple(mean),
         "num_classes": len(class_counts),
+        "num_domains": num_domains,
         "num_examples": num_examples,
         "num_steps": num_steps,
     }

@@ -1,15 +1,15 @@
 """ISDA: the covariance of a class's features as a margin."""
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float
 
 from lpa_jax.core import membership, pgd
 from lpa_jax.core.arguments import at_step, check_count, check_number, Number
 from lpa_jax.core.perturbation import check_activations, LOGITS, Perturbation, SiteError
+from lpa_jax.transforms import _heads
 
 
 class ISDAState(NamedTuple):
@@ -99,7 +99,7 @@ def isda(
         members = membership.by_class(labels, weights, num_classes, axis_name)
         if site != LOGITS:
             return value, _observe(state, members, jax.lax.stop_gradient(value))
-        kernel = _kernel(params, head, (state.means.shape[1], num_classes)).T
+        kernel = _heads.kernel_of("isda", params, head, (state.means.shape[1], num_classes)).T
         apart = kernel[None] - members.take_class(kernel)[:, None]
         covariances = members.take_class(state.covariances)
         form = "rjd,rd,rjd->rj" if diagonal else "rjd,rde,rje->rj"
@@ -140,25 +140,3 @@ def _observe(
         + pgd.column(part * (1.0 - part), total) * outer,
     )
     return ISDAState(*(members.put(*tables) for tables in zip(state, merged, strict=True)))
-
-
-def _kernel(params: PyTree, head: str, shape: tuple[int, int]) -> Float[Array, "features classes"]:
-    """Return the head's kernel, or raise `SiteError`."""
-    scope: Any = params
-    for name in (*head.split("/"), "kernel"):
-        if not isinstance(scope, Mapping) or name not in scope:
-            known = ", ".join(map(repr, scope)) if isinstance(scope, Mapping) else "nothing"
-            raise SiteError(
-                f"isda needs the kernel of the network's last linear module, but the parameters "
-                f"have no {head + '/kernel'!r}: where {name!r} was looked for there is {known}. "
-                "Name the module, as in head='head'."
-            )
-        scope = scope[name]
-    # What nn.with_partitioning puts around it.
-    scope = scope.unbox() if hasattr(scope, "unbox") else scope
-    if scope.shape != shape:
-        raise SiteError(
-            f"isda needs a kernel [features, classes] = {list(shape)}, but that of {head!r} is "
-            f"{list(scope.shape)}: the site must be what this module takes in."
-        )
-    return scope

@@ -7,6 +7,7 @@ from jaxtyping import Array, Bool, Float, Int
 from lpa_jax.core import pgd
 from lpa_jax.core.arguments import at_step, check_number, Number
 from lpa_jax.core.perturbation import check_activations, Perturbation, SiteError, stateless
+from lpa_jax.transforms import _domains
 
 EPSILON = 1e-6
 """Added to the variances, as in the paper's code."""
@@ -89,11 +90,7 @@ def _partners(
     places = jnp.arange(real.shape[0])
     if domains is None:
         return jnp.roll(places, 1), real & jnp.roll(real, 1)
-    if domains.shape != real.shape or not jnp.issubdtype(domains.dtype, jnp.integer):
-        raise ValueError(
-            "mixstyle needs an integer for each example in extra['domains'], not "
-            f"{domains.dtype} {domains.shape}."
-        )
+    domains = _domains.checked("mixstyle", domains, real)
     fits = real[:, None] & real[None] & (domains[:, None] != domains[None])
     # How far back each example lies from each.
     back = (places[:, None] - places[None]) % real.shape[0]
