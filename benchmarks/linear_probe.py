@@ -78,7 +78,8 @@ def main():
         features |= dict(zip(rows.tolist(), found, strict=False))
 
     rows = []
-    names = sorted(path.name for path in pathlib.Path(args.dataset.partition(":")[2]).iterdir())
+    folders = pathlib.Path(args.dataset.partition(":")[2]).iterdir()
+    names = sorted(path.name for path in folders if path.is_dir() and path.name[0] != ".")
     for domain in np.unique(domains).tolist():
         accuracies = []
         for draw in draws:

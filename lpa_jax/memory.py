@@ -4,12 +4,20 @@ import ctypes
 import platform
 
 # Of mallopt, with their numbers in glibc's malloc.h.
-_SETTINGS = {
+_KEEPING = {
     "M_ARENA_MAX": (-8, 1),
     "M_MMAP_MAX": (-4, 0),
     "M_TRIM_THRESHOLD": (-1, 2**31 - 1),
     "M_TOP_PAD": (-2, 2**28),
 }
+# What glibc comes to by itself in a process that takes and frees large blocks.
+_USUAL = {
+    "M_MMAP_MAX": (-4, 2**16),
+    "M_MMAP_THRESHOLD": (-3, 2**25),
+    "M_TRIM_THRESHOLD": (-1, 2**26),
+    "M_TOP_PAD": (-2, 2**17),
+}
+_kept = False
 
 
 def keep_freed_memory() -> bool:
@@ -27,8 +35,20 @@ def keep_freed_memory() -> bool:
       >>> isinstance(keep_freed_memory(), bool)
       True
     """
+    global _kept
     if platform.system() != "Linux" or platform.libc_ver()[0] != "glibc":
         return False
+    _kept = _set(_KEEPING)
+    return _kept
+
+
+def stop_keeping_memory() -> None:
+    """Undo `keep_freed_memory`, if it had an effect."""
+    if _kept:
+        _set(_USUAL)
+
+
+def _set(settings: dict[str, tuple[int, int]]) -> bool:
     mallopt = ctypes.CDLL(None).mallopt
-    taken = [mallopt(parameter, value) for parameter, value in _SETTINGS.values()]
+    taken = [mallopt(parameter, value) for parameter, value in settings.values()]
     return taken == [1] * len(taken)

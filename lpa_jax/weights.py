@@ -122,12 +122,13 @@ def _show_fit(source: str, arrays: dict[str, Any], inputs: Any, name: str, conso
     from lpa_jax import models
     from lpa_jax.models import weights
     from lpa_jax.models.pretrained import IMAGENET, Pretrainable
+    from lpa_jax.training.network import Network
 
     # Of another number of classes the head is not compared.
     model = models.create(name, num_classes=2, mean=(0.0,), std=(1.0,))
     inputs = inputs or (model.pretrained_inputs() if isinstance(model, Pretrainable) else IMAGENET)
     shape = (1, inputs.image_size, inputs.image_size, len(inputs.mean))
-    variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros(shape))
+    variables = jax.eval_shape(Network(model).init, jax.random.key(0), jnp.zeros(shape))
     fit = weights.compare(arrays, source, model, variables)
     if told := weights.misfit(fit, source, model):
         apart = Table("name", "what is wrong", title=Text(f"What does not fit {name}"))

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import growth
+import image_reading
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +16,8 @@ import pytest
 import stop_gradient
 
 import lpa_jax
-from lpa_jax import models
+from lpa_jax import data, models
+from lpa_jax.data import decoding
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -51,6 +53,46 @@ def test_the_differentiated_ascent_gives_the_perturbation_of_the_library():
     assert not np.allclose(*grads, rtol=1e-2)
 
 
+def test_images_are_decoded_whole_where_readers_are_compared(tmp_path):
+    image_reading.write_photographs(tmp_path, "480x460", 8)
+    part = data.random_parts(0, 0, 1.0, 1.0)
+    drafted, whole = (
+        image_reading.training_examples(tmp_path, draft=draft).images for draft in (True, False)
+    )
+    expected = decoding.decode(drafted.store.image(3), image_reading.SIDE, part(3))
+    np.testing.assert_array_equal(whole.read(np.array([3]), part)[0], expected)
+    assert (drafted.read(np.array([3]), part)[0] != expected).any()
+
+
+def figures(script, arguments, tmp_path):
+    """Run a benchmark, and return what it saves."""
+    out = tmp_path / "out.json"
+    command = [sys.executable, ROOT / "benchmarks" / f"{script}.py", *arguments, f"--out={out}"]
+    env = {"PYTHONPATH": str(ROOT), "HOME": str(tmp_path)}
+    subprocess.run(command, check=True, env=env, cwd=tmp_path)
+    written = json.loads(out.read_text())
+    assert written["command"].startswith("python ")
+    assert {"device", "versions", "commit"} <= set(written)
+    return written
+
+
+@pytest.mark.slow
+def test_reading_images_is_measured(tmp_path):
+    arguments = ["--rounds=1", "--images=8", "--sizes", "60x45", "--batch=4", "--count=1"]
+    arguments += ["--wait_batch=4", "--steps=2", "--files", "1500", "3000"]
+    rows = {"speed": [], "wait": [], "memory": []}
+    for row in figures("image_reading", arguments, tmp_path)["rows"]:
+        rows[row["measured"]].append(row)
+    assert [row["reader"] for row in rows["speed"]].count("lpa_jax") == 6
+    assert all(row["milliseconds"]["median"] > 0 for row in rows["speed"])
+    assert len(rows["wait"]) == 3
+    assert all(0 <= row["wait"]["median"] < 1 for row in rows["wait"])
+    few, many = rows["memory"]
+    # Half as much as the additional images would take if they were held.
+    added = (many["decoded_bytes"] - few["decoded_bytes"]) / 2
+    assert many["read_bytes"] - few["read_bytes"] < added
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("script", "arguments", "rows"),
@@ -74,13 +116,7 @@ def test_the_differentiated_ascent_gives_the_perturbation_of_the_library():
     ids=lambda value: value if isinstance(value, str) else "",
 )  # fmt: skip
 def test_a_benchmark_saves_its_figures(script, arguments, rows, tmp_path):
-    out = tmp_path / "out.json"
-    command = [sys.executable, ROOT / "benchmarks" / f"{script}.py", *arguments, f"--out={out}"]
-    env = {"PYTHONPATH": str(ROOT), "HOME": str(tmp_path)}
-    subprocess.run(command, check=True, env=env, cwd=tmp_path)
-    written = json.loads(out.read_text())
+    written = figures(script, arguments, tmp_path)
     if rows is None:
         rows = len(own_work.counted_methods(8, 10))
     assert len(written["rows"]) == rows
-    assert written["command"].startswith("python ")
-    assert {"device", "versions", "commit"} <= set(written)

@@ -88,7 +88,13 @@ def test_the_gradient_is_that_of_xla_and_made_of_products(case):
     assert products_in(jax.grad(ours, 1), *given) == given[1].shape[0]
 
 
-@pytest.mark.parametrize("case", CASES)
+FEW = ("same, stride", "lower", "cropped", "dilation")
+"""Cases of each kind, of which the others are slow tests where a kernel is of a channel."""
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(name, marks=[pytest.mark.slow] * (name not in FEW)) for name in CASES]
+)
 def test_a_kernel_for_each_channel_is_a_sum_of_shifted_images(case):
     ours, plain, given = both(case, groups=4)
     np.testing.assert_allclose(ours(*given), plain(*given), rtol=1e-5)
@@ -99,7 +105,10 @@ def test_a_kernel_for_each_channel_is_a_sum_of_shifted_images(case):
 
 
 @pytest.mark.parametrize("name", TRANSFORMED)
-@pytest.mark.parametrize(("case", "groups"), [("same", 1), ("strides", 1), ("strides", 4)])
+@pytest.mark.parametrize(
+    ("case", "groups"),
+    [("same", 1), pytest.param("strides", 1, marks=pytest.mark.slow), ("strides", 4)],
+)
 def test_every_transformation_works(case, groups, name):
     ours, plain, given = both(case, groups)
     found, expected = (jax.jit(TRANSFORMED[name](loss))(*given) for loss in (ours, plain))
@@ -134,6 +143,17 @@ def test_what_is_not_quicker_is_left_to_xla(images, kernel, options):
         for convolve in (models.conv_general_dilated, lax.conv_general_dilated)
     )
     assert str(ours) == str(plain)
+
+
+@pytest.mark.parametrize("batch", [0, 1])
+def test_nothing_comes_of_nothing(batch):
+    images, kernel = jnp.ones((batch, 3, 3, 4)), jnp.ones((5, 5, 1, 4))
+
+    def loss(images):
+        options = {"dimension_numbers": DIMENSIONS, "feature_group_count": 4}
+        return jnp.sum(models.conv_general_dilated(images, kernel, (1, 1), "VALID", **options))
+
+    assert jax.grad(loss)(images).shape == images.shape
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])

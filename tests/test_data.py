@@ -595,7 +595,7 @@ BY_PILLOW = {
     "contrast": enhanced(ImageEnhance.Contrast),
     "sharpness": enhanced(ImageEnhance.Sharpness),
     "posterize": lambda image, amount: ImageOps.posterize(image, 8 - round(4 * abs(amount))),
-    "solarize": lambda image, amount: ImageOps.solarize(image, 255 * (1 - abs(amount))),
+    "solarize": lambda image, amount: ImageOps.solarize(image, 256 * (1 - abs(amount))),
     "auto_contrast": lambda image, _: ImageOps.autocontrast(image),
     "equalize": lambda image, _: ImageOps.equalize(image),
 }

@@ -14,6 +14,7 @@ from rich.console import Console
 from configs import digits
 import lpa_jax
 from lpa_jax import data
+from lpa_jax.data import streams
 from lpa_jax.models import weight_files
 from lpa_jax.models.pretrained import Inputs
 from lpa_jax.training import build, fit, loop, model_card, prefix, rates
@@ -201,7 +202,8 @@ def test_its_steps_cost_what_comes_after_it(first):
         ({"model.views": 2}, "views is 2, but images are not augmented"),
         ({"model.cached": None, "model.views": 2}, "name it by config.model.cached"),
         ({"model.cached": None, "model.cache_dir": "kept"}, "name it by config.model.cached"),
-        ({"model.cache_dir": "/dev/null/x"}, "'/dev/null/x', which cannot keep activations"),
+        ({"model.cache_dir": "/dev/null/x"}, "'/dev/null/x', which cannot keep outputs"),
+        ({"model.cache_dir": "a\0"}, "which cannot keep outputs"),
         ({"model.cached": "group9"}, "'group9', which is no module that is called once"),
         ({"optimizer.rates": "group1=0"}, "is 'group2', but group2/.* before it learns"),
         ({"optimizer.rates": ""}, "is 'group2', but group1/.* before it learns"),
@@ -232,7 +234,7 @@ def test_epochs_take_augmented_views_by_turns(first, place):
     assert (len(tail.views), tail.plan.augment) == (2, ())
     # Drawn by the number of the example alone, whatever the batch.
     rows = np.array([7, 3])
-    key = jax.random.fold_in(jax.random.key(0), 1)
+    key = jax.random.key(int(streams.stream("view", 0, 1).integers(2**31)))
     pixels = jnp.asarray(parts.dataset.train.images[rows])
     images = [
         data.augment(jax.random.fold_in(key, row), image[None], parts.plan.augment)
@@ -263,7 +265,7 @@ def test_a_directory_keeps_activations_for_other_runs(first, tmp_path, monkeypat
     assert len(names) == 2 + len(on_disk.dataset.splits) - 1
     # What is there is not computed again.
     with monkeypatch.context() as patch:
-        patch.setattr(prefix, "_computed", None)
+        patch.setattr(prefix.Prefix, "_batches", None)
         again = without(first, **settings)[2]
     for one in (on_disk, again):
         for mine, theirs in zip(one.views, in_memory.views, strict=True):
@@ -283,15 +285,23 @@ def test_a_directory_keeps_activations_for_other_runs(first, tmp_path, monkeypat
         assert len(added) == len(names) - shared
 
     (kept / sorted(names)[0]).write_bytes(b"damaged")
-    with pytest.raises(ConfigError, match=r"is damaged .*: remove it"):
+    with pytest.raises(ConfigError, match=r"cannot be read .*: remove it"):
         without(first, **settings)
+
+
+def test_outputs_in_bfloat16_are_kept_as_such(first, tmp_path):
+    narrow = {"model.dtype": "bfloat16"}
+    in_memory = without(first, **narrow)[2].dataset.train.images
+    kept = without(first, **narrow, **{"model.cache_dir": str(tmp_path)})[2].dataset.train.images
+    assert in_memory.dtype == kept.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(in_memory, kept)
 
 
 def test_nothing_is_kept_of_activations_that_are_not_finished(first, tmp_path, monkeypatch):
     def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(prefix, "_computed", stop)
+    monkeypatch.setattr(prefix.Prefix, "_batches", stop)
     with pytest.raises(KeyboardInterrupt):
         without(first, **{"model.cache_dir": str(tmp_path)})
     assert not list(tmp_path.iterdir())

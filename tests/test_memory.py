@@ -12,7 +12,9 @@ PROGRAM = """
 import json, os, pathlib, sys
 import numpy as np
 from lpa_jax import memory
-kept = memory.keep_freed_memory() if sys.argv[1] == "keep" else None
+kept = memory.keep_freed_memory() if sys.argv[1] != "leave" else None
+if sys.argv[1] == "stop":
+    memory.stop_keeping_memory()
 def resident():
     pages = pathlib.Path("/proc/self/statm").read_text().split()[1]
     return int(pages) * os.sysconf("SC_PAGE_SIZE")
@@ -26,7 +28,7 @@ print(json.dumps([kept, resident() - before]))
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="settings of glibc's malloc")
 def test_what_is_freed_stays_with_the_process():
     found = {}
-    for how in ("keep", "leave"):
+    for how in ("keep", "stop", "leave"):
         ended = subprocess.run(
             [sys.executable, "-c", PROGRAM, how],
             env={**os.environ, "JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, check=True,
@@ -35,6 +37,7 @@ def test_what_is_freed_stays_with_the_process():
     assert found["keep"][0] is True
     # Of 200 MB.
     assert found["keep"][1] > 150e6
+    assert found["stop"][1] < 50e6
     assert found["leave"][1] < 50e6
 
 

@@ -268,7 +268,7 @@ AUGMENTATIONS = Registry(
         ),
         "grayscale": Augmentation(grayscale, (0.0,), (1.0,), color=True),
         "random_erasing": Augmentation(random_erasing, (0.0,), (1.0,)),
-        "rand_augment": Augmentation(rand_augment, (1, 0.0), (math.inf, 10.0), color=True),
+        "rand_augment": Augmentation(rand_augment, (1, 0.0), (100, 10.0), color=True),
     },
     Augmentation,
 )

@@ -8,6 +8,7 @@ import numpy as np
 from lpa_jax.data import streams
 
 SAMPLINGS = ("uniform", "class_balanced", "class_aware")
+"""Those that ask no more than labels, of which a configuration names one."""
 
 
 def epoch_order(seed: int, epoch: int, num_examples: int) -> Int64[np.ndarray, "num_examples"]:
@@ -106,6 +107,7 @@ def train_batches(
     labels: Shaped[np.ndarray, "n ..."],
     batch_size: int,
     sampling: str = "uniform",
+    domains: Int[np.ndarray, "n"] | None = None,
 ) -> Int32[np.ndarray, "steps batch"]:
     """Return the full batches of an epoch; examples left over wait for the next epoch.
 
@@ -118,17 +120,28 @@ def train_batches(
       sampling: `"uniform"`, each example once (`epoch_order`); `"class_balanced"` or
         `"class_aware"`, in which rare classes come as often as frequent ones. The epoch is as long
         with each. The examples of each batch are in random order, those of `"class_aware"` too,
-        whose rounds only decide which batch an example is in.
+        whose rounds only decide which batch an example is in. `"domains"`: each batch has equally
+        many examples of each domain, drawn with replacement as by DomainBed.
+      domains: The domain of each training example, for `"domains"`.
 
     Returns:
       Indices of examples, int32, a row a step.
 
     Raises:
-      ValueError: If `batch_size` or `sampling` is none of these.
+      ValueError: If `batch_size` or `sampling` is none of these, or for `"domains"` no multiple of
+        the number of domains.
 
     Example:
       >>> train_batches(0, 0, labels=np.zeros(10, np.int32), batch_size=4).shape
       (2, 4)
+      >>> domains = np.repeat([0, 1], [9, 3])
+      >>> batches = train_batches(0, 0, np.zeros(12, np.int32), 4, "domains", domains)
+      >>> domains[batches].sum(axis=1)
+      array([2, 2, 2])
+
+    References:
+      Gulrajani and Lopez-Paz, In Search of Lost Domain Generalization, ICLR 2021, arXiv:2007.01434
+      (equal batches of all domains).
     """
     num_examples = len(labels)
     if not 1 <= batch_size <= num_examples:
@@ -143,13 +156,34 @@ def train_batches(
         order = class_balanced_order(seed, epoch, labels)
     elif sampling == "class_aware":
         order = class_aware_order(seed, epoch, labels)
+    elif sampling == "domains":
+        if domains is None:
+            raise ValueError("The sampling 'domains' needs the domain of each example: give them.")
+        return _domain_batches(seed, epoch, domains, batch_size, steps)
     else:
-        raise ValueError(f"There is no sampling {sampling!r}: give {', '.join(SAMPLINGS)}.")
+        names = ", ".join((*SAMPLINGS, "domains"))
+        raise ValueError(f"There is no sampling {sampling!r}: give {names}.")
     batches = order[: steps * batch_size].astype(np.int32).reshape(steps, batch_size)
     if sampling == "class_aware":
         # Mixing pairs neighbors, and those of a round never share their class.
         batches = streams.stream("order_in_batch", seed, epoch).permuted(batches, axis=1)
     return batches
+
+
+def _domain_batches(
+    seed: int, epoch: int, domains: Int[np.ndarray, "n"], batch_size: int, steps: int
+) -> Int32[np.ndarray, "steps batch"]:
+    by_domain, first, counts = _by_class(domains)
+    share, left = divmod(batch_size, len(counts))
+    if left:
+        raise ValueError(
+            f"batch_size is {batch_size}, but each batch has equally many examples of the "
+            f"{len(counts)} domains to train on: choose a multiple of {len(counts)}."
+        )
+    rng = streams.stream("epoch_order", seed, epoch)
+    drawn = rng.integers(counts[:, None], size=(steps, len(counts), share))
+    batches = by_domain[first[:, None] + drawn].reshape(steps, batch_size)
+    return rng.permuted(batches, axis=1).astype(np.int32)
 
 
 def eval_batches(

@@ -135,6 +135,44 @@ def read_domains(path: str, image_size: int | None, part: str, seed: int) -> dic
     Raises:
       DataError: If a folder is missing or empty, or the classes of two domains differ.
     """
+    whole, group, _ = _in_domains(path, image_size, part)
+    return split_by_class(whole, group, seed)
+
+
+def by_domain(path: str, image_size: int | None, part: str) -> dict[str, Examples]:
+    """Return the images of each domain, `DOMAIN/CLASS/IMAGE`, whole, by the name of its folder.
+
+    Domains, classes and images are in the order of their names, which is that of DomainBed.
+
+    Args:
+      path: As in `read`, and so are the other arguments.
+      image_size: Likewise.
+      part: Likewise.
+
+    Raises:
+      DataError: As in `read_domains`.
+    """
+    whole, _, domains = _in_domains(path, image_size, part)
+    return {
+        domain: dataclasses.replace(whole.take(whole.extra[DOMAINS] == number), extra={})
+        for number, domain in enumerate(domains)
+    }
+
+
+def split_by_class(whole: Examples, strata: np.ndarray, seed: int) -> dict[str, Examples]:
+    """Return `"train"` and `"test"`, a fifth of each stratum and at least one where it has two."""
+    test = share_of_each(streams.stream("test_split", seed), strata, TEST_SHARE)
+    return {"train": whole.take(~test), "test": whole.take(test)}
+
+
+Listed = tuple[str, int]
+"""Path of a file below the root, and its size in bytes."""
+
+
+def _in_domains(
+    path: str, image_size: int | None, part: str
+) -> tuple[Examples, np.ndarray, list[str]]:
+    """Return all images with their domains, the folder of each by number, and the domains."""
     root = _folder(path)
     domains = _subfolders(root)
     _some(root, domains, "give folders of domains, each with folders of classes")
@@ -153,17 +191,7 @@ def read_domains(path: str, image_size: int | None, part: str, seed: int) -> dic
     domain, labels = np.divmod(group, len(classes))
     whole = _examples(root, groups, labels, classes, image_size, part)
     whole = dataclasses.replace(whole, extra={DOMAINS: domain.astype(np.int32)})
-    return split_by_class(whole, group, seed)
-
-
-def split_by_class(whole: Examples, strata: np.ndarray, seed: int) -> dict[str, Examples]:
-    """Return `"train"` and `"test"`, a fifth of each stratum and at least one where it has two."""
-    test = share_of_each(streams.stream("test_split", seed), strata, TEST_SHARE)
-    return {"train": whole.take(~test), "test": whole.take(test)}
-
-
-Listed = tuple[str, int]
-"""Path of a file below the root, and its size in bytes."""
+    return whole, group, domains
 
 
 def _folder(path: str) -> pathlib.Path:

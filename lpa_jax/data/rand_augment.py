@@ -153,7 +153,7 @@ def _mapped(
         table = level
         for name, levels in (
             ("posterize", level >> (8 - bits) << (8 - bits)),
-            ("solarize", jnp.where(level < 255 * (1 - amount), level, 255 - level)),
+            ("solarize", jnp.where(level < 256 * (1 - amount), level, 255 - level)),
             ("auto_contrast", (level - low) * 255 // jnp.maximum(high - low, 1)),
             ("equalize", jnp.where(step > 0, equal, level)),
         ):

@@ -103,6 +103,50 @@ class Examples:
         )
 
 
+def joined(parts: Sequence[Examples]) -> Examples:
+    """Return examples one after the other.
+
+    Args:
+      parts: At least one. All have the same class names and shapes, and what they know of each
+        example; images that are read on demand are of one store.
+
+    Raises:
+      DataError: If they differ in one of these.
+
+    Example:
+      >>> one = Examples(np.zeros((2, 8, 8, 1), np.uint8), np.array([0, 1]), ("cat", "dog"))
+      >>> joined([one, one]).labels
+      array([0, 1, 0, 1])
+    """
+    first = parts[0]
+    for told, of in (
+        ("class names", lambda one: one.class_names),
+        ("shapes and types of images", lambda one: (one.images.shape[1:], one.images.dtype)),
+        ("shapes of labels", lambda one: one.labels.shape[1:]),
+        ("extra arrays", lambda one: {*one.extra}),
+        (
+            "stores or parts of images",
+            lambda one: (id(getattr(one.images, "store", None)), getattr(one.images, "part", None)),
+        ),
+    ):
+        if any(of(one) != of(first) for one in parts):
+            raise DataError(
+                f"Examples that differ in their {told} cannot be joined: give all the same."
+            )
+    streamed = [one.images for one in parts if isinstance(one.images, Streamed)]
+    arrays = [one.images for one in parts if not isinstance(one.images, Streamed)]
+    return dataclasses.replace(
+        first,
+        images=dataclasses.replace(
+            streamed[0], index=np.concatenate([one.index for one in streamed])
+        )
+        if streamed
+        else np.concatenate(arrays),
+        labels=np.concatenate([one.labels for one in parts]),
+        extra={name: np.concatenate([one.extra[name] for one in parts]) for name in first.extra},
+    )
+
+
 def in_memory(source: "Source | tuple[Any, Any]", where: str = "The examples") -> Examples:
     """Read a source whole, or take `(images, labels)`; `where` says in an error which they are.
 

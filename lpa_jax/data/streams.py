@@ -12,6 +12,8 @@ KEYS = {
     "order_in_batch": (6,),
     "part": (7,),
     "test_split": (8,),
+    "view": (9,),
+    "domains": (10,),
 }
 """What the spawn key of each purpose begins with; a number is never given to another purpose."""
 

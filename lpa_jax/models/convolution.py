@@ -100,6 +100,8 @@ def conv_general_dilated(
     else:
         pads = padding
     shape = jax.eval_shape(plain, lhs, rhs).shape
+    if 0 in (*lhs.shape, *shape):
+        return plain(lhs, rhs)
     geometry = _Geometry(tuple(window_strides), tuple(pads), tuple(dilation), shape)
 
     def on_cpu(compute):

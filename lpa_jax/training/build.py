@@ -399,40 +399,39 @@ def _network(
             f"The run has a network that was given as an object ({name.removeprefix(GIVEN)!r:.99}):"
             " give it again from Python, as in lpa_jax.load_run(workdir, model=...)."
         )
-    pretrained, options = config.model.pretrained, dict(config.model.options)
-    if pretrained is not None and not {"mean", "std"} <= options.keys():
-        options = _scale(_inputs_of(pretrained)) | options
+    options = dict(config.model.options)
     arguments: dict[str, Any] = {"mean": dataset.mean, "std": dataset.std}
     arguments |= {} if config.remat is None else {"remat": config.remat}
     with _options_named(name):
-        module = models.create(
+        module: Any = models.create(
             name,
             num_classes=dataset.num_classes,
             dtype=jnp.dtype(config.model.dtype),
             head=config.model.head,
             **(arguments | options),
         )
-    if not hasattr(module, "mean"):
+    if config.model.pretrained is None or not hasattr(module, "mean"):
         return module, {"name": name}
-    scale: dict[str, Any] = {key: tuple(options[key]) for key in ("mean", "std") if key in options}
-    if pretrained is not None and not scale and isinstance(module, Pretrainable):
-        scale = _scale(module.pretrained_inputs())
+    wanted = {key: options[key] for key in ("mean", "std") if key in options}
+    if len(wanted) < 2:
+        module = module.clone(**(_scale(config.model.pretrained, module) | wanted))
     # Recorded, so that the run can be loaded where what it began with is no longer there.
-    return module.clone(**scale), {"name": name, "options": options | scale}
+    options |= {"mean": module.mean, "std": module.std}
+    return module, {"name": name, "options": options}
 
 
-def _inputs_of(pretrained: str) -> Any:
-    """Return what tells the inputs that pretrained weights want; None where only a network does."""
+def _scale(pretrained: str, module: nn.Module) -> dict[str, Any]:
+    """Return the mean and deviation of inputs that pretrained weights want, where that is known."""
     if pretrained.startswith("run:"):
         # Imported late: it builds a run, as this does.
         from lpa_jax.training.run import load_run
 
-        return load_run(pretrained.removeprefix("run:")).model
-    return weight_files.inputs_of(pretrained)
-
-
-def _scale(inputs: Any) -> dict[str, Any]:
-    return {"mean": inputs.mean, "std": inputs.std} if hasattr(inputs, "mean") else {}
+        inputs: Any = load_run(pretrained.removeprefix("run:")).model
+    else:
+        inputs = weight_files.inputs_of(pretrained)
+        if inputs is None and isinstance(module, Pretrainable):
+            inputs = module.pretrained_inputs()
+    return {key: getattr(inputs, key) for key in ("mean", "std") if hasattr(inputs, key)}
 
 
 @contextlib.contextmanager

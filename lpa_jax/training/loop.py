@@ -9,7 +9,7 @@ from flax import linen as nn
 import jax
 from rich.console import Console
 
-from lpa_jax import data
+from lpa_jax import data, memory
 from lpa_jax.training import display, files, fit, identity, prefix, provenance
 from lpa_jax.training.build import build, Data, Parts
 from lpa_jax.training.config import Config, ConfigError
@@ -148,6 +148,9 @@ def train_seeds(
 
     After `claim`, several processes may do so in one directory, each with seeds of its own.
     """
+    if isinstance(parts.dataset.train.images, data.Streamed):
+        # Decoded images come to lie between what steps take and free, so that ever more is kept.
+        memory.stop_keeping_memory()
     # --- Nothing is written until all of it fits together. ---------------------------------------
     devices = fit.make_devices(parts)
     session = provenance.session(parts.config, parts.dataset, devices)

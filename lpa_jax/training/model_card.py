@@ -4,6 +4,7 @@ from collections.abc import Mapping
 import json
 import pathlib
 import shutil
+import tempfile
 from typing import Any
 
 import lpa_jax
@@ -47,10 +48,11 @@ def write_weights(
     check_free(directory)
     arrays = run.arrays(ema=ema)
     text = card(run, workdir / f"seed{run.seed}", ema=ema)
-    partial = directory.with_name(directory.name + ".partial")
     with files.writing(str(directory)):
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        partial = pathlib.Path(tempfile.mkdtemp(".partial", directory.name, directory.parent))
+        # What is temporary is made for its owner alone.
+        partial.chmod(directory.parent.stat().st_mode)
         try:
             weight_files.write(partial / WEIGHTS, arrays, inputs_of(run))
             (partial / CARD).write_text(text, encoding="utf-8")
@@ -86,7 +88,7 @@ def card(run: Run, records: pathlib.Path, *, ema: bool = False) -> str:
     images = dataset.train.images
     kinds = ["image-classification"] if len(images.shape) == 4 else []
     kinds = kinds if config["task"] == "classification" else []
-    epoch, metrics = _metrics(records, run.step, ema=ema)
+    epoch, metrics = _metrics(run, records, "ema" if ema else "metrics")
     accuracy = metrics.get("test", {}).get("accuracy") if kinds else None
     data_name = _public(config["dataset"])
 
@@ -178,11 +180,15 @@ def _public(name: str) -> str:
     return f"{kind}:{pathlib.PurePath(rest).name}" if colon else kind
 
 
-def _metrics(records: pathlib.Path, step: int, *, ema: bool) -> tuple[int, Mapping[str, Any]]:
-    """Return the last epoch that was recorded, and its metrics by split; none without records."""
-    rows = [row for row in read_rows(records / "metrics.jsonl") if row["step"] <= step]
-    found = [row for row in rows if row.get("ema" if ema else "metrics")]
-    return (found[-1]["epoch"], found[-1]["ema" if ema else "metrics"]) if found else (0, {})
+def _metrics(run: Run, records: pathlib.Path, name: str) -> tuple[int, Mapping[str, Any]]:
+    """Return the epoch and the metrics by split that were recorded of these weights, if any."""
+    rows = [row for row in read_rows(records / "metrics.jsonl") if row["step"] == run.step]
+    ended = records / "result.json"
+    if run.step == run.parts.plan.num_steps and ended.exists():
+        # The last epoch is evaluated on the test split here, whichever was best.
+        rows.append(files.read_json(ended) | {"epoch": run.parts.plan.epochs})
+    found = [row for row in rows if row.get(name)]
+    return (found[-1]["epoch"], found[-1][name]) if found else (0, {})
 
 
 def _results(run: Run, metrics: Mapping[str, Any], epoch: int) -> list[str]:

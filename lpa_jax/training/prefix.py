@@ -1,14 +1,13 @@
 """A frozen prefix is run once: its activations take the place of the images."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 import dataclasses
-import functools
 import hashlib
 import os
 import pathlib
 import re
-import tempfile
-from typing import Any, NamedTuple
+from typing import Any
+import uuid
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +18,12 @@ from rich.console import Console
 from lpa_jax import data
 from lpa_jax.api import backend_of
 from lpa_jax.core.jaxprs import needed_by
+from lpa_jax.data import streams
 from lpa_jax.training import progress
-from lpa_jax.training.build import as_config_error, Parts
+from lpa_jax.training.build import as_config_error, Parts, Plan
 from lpa_jax.training.config import ConfigError
 from lpa_jax.training.feed import divided
+from lpa_jax.training.files import writing
 from lpa_jax.training.network import Begin, Network, visiting
 
 
@@ -39,13 +40,13 @@ def without_prefix(parts: Parts, variables: PyTree, console: Console) -> Parts:
         activations cannot be kept in the directory that was given.
     """
     network, plan, dataset = parts.network, parts.plan, parts.dataset
-    site, augment = str(plan.cached), plan.augment
-    if augment and not plan.views:
+    site = str(plan.cached)
+    if plan.augment and not plan.views:
         raise ConfigError(
             "config.model.cached needs images that stay: set config.augment to 'none', or "
             "config.model.views to the number of augmented views that are kept of each image."
         )
-    if plan.views and not augment:
+    if plan.views and not plan.augment:
         raise ConfigError(
             f"config.model.views is {plan.views}, but images are not augmented: give "
             "config.augment what the views are made by, or leave config.model.views out."
@@ -66,19 +67,17 @@ def without_prefix(parts: Parts, variables: PyTree, console: Console) -> Parts:
             f"config.model.cached is {site!r}, but {learning[0]} before it learns: freeze all that "
             "leads to it by config.optimizer.rates, such as 'stem=0'."
         )
-    wanted = [Wanted(dataset.train, View(plan.data_seed, i, augment)) for i in range(plan.views)]
+    prefix = Prefix(run, variables, plan)
+    # The training images are replaced by their views, if there are any.
+    wanted = [(dataset.train, number) for number in range(plan.views)]
     others = [name for name in dataset.splits if name != "train" or not wanted]
-    wanted += [Wanted(dataset.splits[name]) for name in others]
-    count = sum(len(one.examples) for one in wanted)
+    wanted += [(dataset.splits[name], None) for name in others]
+    count = sum(len(examples) for examples, _ in wanted)
     with progress.bar(console, "prefix", count, unit="image") as shown:
-        kept = [
-            cached(one, run, variables, plan.eval_batch_size, shown.finished, plan.cache_dir)
-            for one in wanted
-        ]
+        kept = [prefix.outputs(examples, number, shown.finished) for examples, number in wanted]
     views = kept[: plan.views]
-    images = dict(zip(others, kept[plan.views :], strict=True)) | (
-        {"train": views[0]} if views else {}
-    )
+    images = dict(zip(others, kept[plan.views :], strict=True))
+    images |= {"train": views[0]} if views else {}
     splits = {
         name: dataclasses.replace(examples, images=images[name])
         for name, examples in dataset.splits.items()
@@ -121,142 +120,128 @@ def activations(network: Network, site: str) -> Run:
     return call
 
 
-class View(NamedTuple):
-    """A version of images that is drawn once, for each by its number.
+class Prefix:
+    """The part of a network that does not change, and what it makes of images."""
 
-    Attributes:
-      seed: Of the draws.
-      number: Of the view.
-      augment: What images go through.
-    """
+    def __init__(self, run: Run, variables: PyTree, plan: Plan):
+        """Take the function from `activations`, the variables, and how the run is carried out."""
+        self.variables, self.plan = variables, plan
+        # Compiled once for all splits, and once for all views.
+        self._plain = jax.jit(lambda variables, images: run(variables, data.to_float(images)))
 
-    seed: int
-    number: int
-    augment: Sequence[data.Applied]
-
-
-class Wanted(NamedTuple):
-    """Images whose activations are wanted; without a view, as they are."""
-
-    examples: data.Examples
-    view: View | None = None
-
-    def function(self, run: Run) -> Callable[[PyTree, Any, Any], Array]:
-        """Return `(variables, images, their numbers) -> activations`."""
-        _, augment = self._divided
-
-        def call(variables, images, numbers):
-            if self.view is not None:
-                key = jax.random.fold_in(jax.random.key(self.view.seed), self.view.number)
-                keys = jax.vmap(jax.random.fold_in, (None, 0))(key, numbers)
-                # One by one, so that an image's draws do not depend on the batch it is in.
-                images = jax.vmap(lambda k, image: data.augment(k, image[None], augment)[0])(
-                    keys, images
-                )
+        def viewed(variables, images, key, numbers, augment):
+            keys = jax.vmap(jax.random.fold_in, (None, 0))(key, numbers)
+            # One by one, so that an image's draws do not depend on the batch it is in.
+            images = jax.vmap(lambda key, image: data.augment(key, image[None], augment)[0])(
+                keys, images
+            )
             return run(variables, data.to_float(images))
 
-        return call
+        self._viewed = jax.jit(viewed, static_argnums=4)
 
-    def read(self, rows: np.ndarray) -> Any:
-        """Return images, each with its random part if that is drawn where files are decoded."""
-        images, (part, _) = self.examples.images, self._divided
-        if self.view is None or part is None or not isinstance(images, data.Streamed):
-            return images[rows]
-        return images.read(rows, data.random_parts(self.view.seed, self.view.number, *part))
+    def outputs(
+        self, examples: data.Examples, view: int | None, finished: Callable[[int], None]
+    ) -> np.ndarray:
+        """Return the outputs for the images of examples.
 
-    @property
-    def _divided(self) -> tuple[tuple[float, ...] | None, tuple[data.Applied, ...]]:
-        return divided(self.examples.images, () if self.view is None else self.view.augment)
+        Args:
+          examples: The examples.
+          view: Number of the augmented version; None for the images as they are.
+          finished: Called with the number of images that are done.
 
-    def about(self) -> str:
-        """Return what images are read, for the name of a file of their activations."""
-        part, _ = self._divided
-        return f"{self.examples.fingerprint()} {part if part is None else (part, self.view)}"
+        Returns:
+          An array; with `config.model.cache_dir` one that is read from its file where it is used,
+          which any run may have written.
 
-
-def cached(
-    wanted: Wanted,
-    run: Run,
-    variables: PyTree,
-    batch_size: int,
-    finished: Callable[[int], None],
-    directory: str | None = None,
-) -> np.ndarray:
-    """Return the activations of images behind a frozen prefix.
-
-    Args:
-      wanted: The images.
-      run: From `activations`.
-      variables: Of the network.
-      batch_size: Images of a forward pass.
-      finished: Called with the number of images that are done.
-      directory: Where they are kept, under the digest of all that they follow from; those that are
-        there are used, by whichever run they were written. None to keep them in memory.
-
-    Returns:
-      An array; with a directory, one that is read from its file where it is used.
-
-    Raises:
-      ConfigError: If the directory cannot be written, or what is in it is damaged.
-    """
-    function = wanted.function(run)
-    if directory is None:
-        return _computed(wanted, jax.jit(function), variables, batch_size, finished, np.empty)
-    path = pathlib.Path(directory).expanduser() / f"{_digest(wanted, function, variables)}.npy"
-    try:
+        Raises:
+          ConfigError: If the directory cannot be made, or what is in it is damaged.
+          WriteError: If its disk is full.
+        """
+        compute = self._function(examples.images, view)
+        shape = jax.eval_shape(lambda: compute(np.zeros(1, np.int32)))
+        shape, dtype = (len(examples), *shape.shape[1:]), shape.dtype
+        directory = self.plan.cache_dir
+        if directory is None:
+            kept = np.empty(shape, dtype)
+            for rows, found in self._batches(compute, len(examples)):
+                kept[rows] = found
+                finished(len(rows))
+            return kept
+        folder = pathlib.Path(os.path.expanduser(directory))
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"config.model.cache_dir is {directory!r}, which cannot keep outputs ({error}): "
+                "give another directory, or leave it out to keep them in memory."
+            ) from error
+        path = folder / f"{self._digest(compute, examples.images, view)}.npy"
         if path.exists():
-            finished(len(wanted.examples))
+            finished(len(examples))
         else:
-            path.parent.mkdir(parents=True, exist_ok=True)
             # A name of its own, since other runs may write the same.
-            number, partial = tempfile.mkstemp(suffix=".partial", dir=path.parent)
-            os.close(number)
-            make = functools.partial(np.lib.format.open_memmap, partial, "w+")
+            partial = path.with_suffix(f".{uuid.uuid4().hex}.partial")
             try:
-                _computed(wanted, jax.jit(function), variables, batch_size, finished, make)
-                os.replace(partial, path)
+                with writing(str(path)):
+                    with partial.open("wb") as file:
+                        about = {"descr": dtype.str, "fortran_order": False, "shape": shape}
+                        np.lib.format.write_array_header_2_0(file, about)
+                        for _, found in self._batches(compute, len(examples)):
+                            file.write(np.ascontiguousarray(found).tobytes())
+                            finished(len(found))
+                        file.flush()
+                        os.fsync(file.fileno())
+                    partial.replace(path)
             finally:
-                pathlib.Path(partial).unlink(missing_ok=True)
-    except OSError as error:
-        raise ConfigError(
-            f"config.model.cache_dir is {directory!r}, which cannot keep activations "
-            f"({error.strerror}): give another directory, or leave it out to keep them in memory."
-        ) from error
-    try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} is damaged ({error}): remove it, and rerun.") from error
+                partial.unlink(missing_ok=True)
+        try:
+            # The format has no name for bfloat16.
+            return np.load(path, mmap_mode="r", allow_pickle=False).view(dtype)
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"{path} cannot be read ({error}): remove it, and rerun, if it is damaged."
+            ) from error
 
+    def _function(self, images: Any, view: int | None) -> Callable[[Any], Array]:
+        """Return the function of numbers of images that returns their outputs."""
+        if view is None:
+            return lambda rows: self._plain(self.variables, images[rows])
+        part, augment = divided(images, self.plan.augment)
+        draws = streams.stream("view", self.plan.data_seed, view)
+        key = jax.random.key(int(draws.integers(2**31)))
 
-def _computed(
-    wanted: Wanted,
-    function: Callable[[PyTree, Any, Any], Array],
-    variables: PyTree,
-    batch_size: int,
-    finished: Callable[[int], None],
-    make: Callable[..., np.ndarray],
-) -> np.ndarray:
-    number, kept = len(wanted.examples), None
-    for rows, weights in data.eval_batches(number, batch_size):
-        found = np.asarray(function(variables, wanted.read(rows), rows))[weights > 0]
-        if kept is None:
-            kept = make(shape=(number, *found.shape[1:]), dtype=found.dtype)
-        kept[rows[weights > 0]] = found
-        finished(len(found))
-    assert kept is not None
-    return kept
+        def compute(rows):
+            if part is None or not isinstance(images, data.Streamed):
+                read = images[rows]
+            else:
+                # Drawn where files are decoded.
+                read = images.read(rows, data.random_parts(self.plan.data_seed, view, *part))
+            return self._viewed(self.variables, read, key, rows, augment)
 
+        return compute
 
-def _digest(wanted: Wanted, function: Callable[..., Any], variables: PyTree) -> str:
-    """Return a digest of images, variables and computation: what activations follow from."""
-    digest = hashlib.blake2b(wanted.about().encode(), digest_size=16)
-    rows = np.zeros(1, np.int32)
-    traced = jax.make_jaxpr(function)(variables, wanted.examples.images[:1], rows)
-    # Addresses of functions differ from process to process.
-    digest.update(re.sub("0x[0-9a-f]+", "", str(traced.jaxpr)).encode())
-    for leaf in (*traced.consts, *jax.tree.leaves(variables)):
-        digest.update(np.ascontiguousarray(leaf).tobytes())
-    return digest.hexdigest()
+    def _batches(
+        self, compute: Callable[[Any], Array], number: int
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for rows, weights in data.eval_batches(number, self.plan.eval_batch_size):
+            yield rows[weights > 0], np.asarray(compute(rows))[weights > 0]
+
+    def _digest(self, compute: Callable[[Any], Array], images: Any, view: int | None) -> str:
+        """Return a digest of images, weights and computation: of what outputs follow from."""
+        drawn = None if view is None else (self.plan.data_seed, view, self.plan.augment)
+        digest = hashlib.blake2b(repr(drawn).encode(), digest_size=16)
+        if isinstance(images, data.Streamed):
+            digest.update(images.fingerprint().encode())
+        else:
+            digest.update(f"{images.dtype} {images.shape}".encode())
+            digest.update(np.ascontiguousarray(images).reshape(-1).view(np.uint8))
+        traced = jax.make_jaxpr(lambda: compute(np.zeros(1, np.int32)))()
+        # Addresses of functions differ from process to process.
+        digest.update(re.sub("0x[0-9a-f]+", "", str(traced.jaxpr)).encode())
+        for leaf in jax.tree.leaves((traced.consts, self.variables)):
+            if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+                digest.update(np.ascontiguousarray(leaf).tobytes())
+        return digest.hexdigest()
 
 
 def learning_before(tail: Network, like: PyTree, inputs: Any) -> list[str]:
