@@ -400,4 +400,25 @@ PAPERS = {
     "random_erasing": Paper(
         "Zhong et al.", "Random Erasing Data Augmentation", "AAAI", 2020, "1708.04896"
     ),
+    "domainbed": Paper(
+        "Gulrajani and Lopez-Paz",
+        "In Search of Lost Domain Generalization",
+        "ICLR",
+        2021,
+        "2007.01434",
+    ),
+    "swad": Paper(
+        "Cha et al.",
+        "SWAD: Domain Generalization by Seeking Flat Minima",
+        "NeurIPS",
+        2021,
+        "2102.08604",
+    ),
+    "rotated_mnist": Paper(
+        "Ghifary et al.",
+        "Domain Generalization for Object Recognition with Multi-task Autoencoders",
+        "ICCV",
+        2015,
+        "1508.07680",
+    ),
 }
