@@ -139,6 +139,7 @@ def test_an_evaluation_counts_its_conditions_and_batches(run):
     assert re.match(r"pgd \(3 of 3\): error % [\d.]+, ", lines[5])
 
 
+@pytest.mark.slow
 def test_a_table_counts_its_rows_and_shows_the_time_left(tmp_path):
     protocol = runs.Protocol(1, 1, {"limit": 128})
     table = catalogue.chosen("digits", ["erm", "lpl"])

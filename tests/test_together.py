@@ -131,6 +131,7 @@ def interrupted(config, workdir, monkeypatch, step):
     return str(raised.value)
 
 
+@pytest.mark.slow
 def test_interrupted_seeds_resume_together_where_their_steps_agree(alone, tmp_path, monkeypatch):
     step = STEPS + 1
     told = interrupted(small(seeds_together=2), tmp_path, monkeypatch, step)
