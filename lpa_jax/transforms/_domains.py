@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from lpa_jax.core import membership
-from lpa_jax.core.arguments import at_step, Number
+from lpa_jax.core.arguments import at_step, check_count, check_number, Number
 from lpa_jax.core.perturbation import check_activations, INPUTS, LOGITS, SiteError
 
 
@@ -95,6 +95,22 @@ def check_features(name: str, site: str, value: Array) -> None:
             f"{name} needs features [B, D], such as what the head takes in, but {site!r} holds "
             f"{value.shape}."
         )
+
+
+def check_penalty(name: str, site: str, gamma: Number, num_domains: int) -> None:
+    """Raise an error unless these are arguments of a penalty on the features of domains."""
+    check_layer(name, site)
+    check_number("gamma", gamma)
+    check_count("num_domains", num_domains, low=2)
+
+
+def real_features(
+    value: Float[Array, "batch features"], weights: Float[Array, "batch"]
+) -> tuple[Float[Array, "batch"], Float[Array, "batch features"]]:
+    """Return 1 for each example that is no padding, and float32 features that are 0 for padding."""
+    real = (weights > 0).astype(jnp.float32)
+    features = jax.lax.stop_gradient(value).astype(jnp.float32)
+    return real, jnp.where(real[:, None] > 0, features, 0.0)
 
 
 def pulled(

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from lpa_jax.core.arguments import at_step, check_count, check_number, Number
+from lpa_jax.core.arguments import at_step, Number
 from lpa_jax.core.perturbation import Perturbation, stateless
 from lpa_jax.transforms import _domains
 
@@ -42,16 +42,12 @@ def coral(site: str, gamma: Number, num_domains: int) -> Perturbation:
       Sun and Saenko, Deep CORAL: Correlation Alignment for Deep Domain Adaptation, ECCV Workshops
       2016, arXiv:1607.01719.
     """
-    _domains.check_layer("coral", site)
-    check_number("gamma", gamma)
-    check_count("num_domains", num_domains, low=2)
+    _domains.check_penalty("coral", site, gamma, num_domains)
 
     def update(value, *, weights, domains=None, step=0, axis_name=(), **_):
         _domains.check_features("coral", site, value)
-        real = (weights > 0).astype(jnp.float32)
+        real, features = _domains.real_features(value, weights)
         members = _domains.by_domain("coral", domains, real, num_domains, axis_name)
-        features = jax.lax.stop_gradient(value).astype(jnp.float32)
-        features = jnp.where(real[:, None] > 0, features, 0.0)
         counts, size = members.counts, features.shape[1]
         means = members.mean(features)
         centered = members.shares()[:, :, None] * (features[:, None] - means[None])

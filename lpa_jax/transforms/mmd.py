@@ -2,10 +2,9 @@
 
 import functools
 
-import jax
 import jax.numpy as jnp
 
-from lpa_jax.core.arguments import at_step, check_count, check_number, Number
+from lpa_jax.core.arguments import at_step, Number
 from lpa_jax.core.perturbation import Perturbation, stateless
 from lpa_jax.transforms import _domains
 
@@ -48,18 +47,14 @@ def mmd(site: str, gamma: Number, num_domains: int) -> Perturbation:
     References:
       Li et al., Domain Generalization with Adversarial Feature Learning, CVPR 2018.
     """
-    _domains.check_layer("mmd", site)
-    check_number("gamma", gamma)
-    check_count("num_domains", num_domains, low=2)
+    _domains.check_penalty("mmd", site, gamma, num_domains)
 
     def update(value, *, weights, domains=None, step=0, axis_name=(), **_):
         _domains.check_features("mmd", site, value)
-        real = (weights > 0).astype(jnp.float32)
+        real, features = _domains.real_features(value, weights)
         members = _domains.by_domain("mmd", domains, real, num_domains, axis_name)
 
         everywhere = functools.partial(_domains.everywhere, axis_name=axis_name)
-        features = jax.lax.stop_gradient(value).astype(jnp.float32)
-        features = jnp.where(real[:, None] > 0, features, 0.0)
         number = jnp.sum((members.counts > 0).astype(jnp.float32))
         share = real / jnp.maximum(members.to_examples(members.counts), 1.0)
         same = members.rows[:, None] == everywhere(members.rows)[None]
