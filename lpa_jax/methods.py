@@ -118,6 +118,12 @@ class Method(NamedTuple):
         return self.factory(**known)
 
 
+ANNEALED = {
+    "penalty_weight": Range(0.1, 1e5, log=True),
+    "anneal_steps": Range(2e-4, 1.0, log=True),
+}
+"""What DomainBed draws of a penalty that begins with the weight 1."""
+
 METHODS: Registry[Method] = Registry(
     "method",
     {
@@ -257,10 +263,7 @@ METHODS: Registry[Method] = Registry(
             # Of DomainBed's 5,001 steps.
             {"penalty_weight": 100.0, "anneal_steps": 0.1},
             "penalty_weight",
-            ranges={
-                "penalty_weight": Range(0.1, 1e5, log=True),
-                "anneal_steps": Range(2e-4, 1.0, log=True),
-            },
+            ranges=ANNEALED,
             paper="irm",
             shares=("anneal_steps",),
         ),
@@ -385,10 +388,7 @@ METHODS: Registry[Method] = Registry(
             # Of DomainBed's 5,001 steps.
             {"penalty_weight": 10.0, "anneal_steps": 0.1},
             "penalty_weight",
-            ranges={
-                "penalty_weight": Range(0.1, 1e5, log=True),
-                "anneal_steps": Range(2e-4, 1.0, log=True),
-            },
+            ranges=ANNEALED,
             paper="vrex",
             shares=("anneal_steps",),
         ),
