@@ -158,8 +158,8 @@ class Prefix:
           WriteError: If its disk is full.
         """
         compute = self._function(examples.images, view)
-        shape = jax.eval_shape(lambda: compute(np.zeros(1, np.int32)))
-        shape, dtype = (len(examples), *shape.shape[1:]), shape.dtype
+        one = jax.eval_shape(lambda: compute(np.zeros(1, np.int32)))
+        shape, dtype = (len(examples), *one.shape[1:]), one.dtype
         directory = self.plan.cache_dir
         if directory is None:
             kept = np.empty(shape, dtype)
@@ -179,21 +179,7 @@ class Prefix:
         if path.exists():
             finished(len(examples))
         else:
-            # A name of its own, since other runs may write the same.
-            partial = path.with_suffix(f".{uuid.uuid4().hex}.partial")
-            try:
-                with writing(str(path)):
-                    with partial.open("wb") as file:
-                        about = {"descr": dtype.str, "fortran_order": False, "shape": shape}
-                        np.lib.format.write_array_header_2_0(file, about)
-                        for _, found in self._batches(compute, len(examples)):
-                            file.write(np.ascontiguousarray(found).tobytes())
-                            finished(len(found))
-                        file.flush()
-                        os.fsync(file.fileno())
-                    partial.replace(path)
-            finally:
-                partial.unlink(missing_ok=True)
+            self._write(path, compute, shape, dtype, finished)
         try:
             # The format has no name for bfloat16.
             return np.load(path, mmap_mode="r", allow_pickle=False).view(dtype)
@@ -201,6 +187,31 @@ class Prefix:
             raise ConfigError(
                 f"{path} cannot be read ({error}): remove it, and rerun, if it is damaged."
             ) from error
+
+    def _write(
+        self,
+        path: pathlib.Path,
+        compute: Callable[[Any], Array],
+        shape: tuple[int, ...],
+        dtype: np.dtype,
+        finished: Callable[[int], None],
+    ) -> None:
+        """Write outputs as they come, whole or not at all."""
+        # A name of its own, since other runs may write the same.
+        partial = path.with_suffix(f".{uuid.uuid4().hex}.partial")
+        about = {"descr": dtype.str, "fortran_order": False, "shape": shape}
+        try:
+            with writing(str(path)):
+                with partial.open("wb") as file:
+                    np.lib.format.write_array_header_2_0(file, about)
+                    for _, found in self._batches(compute, shape[0]):
+                        file.write(np.ascontiguousarray(found).tobytes())
+                        finished(len(found))
+                    file.flush()
+                    os.fsync(file.fileno())
+                partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
 
     def _function(self, images: Any, view: int | None) -> Callable[[Any], Array]:
         """Return the function of numbers of images that returns their outputs."""
