@@ -107,7 +107,7 @@ def read_config(
     if not path.exists():
         raise ConfigError(f"{workdir} holds no run: give --workdir the directory of one.")
     # JSON has no tuples, which Flax modules need of their attributes.
-    read = _tuples(read_json(path))
+    read = tuples(read_json(path))
     known = {key for key in flat(default().to_dict()) if not key.startswith(OPEN)}
     missing = sorted(known - flat(read).keys())
     if missing:
@@ -129,10 +129,11 @@ def read_config(
     return config
 
 
-def _tuples(value: Any) -> Any:
+def tuples(value: Any) -> Any:
+    """Return what JSON gave with tuples for its lists."""
     if isinstance(value, dict):
-        return {key: _tuples(entry) for key, entry in value.items()}
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+        return {key: tuples(entry) for key, entry in value.items()}
+    return tuple(map(tuples, value)) if isinstance(value, list) else value
 
 
 def find_seeds(

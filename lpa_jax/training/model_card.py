@@ -10,7 +10,7 @@ from typing import Any
 import lpa_jax
 from lpa_jax.models import weight_files
 from lpa_jax.models.pretrained import Inputs
-from lpa_jax.training import files, provenance
+from lpa_jax.training import files, identity, provenance
 from lpa_jax.training.build import GIVEN
 from lpa_jax.training.config import ConfigError
 from lpa_jax.training.metric_log import read_rows
@@ -223,7 +223,7 @@ def _code(run: Run) -> list[str]:
         scale = {key: getattr(run.model, key, getattr(run.dataset, key)) for key in SCALE}
         options = {**scale, **model["options"]}
         # JSON has no tuples, which Flax modules need of their attributes.
-        arguments = [f"{key}={_tuples(value)!r}" for key, value in options.items()]
+        arguments = [f"{key}={identity.tuples(value)!r}" for key, value in options.items()]
         arguments += [f"head={model['head']!r}"] if model["head"] != "linear" else []
         arguments += [f"dtype=jnp.{model['dtype']}"] if model["dtype"] != "float32" else []
         arguments = [repr(name), f"num_classes={run.dataset.num_classes}", *arguments]
@@ -240,7 +240,3 @@ def _code(run: Run) -> list[str]:
         f"variables = model.init(jax.random.key(0), jnp.zeros({shape}){train})",
         f'variables = load_pretrained("safetensors:{WEIGHTS}", model, variables)',
     ]
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(map(_tuples, value)) if isinstance(value, (list, tuple)) else value
