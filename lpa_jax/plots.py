@@ -18,21 +18,26 @@ PUSHED = {
 """Colors of the classes, by the mean of their signs in an epoch."""
 
 
-def table(title: str, label: str, rows: Sequence[Any]) -> Any:
+def table(
+    title: str,
+    label: str,
+    rows: Sequence[Any],
+    spread: str = "mean ± standard deviation of the seeds",
+) -> Any:
     """Return the metric of each row of a table with its deviation, and published values.
 
     Args:
       title: Of the figure.
       label: Of the metric.
       rows: `tables.comparison.RowSummary` of each row, the first of which is marked by a line.
+      spread: What the bars are, where there are several numbers.
     """
     canvas, (axes,) = figure(1, title, columns=1)
     canvas.set_size_inches(7.0, 1.5 + 0.3 * len(rows))
     rows, key = rows[::-1], {}
     for height, row in enumerate(rows):
         if row.value is not None:
-            several = "mean ± standard deviation of the seeds"
-            key[several if row.n > 1 else "one seed"] = axes.errorbar(
+            key[spread if row.n > 1 else "one seed"] = axes.errorbar(
                 row.value, height, xerr=row.std, fmt="o", color="C0", capsize=3
             )
         for value in row.published.values():

@@ -17,15 +17,32 @@ import jax
 from lpa_jax.commands import PRINT_CONFIG, sentences, UsageError, WORKDIR
 
 flags.adopt_module_key_flags(commands)
-_TABLE = flags.DEFINE_string("table", None, "Name of the table, such as digits_lt.")
+_TABLE = flags.DEFINE_string(
+    "table", None, "Name of the table, such as digits_lt, or of domains, such as rotated_digits."
+)
 _METHODS = flags.DEFINE_list(
     "methods", None, "Rows to run, the first of them to compare with; default all."
 )
 _TRIALS = flags.DEFINE_integer(
     "trials",
-    0,
-    "Settings to try for each row, on a validation set, before its seeds; 0 for the defaults.",
+    None,
+    "Settings to try for each row, on a validation set, before its seeds; default 0, none. Of a "
+    "table of domains: trials, each with splits of its own; default 3.",
     lower_bound=0,
+)
+_DRAWS = flags.DEFINE_integer(
+    "draws", 1, "Of a table of domains: draws of hyper-parameters of each trial.", lower_bound=1
+)
+_PRESET = flags.DEFINE_string(
+    "preset",
+    "domainbed_2020",
+    "Of a table of domains: its protocol, domainbed_2020, swad, domainbed_head or cached.",
+)
+_CROSS_VALIDATION = flags.DEFINE_bool(
+    "cross_validation",
+    False,
+    "Of a table of domains: test on each pair of domains as well, by which leave-one-domain-out "
+    "cross-validation selects.",
 )
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Show the runs and how long they would take.")
 _JOBS = flags.DEFINE_string(
@@ -40,10 +57,22 @@ _SLURM = flags.DEFINE_string(
     "Write scripts that submit the runs to Slurm, with these options of sbatch, such as "
     "--slurm='--time=4:00:00 --gres=gpu:1'.",
 )
-_JOB = flags.DEFINE_string("job", None, "Run ROW/seedN or ROW/trialN of the table alone.")
+_JOB = flags.DEFINE_string(
+    "job",
+    None,
+    "Run ROW/seedN or ROW/trialN of the table alone; of domains ROW/DOMAIN/trialN/drawN.",
+)
 SEEDS = 5
 """Of each row, where --config.num_seeds says nothing else."""
+TRIALS = 3
+"""Of a table of domains, where --trials says nothing else."""
 RESERVED = {"method": "use --methods", "seed": "the seeds of a table count from 0"}
+OF_DOMAINS = {
+    "num_seeds": "give --trials",
+    "data_seed": "the trials of a table count from 0",
+    "test_domains": "each domain is tested on in turn",
+}
+"""Keys that no run of a table of domains has for itself."""
 FORMER = {"seeds": "num_seeds", "budget": "epochs", "set": "KEY"}
 """Flags of version 0.1, and the keys that stand for them."""
 _changes: dict[str, Any] = {}
@@ -83,8 +112,12 @@ def _main(_: list[str]) -> None:
         from lpa_jax.tables import catalogue, comparison, jobs, runs, save, tuning
         from lpa_jax.training import config as configuration
 
-        console, name, trials = Console(), str(_TABLE.value), _TRIALS.value
+        console, name, trials = Console(), str(_TABLE.value), _TRIALS.value or 0
         workdir = pathlib.Path(WORKDIR.value or f"runs/tables/{name.replace(':', '.')}")
+        found = catalogue.find(name)
+        if isinstance(found, catalogue.DomainTable):
+            _main_of_domains(found, workdir, console)
+            return
         changes = dict(_changes)
         protocol = runs.Protocol(
             changes.pop("num_seeds", SEEDS), changes.pop("epochs", None), changes
@@ -107,21 +140,10 @@ def _main(_: list[str]) -> None:
         if _SLURM.value is not None:
             _submit(table, protocol, workdir, console)
             return
-        where = jobs.places(None if _JOBS.value == "auto" else int(str(_JOBS.value)))
-        several, failed = len(where) > 1, {}
-        apart = functools.partial(
-            jobs.run_all,
-            command=_command(workdir),
-            where=where,
-            logs=workdir / "logs",
-            console=console,
-        )
-        if several:
-            # The devices are for the runs.
-            jax.config.update("jax_platforms", "cpu")
+        apart, failed = _apart(workdir, console), {}
         if trials:
-            if several:
-                failed = apart(jobs.trials(table, protocol, trials, tuned_in))
+            if apart is not None:
+                failed = _by_row(apart(jobs.trials(table, protocol, trials, tuned_in)))
             whole = {
                 name: row
                 for name, row in table.rows.items()
@@ -129,19 +151,100 @@ def _main(_: list[str]) -> None:
             }
             found = tuning.tuned(table._replace(rows=whole), protocol, trials, tuned_in, console)
             table = table._replace(rows={**table.rows, **found.rows})
-        if several:
+        if apart is not None:
             left = jobs.seeds(table, protocol, home)
-            failed |= apart([one for one in left if one.row not in failed])
+            failed |= _by_row(apart([one for one in left if one.row not in failed]))
         results = runs.run(table, protocol, home, console, failed)
-        command = f"python -m lpa_jax.table {shlex.join(sys.argv[1:])}"
-        about = {"command": command, "trials": trials, **runs.about(results)}
+        summaries = [one.summary for one in results.values() if one.summary is not None]
+        epochs = list(dict.fromkeys(summary["config"]["epochs"] for summary in summaries))
+        made = runs.about(result for summary in summaries for result in summary["seeds"])
+        about = {"command": _asked(), "trials": trials, "epochs": epochs, **made}
         task = next(iter(results.values())).task
         save.save_table(workdir, name, comparison.compare(results), about, console, task)
 
 
+def _main_of_domains(table: Any, workdir: pathlib.Path, console: Any) -> None:
+    """Run a table of domain generalization."""
+    from lpa_jax.tables import domain_catalogue, domain_report, domains, jobs, runs
+    from lpa_jax.training import config as configuration
+    from lpa_jax.training import display, files
+    from lpa_jax.training.build import as_config_error
+
+    for key, told in OF_DOMAINS.items():
+        if key in _changes:
+            raise UsageError(f"--config.{key} cannot be set for a table of domains: {told}.")
+    if _TRIALS.value == 0:
+        raise UsageError("--trials must be at least 1 for a table of domains.")
+    with as_config_error():
+        preset = domain_catalogue.PRESETS.find(str(_PRESET.value))
+    sweep = domains.sweep(
+        str(_TABLE.value), table, preset, _METHODS.value, _TRIALS.value or TRIALS, _DRAWS.value,
+        bool(_CROSS_VALIDATION.value), _changes,
+    )  # fmt: skip
+    if PRINT_CONFIG.value:
+        print(configuration.describe(domains.configure(sweep, sweep.runs()[0], workdir)[0]))
+    elif _JOB.value is not None:
+        try:
+            domains.train(sweep, domains.named(sweep, _JOB.value), workdir, console)
+        finally:
+            jobs.tell_memory()
+    elif _DRY_RUN.value:
+        domains.plan(sweep, workdir, console)
+    else:
+        domains.check(sweep, workdir)
+        left = domains.left(sweep, workdir)
+        if _SLURM.value is not None:
+            _write_slurm([("runs", [str(run) for run in left])] if left else [], workdir, console)
+            return
+        apart = _apart(workdir, console)
+        if apart is not None:
+            failed = {str(run): why for run, why in apart(left).items()}
+        else:
+            failed = domains.train_all(sweep, workdir, console)
+        records = domains.collect(sweep, workdir)
+        if not records:
+            display.say(console, f"No run has finished: {next(iter(failed.values()))}")
+            return
+        paths = [domains.result_path(run, workdir) for run in sweep.runs()]
+        results = [files.read_json(path) for path in paths if path.exists()]
+        about = {"command": _asked(), **runs.about(results)}
+        about["steps"] = sorted({record["step"] for record in records})[-1:]
+        domain_report.report(sweep, records, about, failed, workdir, console)
+
+
+def _asked() -> str:
+    """Return the command as it was given."""
+    return f"python -m lpa_jax.table {shlex.join(sys.argv[1:])}"
+
+
+def _apart(workdir: pathlib.Path, console: Any) -> Any:
+    """Return what runs jobs in processes of their own; None if all are to be run in this one."""
+    from lpa_jax.tables import jobs
+
+    where = jobs.places(None if _JOBS.value == "auto" else int(str(_JOBS.value)))
+    if len(where) == 1:
+        return None
+    # The devices are for the runs.
+    jax.config.update("jax_platforms", "cpu")
+    return functools.partial(
+        jobs.run_all,
+        command=_command(workdir),
+        where=where,
+        logs=workdir / "logs",
+        console=console,
+    )
+
+
+def _by_row(failed: Any) -> dict[str, str]:
+    return {one.row: why for one, why in failed.items()}
+
+
 def _command(workdir: pathlib.Path) -> list[str]:
     """Return what runs this table, or with `--job` a part of it."""
-    words = [f"--table={_TABLE.value}", f"--workdir={workdir}", f"--trials={_TRIALS.value}"]
+    words = [f"--table={_TABLE.value}", f"--workdir={workdir}", f"--preset={_PRESET.value}"]
+    words += [f"--draws={_DRAWS.value}"]
+    words += [] if _TRIALS.value is None else [f"--trials={_TRIALS.value}"]
+    words += ["--cross_validation"] if _CROSS_VALIDATION.value else []
     words += [f"--import={name}" for name in flags.FLAGS["import"].value or ()]
     methods = _METHODS.value
     words += [] if methods is None else [f"--methods={','.join(methods)}"]
@@ -151,15 +254,22 @@ def _command(workdir: pathlib.Path) -> list[str]:
 
 
 def _submit(table: Any, protocol: Any, workdir: pathlib.Path, console: Any) -> None:
-    """Write the scripts for Slurm, and say how to submit them."""
+    """Write the scripts that run a table on Slurm."""
     from lpa_jax.tables import jobs, runs
-    from lpa_jax.training import display
 
-    stages, trials = [], _TRIALS.value
+    stages, trials = [], _TRIALS.value or 0
     if trials:
         stages.append(("trials", jobs.trials(table, protocol, trials, workdir / "tuning")))
     stages.append(("seeds", jobs.seeds(table, protocol, runs.home(workdir, trials))))
     stages = [(stage, [str(one) for one in found]) for stage, found in stages if found]
+    _write_slurm(stages, workdir, console)
+
+
+def _write_slurm(stages: Any, workdir: pathlib.Path, console: Any) -> None:
+    """Write scripts for Slurm, and say how to submit them."""
+    from lpa_jax.tables import jobs
+    from lpa_jax.training import display
+
     options = shlex.split(str(_SLURM.value))
     script = jobs.slurm(stages, _command(workdir), options, workdir)
     number = sum(len(names) for _, names in stages)

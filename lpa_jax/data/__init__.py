@@ -7,6 +7,7 @@ from lpa_jax.data.augmentation import augmentations as augmentations
 from lpa_jax.data.augmentation import random_crop as random_crop
 from lpa_jax.data.augmentation import random_flip as random_flip
 from lpa_jax.data.augmentation import to_float as to_float
+from lpa_jax.data.batching import BALANCING as BALANCING
 from lpa_jax.data.batching import class_aware_order as class_aware_order
 from lpa_jax.data.batching import class_balanced_order as class_balanced_order
 from lpa_jax.data.batching import epoch_order as epoch_order
@@ -15,7 +16,9 @@ from lpa_jax.data.batching import train_batches as train_batches
 from lpa_jax.data.dataset import cached as cached
 from lpa_jax.data.dataset import Dataset as Dataset
 from lpa_jax.data.dataset import make_dataset as make_dataset
+from lpa_jax.data.domainbed import split_name as split_name
 from lpa_jax.data.errors import DataError as DataError
+from lpa_jax.data.folder import DOMAINS as DOMAINS
 from lpa_jax.data.long_tail import class_groups as class_groups
 from lpa_jax.data.long_tail import long_tail_counts as long_tail_counts
 from lpa_jax.data.long_tail import long_tail_subset as long_tail_subset
@@ -24,6 +27,7 @@ from lpa_jax.data.modifications import limited as limited
 from lpa_jax.data.modifications import modify as modify
 from lpa_jax.data.modifications import noise_rates as noise_rates
 from lpa_jax.data.modifications import training_labels as training_labels
+from lpa_jax.data.readers import domain_names as domain_names
 from lpa_jax.data.readers import load as load
 from lpa_jax.data.readers import loaded_once as loaded_once
 from lpa_jax.data.readers import Options as Options

@@ -7,8 +7,10 @@ import numpy as np
 
 from lpa_jax.data import streams
 
-SAMPLINGS = ("uniform", "class_balanced", "class_aware")
-"""Those that ask no more than labels, of which a configuration names one."""
+SAMPLINGS = ("uniform", "class_balanced", "class_aware", "domains")
+"""Ways in which an epoch draws its examples, see `train_batches`."""
+BALANCING = ("class_balanced", "class_aware")
+"""Those that draw all classes equally often."""
 
 
 def epoch_order(seed: int, epoch: int, num_examples: int) -> Int64[np.ndarray, "num_examples"]:
@@ -108,6 +110,7 @@ def train_batches(
     batch_size: int,
     sampling: str = "uniform",
     domains: Int[np.ndarray, "n"] | None = None,
+    steps: int | None = None,
 ) -> Int32[np.ndarray, "steps batch"]:
     """Return the full batches of an epoch; examples left over wait for the next epoch.
 
@@ -123,13 +126,15 @@ def train_batches(
         whose rounds only decide which batch an example is in. `"domains"`: each batch has equally
         many examples of each domain, drawn with replacement as by DomainBed.
       domains: The domain of each training example, for `"domains"`.
+      steps: Of an epoch, for `"domains"`, whose epochs may have any length; None for as many as
+        there are full batches.
 
     Returns:
       Indices of examples, int32, a row a step.
 
     Raises:
-      ValueError: If `batch_size` or `sampling` is none of these, or for `"domains"` no multiple of
-        the number of domains.
+      ValueError: If `batch_size` or `sampling` is none of these, for `"domains"` no multiple of the
+        number of domains, or `steps` is given for another sampling.
 
     Example:
       >>> train_batches(0, 0, labels=np.zeros(10, np.int32), batch_size=4).shape
@@ -149,7 +154,12 @@ def train_batches(
             f"batch_size is {batch_size}, but a batch takes 1 to {num_examples} examples, as many "
             "as there are to train on: choose a batch_size in that range."
         )
-    steps = num_examples // batch_size
+    if steps is not None and (sampling != "domains" or steps < 1):
+        raise ValueError(
+            f"steps is {steps} with the sampling {sampling!r}: give at least 1 with 'domains', and "
+            "leave it out with others, whose epochs show as many examples as there are."
+        )
+    steps = steps or num_examples // batch_size
     if sampling == "uniform":
         order = epoch_order(seed, epoch, num_examples)
     elif sampling == "class_balanced":
@@ -161,8 +171,7 @@ def train_batches(
             raise ValueError("The sampling 'domains' needs the domain of each example: give them.")
         return _domain_batches(seed, epoch, domains, batch_size, steps)
     else:
-        names = ", ".join((*SAMPLINGS, "domains"))
-        raise ValueError(f"There is no sampling {sampling!r}: give {names}.")
+        raise ValueError(f"There is no sampling {sampling!r}: give {', '.join(SAMPLINGS)}.")
     batches = order[: steps * batch_size].astype(np.int32).reshape(steps, batch_size)
     if sampling == "class_aware":
         # Mixing pairs neighbors, and those of a round never share their class.

@@ -12,7 +12,7 @@ import numpy as np
 
 from lpa_jax.data import digits, streams
 from lpa_jax.data.errors import DataError
-from lpa_jax.data.folder import DOMAINS
+from lpa_jax.data.folder import DOMAINS, split_by_class
 from lpa_jax.data.source import Examples, joined
 
 OUT_SHARE = 0.2
@@ -110,6 +110,16 @@ def in_and_out(
     return keys[outside:], keys[:outside]
 
 
+def split_name(domain: str) -> str:
+    """Return what the names of a domain's splits begin with: other signs than those are `_`.
+
+    Example:
+      >>> split_name("Real World")
+      'Real_World'
+    """
+    return re.sub(r"[^\w-]", "_", domain, flags=re.ASCII)
+
+
 def splits(
     domains: Mapping[str, Examples], test_domains: Sequence[str], trial_seed: int
 ) -> dict[str, Examples]:
@@ -144,7 +154,7 @@ def splits(
         raise DataError(f"There is no domain {odd[0]!r}: give some of {', '.join(domains)}.")
     if not {*domains} - {*test_domains}:
         raise DataError(f"All domains are test domains ({', '.join(domains)}): leave some out.")
-    names = {domain: re.sub(r"[^\w-]", "_", domain, flags=re.ASCII) for domain in domains}
+    names = {domain: split_name(domain) for domain in domains}
     if len({*names.values()}) < len(names):
         raise DataError(
             f"The domains {', '.join(domains)} differ in signs alone that names of splits cannot "
@@ -165,6 +175,28 @@ def splits(
             training.append(both)
     train, validation = (_with_domains(parts) for parts in zip(*training, strict=True))
     return {"train": train, "validation": validation, **evaluated}
+
+
+def together(domains: Mapping[str, Examples], seed: int) -> dict[str, Examples]:
+    """Return the examples of all domains, with the number of each one's in `extra["domains"]`.
+
+    Args:
+      domains: Examples by domain, in the order that numbers them.
+      seed: Draws a fifth of each class of each domain as the test split.
+
+    Returns:
+      `"train"` and `"test"`.
+
+    Raises:
+      DataError: If they cannot be joined.
+
+    Example:
+      >>> one = Examples(np.zeros((10, 8, 8, 1), np.uint8), np.arange(10) % 2, ("cat", "dog"))
+      >>> {name: len(part) for name, part in together({"Art": one, "Photo": one}, 0).items()}
+      {'train': 16, 'test': 4}
+    """
+    whole = _with_domains([*domains.values()])
+    return split_by_class(whole, whole.extra[DOMAINS] * len(whole.class_names) + whole.labels, seed)
 
 
 def _with_domains(parts: Sequence[Examples]) -> Examples:

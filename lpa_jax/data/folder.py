@@ -1,7 +1,6 @@
 """Folders of image files: a folder for each class, within one for each split or domain."""
 
 from collections.abc import Sequence
-import dataclasses
 import hashlib
 import os
 import pathlib
@@ -120,23 +119,16 @@ def read(path: str, image_size: int | None, part: str, seed: int) -> dict[str, E
     }
 
 
-def read_domains(path: str, image_size: int | None, part: str, seed: int) -> dict[str, Examples]:
-    """Return the images of several domains, `DOMAIN/CLASS/IMAGE`, with the domain of each.
-
-    Methods get it as `domains`, by the order of the folders' names. A fifth of each class of each
-    domain, drawn by `seed`, is the test split.
-
-    Args:
-      path: As in `read`, and so are the other arguments.
-      image_size: Likewise.
-      part: Likewise.
-      seed: Likewise.
+def domain_names(path: str) -> list[str]:
+    """Return the names of the folders of domains, in order.
 
     Raises:
-      DataError: If a folder is missing or empty, or the classes of two domains differ.
+      DataError: If there are none.
     """
-    whole, group, _ = _in_domains(path, image_size, part)
-    return split_by_class(whole, group, seed)
+    root = _folder(path)
+    domains = _subfolders(root)
+    _some(root, domains, "give folders of domains, each with folders of classes")
+    return domains
 
 
 def by_domain(path: str, image_size: int | None, part: str) -> dict[str, Examples]:
@@ -150,13 +142,24 @@ def by_domain(path: str, image_size: int | None, part: str) -> dict[str, Example
       part: Likewise.
 
     Raises:
-      DataError: As in `read_domains`.
+      DataError: If a folder is missing or empty, or the classes of two domains differ.
     """
-    whole, _, domains = _in_domains(path, image_size, part)
-    return {
-        domain: dataclasses.replace(whole.take(whole.extra[DOMAINS] == number), extra={})
-        for number, domain in enumerate(domains)
-    }
+    root, domains = _folder(path), domain_names(path)
+    classes = _subfolders(root / domains[0])
+    for domain in domains:
+        folders = _subfolders(root / domain)
+        _some(root / domain, folders, "give folders of images, one for each class")
+        if odd := sorted({*folders} ^ {*classes}):
+            raise DataError(
+                f"{root} has the class {odd[0]!r} in one of {domains[0]} and {domain} alone: give "
+                "all domains the same folders."
+            )
+    groups = [_images(root, f"{domain}/{name}") for domain in domains for name in classes]
+    group = np.repeat(np.arange(len(groups)), [len(files) for files in groups])
+    number, labels = np.divmod(group, len(classes))
+    # Of one store, so that the domains can be joined.
+    whole = _examples(root, groups, labels, classes, image_size, part)
+    return {domain: whole.take(number == i) for i, domain in enumerate(domains)}
 
 
 def split_by_class(whole: Examples, strata: np.ndarray, seed: int) -> dict[str, Examples]:
@@ -167,31 +170,6 @@ def split_by_class(whole: Examples, strata: np.ndarray, seed: int) -> dict[str, 
 
 Listed = tuple[str, int]
 """Path of a file below the root, and its size in bytes."""
-
-
-def _in_domains(
-    path: str, image_size: int | None, part: str
-) -> tuple[Examples, np.ndarray, list[str]]:
-    """Return all images with their domains, the folder of each by number, and the domains."""
-    root = _folder(path)
-    domains = _subfolders(root)
-    _some(root, domains, "give folders of domains, each with folders of classes")
-    classes = _subfolders(root / domains[0])
-    for domain in domains:
-        folders = _subfolders(root / domain)
-        _some(root / domain, folders, "give folders of images, one for each class")
-        if odd := sorted({*folders} ^ {*classes}):
-            raise DataError(
-                f"{root} has the class {odd[0]!r} in one of {domains[0]} and {domain} alone: give "
-                "all domains the same folders."
-            )
-    # By domain, then class, then name: the order of DomainBed.
-    groups = [_images(root, f"{domain}/{name}") for domain in domains for name in classes]
-    group = np.repeat(np.arange(len(groups)), [len(files) for files in groups])
-    domain, labels = np.divmod(group, len(classes))
-    whole = _examples(root, groups, labels, classes, image_size, part)
-    whole = dataclasses.replace(whole, extra={DOMAINS: domain.astype(np.int32)})
-    return whole, group, domains
 
 
 def _folder(path: str) -> pathlib.Path:

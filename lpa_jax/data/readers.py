@@ -1,14 +1,14 @@
 """Readers of data sets by name: the kinds that there are, and `load`."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import contextlib
 import functools
 from typing import Any, NamedTuple
 
-from lpa_jax.data import cifar, digits, folder, hugging_face, npz, packed, tfds
+from lpa_jax.data import cifar, digits, domainbed, folder, hugging_face, npz, packed, tfds
 from lpa_jax.data.dataset import Dataset, make_dataset
 from lpa_jax.data.decoding import PARTS
-from lpa_jax.data.source import DataError, Examples
+from lpa_jax.data.source import DataError, Examples, in_memory, joined
 from lpa_jax.registry import load_object, reason, Registry
 
 
@@ -20,13 +20,15 @@ class Options(NamedTuple):
       image_size: Side that images are resized to; None to leave them as they are, or for 224 where
         they are files.
       part: The part of an image file that evaluation sees, a name in `decoding.PARTS`.
-      seed: Draws a test split where the source has none.
+      seed: Draws a test split where the source has none, and the split of each domain.
+      test_domains: Those of a set of domains that are not learned from.
     """
 
     data_dir: str | None = None
     image_size: int | None = None
     part: str = "cover"
     seed: int = 0
+    test_domains: tuple[str, ...] = ()
 
 
 def _digits(rest: str, options: Options) -> dict[str, Examples]:
@@ -54,7 +56,34 @@ def _folder(rest: str, options: Options) -> dict[str, Examples]:
 
 
 def _domains(rest: str, options: Options) -> dict[str, Examples]:
-    return folder.read_domains(rest, options.image_size, options.part, options.seed)
+    domains = folder.by_domain(rest, options.image_size, options.part)
+    if options.test_domains:
+        domainbed.check_counts(domains)
+    return _split(domains, options)
+
+
+def _rotated(rest: str, options: Options) -> dict[str, Examples]:
+    if rest == "digits":
+        _refuse_size("rotated:digits", options)
+        return _split(domainbed.rotated_digits(options.seed), options)
+    return _split(domainbed.rotated(_whole(rest, options), options.seed), options)
+
+
+def _colored(rest: str, options: Options) -> dict[str, Examples]:
+    return _split(domainbed.colored(_whole(rest, options), options.seed), options)
+
+
+def _split(domains: Mapping[str, Examples], options: Options) -> dict[str, Examples]:
+    """Return the splits of a set of domains: those of DomainBed if some are to be tested on."""
+    if options.test_domains:
+        return domainbed.splits(domains, options.test_domains, options.seed)
+    return domainbed.together(domains, options.seed)
+
+
+def _whole(name: str, options: Options) -> Examples:
+    """Return all examples of a set, those of its training split first."""
+    splits = _read_splits(name, options._replace(test_domains=()))
+    return joined([in_memory(source) for source in splits.values()])
 
 
 def _hugging_face(rest: str, options: Options) -> dict[str, Examples]:
@@ -78,6 +107,8 @@ READERS = Registry(
         "cifar": _cifar,
         "folder": _folder,
         "domains": _domains,
+        "rotated": _rotated,
+        "colored": _colored,
         "hf": _hugging_face,
         "packed": _packed,
         "tfds": _tfds,
@@ -85,6 +116,33 @@ READERS = Registry(
     Callable,
 )
 """By kind, what reads `"kind:rest"`: `read(rest, options)` returns sources by split."""
+OF_DOMAINS: dict[str, Callable[[str], Sequence[str]]] = {
+    "domains": folder.domain_names,
+    "rotated": lambda _: [*map(str, domainbed.ANGLES)],
+    "colored": lambda _: [*domainbed.COLORS],
+}
+"""Kinds that know the domain of each example and take `Options.test_domains`; by kind, what returns
+the names of the domains of `"kind:rest"` in order."""
+
+
+def domain_names(name: str) -> list[str]:
+    """Return the domains of a set by its name, see `load`.
+
+    Raises:
+      DataError: If it has none.
+
+    Example:
+      >>> domain_names("rotated:digits")
+      ['0', '15', '30', '45', '60', '75']
+    """
+    kind, _, rest = name.partition(":")
+    if kind not in OF_DOMAINS:
+        kinds = ", ".join(f"{known}:..." for known in OF_DOMAINS)
+        raise DataError(
+            f"{name!r} has no domains to test on: give a set of domains ({kinds}), or no "
+            "test_domains."
+        )
+    return [*OF_DOMAINS[kind](rest)]
 
 
 # What was loaded within `loaded_once`, by the arguments of `load`.
@@ -110,6 +168,7 @@ def load(
     seed: int = 0,
     image_size: int | None = None,
     image_part: str = "cover",
+    test_domains: Sequence[str] = (),
 ) -> Dataset:
     """Load a set of labeled examples, and hold out a validation set, by class where each has one.
 
@@ -119,7 +178,10 @@ def load(
         `[N, H, W, C]` or `[N, H, W]`, integer labels) and optionally `class_names`; `"cifar:PATH"`,
         the folder of CIFAR-10's or CIFAR-100's binary files; `"tfds:NAME"` or `"NAME"`, a set of
         tensorflow-datasets, prepared as ArrayRecord; `"folder:PATH"` or `"domains:PATH"`, image
-        files, which are read when they are needed, see `folder.read` and `folder.read_domains`;
+        files, which are read when they are needed, see `folder.read` and `folder.by_domain`;
+        `"rotated:NAME"` or `"colored:NAME"`, the digits of a set as domains, see
+        `domainbed.rotated` and `domainbed.colored`, for instance `"rotated:npz:mnist.npz"`, or
+        `"rotated:digits"`, of 12 x 12 pixels;
         `"hf:PATH"`, a set that Hugging Face's `datasets` saved on disk; `"packed:PATH"`, what
         `lpa-jax pack` decoded; `"KIND:REST"` of a reader that was registered in `READERS`; or
         `"package.module:function"`, a function without arguments that returns sources by split.
@@ -132,6 +194,9 @@ def load(
         they are, and is 224 for files.
       image_part: The part of an image file that evaluation sees: `"cover"`, the largest square at
         the center, `"inner"`, 7/8 of its side, or `"whole"`, squashed to a square.
+      test_domains: Names of domains that are not learned from, of a set of domains: its splits are
+        then those of `domainbed.splits`, drawn by `seed`. Empty to learn from all, and to hold out
+        a fifth of each class of each domain as the test split.
 
     Returns:
       The set, with uint8 images `[N, H, W, C]` and int32 labels `[N]`. A class of which
@@ -149,22 +214,29 @@ def load(
         raise DataError(f"image_size is {image_size}: give at least 1.")
     if image_part not in PARTS:
         raise DataError(f"image_part must be one of {', '.join(PARTS)}, not {image_part!r}.")
-    arguments = (name, data_dir, validation_fraction, seed, image_size, image_part)
+    test_domains = tuple(test_domains)
+    arguments = (
+        name, data_dir, validation_fraction, seed, image_size, image_part, test_domains,
+    )  # fmt: skip
     if _loaded is not None and arguments in _loaded:
         return _loaded[arguments]
-    options = Options(data_dir, image_size, image_part, seed)
-    kind, colon, rest = name.partition(":")
-    if kind in READERS and (colon or kind == "digits"):
-        splits = _read(name, functools.partial(READERS[kind], rest, options))
-    # A colon also comes before the version of a set of tensorflow-datasets.
-    elif colon and not rest[:1].isdigit() and not rest.startswith("*"):
-        splits = _from_function(name)
-    else:
-        splits = _tfds(name, options)
+    if test_domains:
+        domain_names(name)
+    splits = _read_splits(name, Options(data_dir, image_size, image_part, seed, test_domains))
     found = make_dataset(name, splits, validation_fraction=validation_fraction, seed=seed)
     if _loaded is not None:
         _loaded[arguments] = found
     return found
+
+
+def _read_splits(name: str, options: Options) -> Mapping[str, Any]:
+    kind, colon, rest = name.partition(":")
+    if kind in READERS and (colon or kind == "digits"):
+        return _read(name, functools.partial(READERS[kind], rest, options))
+    # A colon also comes before the version of a set of tensorflow-datasets.
+    if colon and not rest[:1].isdigit() and not rest.startswith("*"):
+        return _from_function(name)
+    return _tfds(name, options)
 
 
 def _from_function(name: str) -> Mapping[str, Any]:

@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from lpa_jax.methods import Range
-from lpa_jax.registry import Registry
+from lpa_jax.registry import load_object, Registry
+from lpa_jax.tables.domain_catalogue import DOMAIN_TABLES, DomainTable
 from lpa_jax.tasks.classification import LOSSES
 from lpa_jax.training.config import ConfigError
 
@@ -332,6 +333,28 @@ TABLES = Registry(
 """Tables by name; `package.module:TABLE` names one of your own."""
 
 
+def find(name: str) -> Table | DomainTable:
+    """Return a table of either kind by name.
+
+    Raises:
+      ConfigError: If there is none.
+    """
+    if name in DOMAIN_TABLES:
+        return DOMAIN_TABLES[name]
+    if ":" in name:
+        try:
+            found: Any = load_object(name)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        if isinstance(found, DomainTable):
+            return found
+    try:
+        return TABLES.find(name)
+    except (ValueError, TypeError) as error:
+        told = str(error).removesuffix(".")
+        raise ConfigError(f"{told}; of domains {', '.join(DOMAIN_TABLES)}.") from error
+
+
 def chosen(name: str, methods: Sequence[str] | None) -> Table:
     """Return a table, or some of its rows in the order asked for.
 
@@ -342,10 +365,7 @@ def chosen(name: str, methods: Sequence[str] | None) -> Table:
       >>> list(chosen("digits_lt", ["erm", "lpa"]).rows)
       ['erm', 'lpa']
     """
-    try:
-        table = TABLES.find(name)
-    except (ValueError, TypeError) as error:
-        raise ConfigError(str(error)) from error
+    table: Any = find(name)
     rows = table.rows if isinstance(table.rows, Mapping) else {}
     if not rows or not all(isinstance(row, Row) and "/" not in key for key, row in rows.items()):
         raise ConfigError(

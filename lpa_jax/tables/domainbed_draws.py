@@ -1,6 +1,12 @@
-"""The hyper-parameters that DomainBed searches: the default and the random draw of each."""
+"""The algorithms of domain generalization, and what DomainBed draws for each.
+
+An algorithm of your own, registered before a table names it, is used like these:
+
+    ALGORITHMS.register("Mine", Algorithm("my_method"))
+"""
 
 from collections.abc import Callable, Mapping
+import functools
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,8 +16,10 @@ from lpa_jax.registry import Registry
 
 Draw = Callable[[np.random.RandomState], float]
 
-SMALL = ("RotatedMNIST", "ColoredMNIST")
-"""Sets with numbers of their own; so has `DomainNet`."""
+SMALL = ("RotatedMNIST", "ColoredMNIST", "rotated digits")
+"""Sets with numbers of their own, the last of them ours; so has `DomainNet`."""
+STEPS = 5001
+"""Of DomainBed's runs, in which it counts."""
 
 
 class Hyperparameter(NamedTuple):
@@ -20,10 +28,34 @@ class Hyperparameter(NamedTuple):
     Attributes:
       default: Its value in draw 0.
       draw: Takes a generator and returns its value in any other draw.
+      key: Of the configuration, dotted. A value that counts steps is set there as a share of the
+        run, where `counts` says so.
+      counts: Whether it counts steps, of `STEPS`.
     """
 
     default: float
     draw: Draw
+    key: str
+    counts: bool = False
+
+
+class Algorithm(NamedTuple):
+    """What a row of a table of domain generalization trains by.
+
+    Attributes:
+      method: Transforms of `lpa_jax.methods.METHODS`, joined by `+`; `"erm"` for none.
+      numbers: What is drawn for it beside the numbers of all, by DomainBed's name, which seeds the
+        draw.
+      changes: Keys of the configuration, dotted, that it sets.
+      by_set: What differs of these on some sets, by their names.
+      weights: What is judged: `"last"` weights, or an average of them, `"ema"` or `"swad"`.
+    """
+
+    method: str
+    numbers: Mapping[str, Hyperparameter] = {}
+    changes: Mapping[str, Any] = {}
+    by_set: Mapping[str, Mapping[str, Any]] = {}
+    weights: str = "last"
 
 
 def _uniform(low: float, high: float) -> Draw:
@@ -46,54 +78,135 @@ def _always(value: float) -> Draw:
     return lambda _: value
 
 
-DROPOUT = Hyperparameter(0.0, _one_of(0.0, 0.1, 0.5))
-WEIGHT_DECAY = Hyperparameter(0.0, _power(10, -6, -2))
-MATCHING = {"mmd_gamma": Hyperparameter(1.0, _power(10, -1, 1))}
+def _matching(name: str) -> Algorithm:
+    gamma = Hyperparameter(1.0, _power(10, -1, 1), f"perturbation.{name}.gamma")
+    return Algorithm(name, {"mmd_gamma": gamma})
 
-ALGORITHMS: Registry[Mapping[str, Hyperparameter]] = Registry(
-    "algorithm with draws",
+
+def _annealed(name: str, penalty_weight: float) -> Algorithm:
+    weight = f"perturbation.{name}.penalty_weight"
+    steps = f"perturbation.{name}.anneal_steps"
+    return Algorithm(
+        name,
+        {
+            f"{name}_lambda": Hyperparameter(penalty_weight, _power(10, -1, 5), weight),
+            f"{name}_penalty_anneal_iters": Hyperparameter(
+                500, _power(10, 0, 4, whole=True), steps, counts=True
+            ),
+        },
+    )
+
+
+def _positive(name: str, epsilon: float, low: float, high: float) -> Algorithm:
+    """Return a method of ours that pushes all classes out, as the LPA paper does for this task."""
+    drawn = Hyperparameter(epsilon, _power(10, low, high), f"perturbation.{name}.epsilon")
+    changes = {f"perturbation.{name}.split.name": "all_positive"}
+    return Algorithm(name, {f"{name}_epsilon": drawn}, changes)
+
+
+def _at_features() -> Algorithm:
+    lpa = _positive("lpa", 0.1, -2, 0)
+    return lpa._replace(changes={**lpa.changes, "perturbation.lpa.site": "features"})
+
+
+ALGORITHMS: Registry[Algorithm] = Registry(
+    "algorithm",
     {
-        "ERM": {},
-        "SWAD": {},
-        "MixStyle": {},
-        "Mixup": {"mixup_alpha": Hyperparameter(0.2, _power(10, -1, 1))},
-        "CORAL": MATCHING,
-        "MMD": MATCHING,
-        "RSC": {
-            "rsc_f_drop_factor": Hyperparameter(1 / 3, _uniform(0, 0.5)),
-            "rsc_b_drop_factor": Hyperparameter(1 / 3, _uniform(0, 0.5)),
-        },
-        "GroupDRO": {"groupdro_eta": Hyperparameter(1e-2, _power(10, -3, -1))},
-        "IRM": {
-            "irm_lambda": Hyperparameter(100.0, _power(10, -1, 5)),
-            "irm_penalty_anneal_iters": Hyperparameter(500, _power(10, 0, 4, whole=True)),
-        },
-        "VREx": {
-            "vrex_lambda": Hyperparameter(10.0, _power(10, -1, 5)),
-            "vrex_penalty_anneal_iters": Hyperparameter(500, _power(10, 0, 4, whole=True)),
-        },
-        "DANN": {
-            "lambda": Hyperparameter(1.0, _power(10, -2, 2)),
-            "weight_decay_d": WEIGHT_DECAY,
-            "d_steps_per_g_step": Hyperparameter(1, _power(2, 0, 3, whole=True)),
-            "grad_penalty": Hyperparameter(0.0, _power(10, -2, 1)),
-            "beta1": Hyperparameter(0.5, _one_of(0.0, 0.5)),
-            "mlp_width": Hyperparameter(256, _power(2, 6, 10, whole=True)),
-            "mlp_depth": Hyperparameter(3, _one_of(3, 4, 5)),
-            "mlp_dropout": DROPOUT,
-        },
-        "SAM": {"rho": Hyperparameter(0.05, _one_of(0.01, 0.02, 0.05, 0.1))},
+        "ERM": Algorithm("erm"),
+        "Mixup": Algorithm(
+            "domain_mixup",
+            {
+                "mixup_alpha": Hyperparameter(
+                    0.2, _power(10, -1, 1), "perturbation.domain_mixup.alpha"
+                )
+            },
+        ),
+        # Ours: the draws of Mixup.
+        "ManifoldMixup": Algorithm(
+            "manifold_mixup",
+            {
+                "manifold_mixup_alpha": Hyperparameter(
+                    0.2, _power(10, -1, 1), "perturbation.manifold_mixup.alpha"
+                )
+            },
+        ),
+        "MixStyle": Algorithm("mixstyle"),
+        "RSC": Algorithm(
+            "rsc",
+            {
+                "rsc_f_drop_factor": Hyperparameter(
+                    1 / 3, _uniform(0, 0.5), "perturbation.rsc.features"
+                ),
+                "rsc_b_drop_factor": Hyperparameter(
+                    1 / 3, _uniform(0, 0.5), "perturbation.rsc.batch"
+                ),
+            },
+        ),
+        "CORAL": _matching("coral"),
+        "MMD": _matching("mmd"),
+        "IRM": _annealed("irm", 100.0),
+        "VREx": _annealed("vrex", 10.0),
+        "GroupDRO": Algorithm(
+            "group_dro",
+            {
+                "groupdro_eta": Hyperparameter(
+                    1e-2, _power(10, -3, -1), "perturbation.group_dro.eta"
+                )
+            },
+        ),
+        "SAM": Algorithm(
+            "sam",
+            {"rho": Hyperparameter(0.05, _one_of(0.01, 0.02, 0.05, 0.1), "perturbation.sam.rho")},
+        ),
+        "SWAD": Algorithm(
+            "erm",
+            changes={"optimizer.swad.ratio": 0.3},
+            by_set={"VLCS": {"optimizer.swad.ratio": 0.2}},
+            weights="swad",
+        ),
+        "EMA": Algorithm("erm", changes={"optimizer.ema_decay": 0.99}, weights="ema"),
+        # Ours: the ranges, since the papers give none for this task.
+        "LPA": _positive("lpa", 0.1, -2, 0),
+        "LPL": _positive("lpl", 0.4, -1.3, 0.6),
+        "LPG": _positive("lpg", 0.1, -2, 0),
+        "LPA_features": _at_features(),
     },
-    Mapping,
+    Algorithm,
 )
-"""By algorithm, what it has beside the numbers of all; more can be registered."""
+"""By name; several are joined by `+`, as in `"LPA+SWAD"`, and more can be registered."""
+
+
+def find(name: str) -> Algorithm:
+    """Return an algorithm, or several in one.
+
+    Raises:
+      ValueError: If one is unknown, or two of them are judged by different weights.
+
+    Example:
+      >>> find("LPA+SWAD").method, find("LPA+SWAD").weights
+      ('lpa', 'swad')
+    """
+    parts = [ALGORITHMS.find(part) for part in name.split("+")]
+    weights = {part.weights for part in parts} - {"last"} or {"last"}
+    if len(weights) > 1:
+        raise ValueError(
+            f"{name!r} would be judged by several averages of the weights ({', '.join(weights)}): "
+            "name one of them."
+        )
+    methods = [part.method for part in parts if part.method != "erm"]
+    merged = functools.partial(functools.reduce, lambda one, other: {**one, **other})
+    return Algorithm(
+        "+".join(methods) or "erm",
+        *(merged(fields) for fields in zip(*(part[1:4] for part in parts), strict=True)),
+        *weights,
+    )
 
 
 def hyperparameters(algorithm: str, dataset: str) -> dict[str, Hyperparameter]:
     """Return what is searched of an algorithm on a set, by DomainBed's names, which seed the draws.
 
     Args:
-      algorithm: A name in `ALGORITHMS`.
+      algorithm: A name in `ALGORITHMS`, or several joined by `+`.
       dataset: A name of DomainBed's, or any other, which is drawn for as most of them.
 
     Raises:
@@ -105,24 +218,21 @@ def hyperparameters(algorithm: str, dataset: str) -> dict[str, Hyperparameter]:
        'batch_size']
     """
     small = dataset in SMALL
-    rate = (
-        Hyperparameter(1e-3, _power(10, -4.5, -2.5))
-        if small
-        else Hyperparameter(5e-5, _power(10, -5, -3.5))
-    )
-    decay = Hyperparameter(0.0, _always(0.0)) if small else WEIGHT_DECAY
+    rate = "schedule.learning_rate"
     largest = 9 if small else 5 if dataset == "DomainNet" else 5.5
-    batch = Hyperparameter(64 if small else 32, _power(2, 3, largest, whole=True))
-    found = {
-        "resnet_dropout": DROPOUT,
-        **ALGORITHMS.find(algorithm),
-        "lr": rate,
-        "weight_decay": decay,
-        "batch_size": batch,
+    return {
+        "resnet_dropout": Hyperparameter(0.0, _one_of(0.0, 0.1, 0.5), "perturbation.dropout.rate"),
+        **find(algorithm).numbers,
+        "lr": Hyperparameter(1e-3, _power(10, -4.5, -2.5), rate)
+        if small
+        else Hyperparameter(5e-5, _power(10, -5, -3.5), rate),
+        "weight_decay": Hyperparameter(
+            0.0, _always(0.0) if small else _power(10, -6, -2), "optimizer.weight_decay"
+        ),
+        "batch_size": Hyperparameter(
+            64 if small else 32, _power(2, 3, largest, whole=True), "batch_size"
+        ),
     }
-    if algorithm == "DANN":
-        found |= {"lr_g": rate, "lr_d": rate, "weight_decay_g": decay}
-    return found
 
 
 def draw(algorithm: str, dataset: str, hparams_seed: int, trial_seed: int) -> dict[str, Any]:
@@ -165,3 +275,32 @@ def draw(algorithm: str, dataset: str, hparams_seed: int, trial_seed: int) -> di
     return {
         name: one.draw(np.random.RandomState(seed_hash(seed, name))) for name, one in found.items()
     }
+
+
+def changes(
+    algorithm: str, dataset: str, drawn: Mapping[str, Any], num_domains: int
+) -> dict[str, Any]:
+    """Return what hyper-parameters are in a configuration.
+
+    Args:
+      algorithm: As in `hyperparameters`.
+      dataset: Likewise.
+      drawn: Values by DomainBed's name, from `draw`.
+      num_domains: Of those that are learned from, each with as many examples in a batch.
+
+    Returns:
+      Values by dotted key. A number of steps is a share of the run, at most 1.
+
+    Example:
+      >>> changes("IRM", "PACS", draw("IRM", "PACS", 0, 0), num_domains=3)["batch_size"]
+      96
+    """
+    found = {}
+    for name, one in hyperparameters(algorithm, dataset).items():
+        value = drawn[name]
+        if one.counts:
+            value = min(1.0, value / STEPS)
+        elif name == "batch_size":
+            value *= num_domains
+        found[one.key] = value
+    return found

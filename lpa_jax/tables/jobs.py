@@ -10,7 +10,7 @@ import shutil
 import signal
 import subprocess
 import time
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from rich.console import Console
 
@@ -198,37 +198,37 @@ def _gpus() -> list[str]:
 
 class _Running(NamedTuple):
     process: subprocess.Popen
-    job: Job
+    job: Any
     place: Place
     log: pathlib.Path
     began: float
 
 
 def run_all(
-    jobs: Sequence[Job],
+    jobs: Sequence[Any],
     command: Sequence[str],
     where: Sequence[Place],
     logs: pathlib.Path,
     console: Console,
-) -> dict[str, str]:
+) -> dict[Any, str]:
     """Run each job in a process of its own, as many at once as there are places.
 
     What a process prints is in a file of `logs`. One that fails is reported, and the others go on.
 
     Args:
-      jobs: The runs.
+      jobs: The runs, which `str` names.
       command: What runs one, with `--job=NAME` behind it.
       where: The places.
       logs: Directory of the files.
       console: Where to print.
 
     Returns:
-      Why a row failed, by its directory.
+      Why a run failed, by the run.
 
     Raises:
       PreemptedError: If this process was sent SIGTERM, after all processes have ended.
     """
-    failed: dict[str, str] = {}
+    failed: dict[Any, str] = {}
     waiting, free, running = list(jobs), list(where), []
     with contextlib.ExitStack() as stack:
         with writing(str(logs)):
@@ -251,16 +251,16 @@ def run_all(
                 if one.process.returncode == 0:
                     display.say(console, f"{one.job}: finished {taken}{_memory(one.log)}")
                 else:
-                    failed[one.job.row] = _why(one)
-                    display.say(console, f"{one.job}: failed {taken}. {failed[one.job.row]}")
+                    failed[one.job] = _why(one)
+                    display.say(console, f"{one.job}: failed {taken}. {failed[one.job]}")
                 bar.finished()
         if came:
             raise fit.PreemptedError("SIGTERM came; the runs that had begun are saved.")
     return failed
 
 
-def _start(one: Job, place: Place, command: Sequence[str], logs: pathlib.Path) -> _Running:
-    path = logs / f"{one.row}.{one.kind}{one.number}.log"
+def _start(one: Any, place: Place, command: Sequence[str], logs: pathlib.Path) -> _Running:
+    path = logs / f"{str(one).replace('/', '.')}.log"
     bound = hasattr(os, "sched_setaffinity")
     ours = os.sched_getaffinity(0) if bound else set()
     with path.open("w") as log:

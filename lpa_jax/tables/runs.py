@@ -1,6 +1,6 @@
 """The runs that a table asks for: what each is, how long it would take, and its results."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 import pathlib
 import runpy
 import shlex
@@ -21,7 +21,7 @@ from lpa_jax.evaluation import evaluate
 from lpa_jax.tables.catalogue import Row, Table
 from lpa_jax.tasks import classification, Task
 from lpa_jax.training import config as configuration
-from lpa_jax.training import fit, identity, loop, mesh, progress, provenance
+from lpa_jax.training import fit, identity, loop, mesh, predict, progress, provenance
 from lpa_jax.training.build import as_config_error, build, Parts, TEST
 from lpa_jax.training.config import Config, ConfigError
 
@@ -265,14 +265,14 @@ def plan(
             tried = sum(finished(path) for path in (workdir / "tuning" / place).glob("trial*"))
             bar.begin(f"timing {name}")
             with as_config_error():
-                seconds = _seconds_a_step(built[name][0], bar)
+                step, _ = seconds(built[name][0], bar, console)
             num_steps = built[name][0].plan.num_steps
             bar.finished()
             left = max(0, trials - tried) + max(0, protocol.seeds - done)
-            left *= num_steps * seconds
+            left *= num_steps * step
             total += left
             cells = (f"{tried} of {trials}", f"{done} of {protocol.seeds}", str(num_steps))
-            shown.add_row(name, *cells, f"{seconds:.3f}", progress.clock(left))
+            shown.add_row(name, *cells, f"{step:.3f}", progress.clock(left))
     console.print(shown)
     console.print(
         f"About {progress.clock(total)} in all; compilation and evaluation are not counted.",
@@ -291,11 +291,15 @@ def finished(workdir: pathlib.Path) -> int:
     return len(list(workdir.glob("seed*/result.json")))
 
 
-def _seconds_a_step(parts: Parts, bar: progress.Bar) -> float:
-    """Return the seconds of a step, median of up to 5 after the first."""
+def seconds(parts: Parts, bar: progress.Bar, console: Console) -> tuple[float, float]:
+    """Return the seconds of a step, median of up to 5 after the first, and of an evaluation.
+
+    Raises:
+      ConfigError: If the run cannot be carried out.
+    """
     # Steps one at a time, whatever the run takes in one call.
     single = parts._replace(plan=parts.plan._replace(steps_per_dispatch=1))
-    compiled = fit.compile_parts(single, fit.make_devices(single))
+    used, compiled = loop.ready(single, fit.make_devices(single), console)
     state = bar.call(compiled.steps.init, jnp.int32(0))
     seed, one = mesh.put((np.int32(0), np.int32(1)), mesh.replicated(compiled.devices))
     given, times = next(compiled.feed.open(0, 0)), []
@@ -303,22 +307,23 @@ def _seconds_a_step(parts: Parts, bar: progress.Bar) -> float:
         began = time.perf_counter()
         state = jax.block_until_ready(bar.call(compiled.steps.train, state, seed, one, *given))
         times.append(time.perf_counter() - began)
-    # The first compiled.
-    return statistics.median(times[1:])
+    splits = [examples for name, examples in used.dataset.splits.items() if name != "train"]
+    batch = compiled.eval_batch_size
+    few = splits[0].take(np.arange(len(splits[0]))[: 2 * batch])
+    for _ in range(2):
+        # The first compiles, as above.
+        began = time.perf_counter()
+        predict.collect(compiled.predict, state.variables, few, batch)
+        evaluation = time.perf_counter() - began
+    batches = sum(-(-len(examples) // batch) for examples in splits)
+    return statistics.median(times[1:]), evaluation * batches / -(-len(few) // batch)
 
 
-def about(results: Mapping[str, RowResult]) -> dict[str, Any]:
-    """Return how the runs of a table were made: all `"devices"`, `"versions"` and `"commits"`."""
-    summaries = [row.summary for row in results.values() if row.summary is not None]
-    sessions = [
-        session
-        for summary in summaries
-        for result in summary["seeds"]
-        for session in result["sessions"]
-    ]
+def about(results: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return how results of seeds were made: all `"devices"`, `"versions"` and `"commits"`."""
+    sessions = [session for result in results for session in result["sessions"]]
     versions = [", ".join(f"{k} {v}" for k, v in s["versions"].items()) for s in sessions]
     return {
-        "epochs": list(dict.fromkeys(summary["config"]["epochs"] for summary in summaries)),
         "devices": list(dict.fromkeys(session["device"] for session in sessions)),
         "versions": list(dict.fromkeys(versions)),
         "commits": list(dict.fromkeys(session["commit"] for session in sessions)),

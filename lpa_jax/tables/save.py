@@ -66,9 +66,9 @@ def save_table(
     console.print(table)
     with files.writing(f"The table in {workdir}"):
         (workdir / "table.md").write_text(
-            _markdown(name, label, header, cells, rows, about), encoding="utf-8"
+            _page(name, label, header, cells, rows, about), encoding="utf-8"
         )
-        (workdir / "table.tex").write_text(_latex(label, header, cells), encoding="utf-8")
+        (workdir / "table.tex").write_text(latex(_note(label), header, cells), encoding="utf-8")
         told = {"table": name, "metric": label, **about, "rows": [row._asdict() for row in rows]}
         files.write_json(workdir / "table.json", told)
         plots.save(plots.table(name, label, rows), workdir / "table.png")
@@ -107,7 +107,20 @@ def _number(value: float | None, form: str = ".2f") -> str:
     return "" if value is None else format(value, form)
 
 
-def _markdown(
+def markdown(header: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
+    """Return a table in Markdown.
+
+    Example:
+      >>> print(markdown(["row", "n"], [["erm", "3"]]))
+      | row | n |
+      | --- | --- |
+      | erm | 3 |
+    """
+    lines = [header, ["---"] * len(header), *cells]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _page(
     name: str,
     label: str,
     header: Sequence[str],
@@ -115,8 +128,7 @@ def _markdown(
     rows: Sequence[RowSummary],
     about: Mapping[str, Any],
 ) -> str:
-    lines = [header, ["---"] * len(header), *cells]
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    table = markdown(header, cells)
     trials = (
         f"{about['trials']} trials of settings a row" if about["trials"] else "default settings"
     )
@@ -140,14 +152,17 @@ def _note(label: str) -> str:
     return f"{label[0].upper()}{label[1:]} {NOTE}"
 
 
-def _latex(label: str, header: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
+def latex(note: str, header: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
+    """Return a table in LaTeX (booktabs), after a comment of one line."""
+
     def row(words: Sequence[str]) -> str:
-        words = [word.replace("±", r"$\pm$").replace("_", r"\_") for word in words]
+        for sign, written in (("±", r"$\pm$"), ("_", r"\_"), ("%", r"\%")):
+            words = [word.replace(sign, written) for word in words]
         return " & ".join(words) + r" \\"
 
     return "\n".join(
         (
-            "% " + _note(label).replace("±", "+-"),
+            "% " + note.replace("±", "+-"),
             rf"\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}",
             r"\toprule",
             row(header),

@@ -41,7 +41,7 @@ class Plan(NamedTuple):
       seeds: Its seeds.
       seeds_together: How many of them are trained in one program, at most.
       epochs: Of each seed.
-      steps_per_epoch: Full batches of an epoch.
+      steps_per_epoch: Batches of an epoch.
       num_steps: Steps of each seed.
       accumulate: Steps an update of the parameters.
       evaluate_every: Epochs between evaluations.
@@ -237,6 +237,11 @@ def build(config: Config, *, model: nn.Module | None = None, dataset: Data | Non
 def _dataset(config: Config, given: Data | None) -> tuple[data.Dataset, str]:
     """Return the data set, with the changes that were asked for, and the name to record."""
     name = config.dataset
+    if given is not None and config.test_domains:
+        raise ConfigError(
+            "config.test_domains has no effect on data that are given as an object: leave it out, "
+            "and give what lpa_jax.data.domainbed.splits returns."
+        )
     if given is None:
         if name.startswith(GIVEN):
             raise ConfigError(
@@ -250,6 +255,7 @@ def _dataset(config: Config, given: Data | None) -> tuple[data.Dataset, str]:
             seed=config.data_seed,
             image_size=config.image_size,
             image_part=config.image_part,
+            test_domains=config.test_domains,
         )
     elif isinstance(given, data.Dataset):
         loaded, name = given, f"{GIVEN}{given.name}"
@@ -303,7 +309,7 @@ def _limited(
 
 def _num_domains(dataset: data.Dataset) -> int | None:
     """Return one more than the largest number of a training example's domain, if there are any."""
-    domains = dataset.train.extra.get("domains")
+    domains = dataset.train.extra.get(data.DOMAINS)
     return None if domains is None else int(np.max(domains)) + 1
 
 
@@ -314,13 +320,14 @@ def _plan(config: Config, dataset: data.Dataset) -> Plan:
             f"The training set has {num_train} examples, fewer than config.batch_size "
             f"{config.batch_size}: set a smaller one."
         )
-    if config.sampling != "uniform" and dataset.train.labels.ndim > 1:
+    if config.sampling in data.BALANCING and dataset.train.labels.ndim > 1:
         raise ConfigError(
             f"config.sampling {config.sampling!r} draws by the one class of each example, but the "
             "labels are [N, C]: set it to 'uniform'."
         )
+    _check_domains(config, dataset)
     augment = _augment(config, shape)
-    steps_per_epoch = num_train // config.batch_size
+    steps_per_epoch = config.steps_per_epoch or num_train // config.batch_size
     num_steps = config.epochs * steps_per_epoch
     if num_steps >= 2**31:
         raise ConfigError(
@@ -357,6 +364,28 @@ def _plan(config: Config, dataset: data.Dataset) -> Plan:
         steps_per_dispatch=config.steps_per_dispatch,
         fsdp=config.fsdp,
     )
+
+
+def _check_domains(config: Config, dataset: data.Dataset) -> None:
+    if config.sampling != "domains":
+        if config.steps_per_epoch is not None:
+            raise ConfigError(
+                "config.steps_per_epoch needs config.sampling to be 'domains', which draws with "
+                "replacement: an epoch of another shows as many examples as there are."
+            )
+        return
+    number = _num_domains(dataset)
+    if number is None:
+        raise ConfigError(
+            "config.sampling 'domains' needs the domain of each training example: take data that "
+            "have it, such as config.dataset='domains:PATH', or another sampling."
+        )
+    present = len(np.unique(dataset.train.extra[data.DOMAINS]))
+    if config.batch_size % present:
+        raise ConfigError(
+            f"config.batch_size is {config.batch_size}, but a batch has equally many examples of "
+            f"each of {present} domains: give a multiple of {present}."
+        )
 
 
 def _augment(config: Config, shape: Sequence[int]) -> tuple[data.Applied, ...]:
@@ -469,11 +498,17 @@ def _options_named(model: str) -> Iterator[None]:
 def _selection(config: Config, dataset: data.Dataset, task: Task) -> tuple[str, str]:
     """Return the split and the metric that select; the default split need not be there."""
     split, metric = config.selection.split, config.selection.metric or task.selection
-    known = [name for name in dataset.splits if name not in ("train", TEST)]
+    tested = {data.split_name(domain) for domain in config.test_domains}
+    known = [
+        name
+        for name in dataset.splits
+        if name not in ("train", TEST) and name.partition("/")[0] not in tested
+    ]
     if split not in (*known, configuration.default().selection.split):
         raise ConfigError(
             f"config.selection.split must be one of {', '.join(known) or 'none'}, not {split!r}: a "
-            f"split of the data, but neither 'train' nor {TEST!r}, on which no choice may depend."
+            "split of the data, but neither 'train' nor one of a test set or test domain, on which "
+            "no choice may depend."
         )
     if metric not in task.shown:
         raise ConfigError(

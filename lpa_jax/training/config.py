@@ -52,9 +52,14 @@ _NEEDED = {
 SCHEMA: dict[str, Any] = {
     "dataset": Key(
         "digits",
-        '"digits", "npz:PATH", "folder:PATH" or "domains:PATH" of image files, a name of '
-        "tensorflow-datasets, prepared in data_dir, or a function of your own, "
+        '"digits", "npz:PATH", "folder:PATH" or "domains:PATH" of image files, "rotated:digits", a '
+        "name of tensorflow-datasets, prepared in data_dir, or a function of your own, "
         '"package.module:function"',
+    ),
+    "test_domains": Key(
+        (),
+        "names of domains that are not learned from: a set of domains is then split as by "
+        "DomainBed, by data_seed",
     ),
     "data_dir": Key(None, "directory of prepared tensorflow-datasets", str, free=True),
     "image_size": Key(
@@ -96,7 +101,8 @@ SCHEMA: dict[str, Any] = {
     ),
     "sampling": Key(
         "uniform",
-        "how an epoch draws its examples: each once, or all classes equally often",
+        "how an epoch draws its examples: each once, all classes equally often, or equally many of "
+        "each domain in each batch",
         choices=batching.SAMPLINGS,
     ),
     "augment": Key(
@@ -181,6 +187,12 @@ SCHEMA: dict[str, Any] = {
         "factor": Key(0.1, "of piecewise, at each boundary", low=0),
     },
     "epochs": Key(200, "length of the run", low=1),
+    "steps_per_epoch": Key(
+        None,
+        "length of an epoch whose sampling is domains; left out: as many as there are full batches",
+        int,
+        low=1,
+    ),
     "batch_size": Key(128, "examples of a step", low=1),
     "eval_batch_size": Key(500, "examples of a forward pass in evaluation", low=1),
     "input": Key(

@@ -59,6 +59,7 @@ def make_feed(
     mesh: Mesh,
     sampling: str = "uniform",
     *,
+    steps_per_epoch: int | None = None,
     augment: Sequence[data.Applied] = (),
     readers: int = 0,
     views: Sequence[np.ndarray] = (),
@@ -74,6 +75,7 @@ def make_feed(
       num_steps: Steps of the whole run.
       mesh: The devices.
       sampling: How an epoch draws the examples, see `data.train_batches`.
+      steps_per_epoch: Its steps, for `"domains"`; None for as many as there are full batches.
       augment: What training images go through, in order. A random part of an image file is taken
         where it is decoded, if it comes first.
       readers: Processes that read batches of image files ahead; 0: threads of this one.
@@ -94,15 +96,19 @@ def make_feed(
     elif place == "auto":
         place = "device" if _fit(images) else "host"
     batches = functools.partial(
-        data.train_batches, labels=examples.labels, batch_size=batch_size, sampling=sampling
+        data.train_batches,
+        labels=examples.labels,
+        batch_size=batch_size,
+        sampling=sampling,
+        domains=examples.extra.get(data.DOMAINS),
+        steps=steps_per_epoch,
     )
+    times = steps_per_epoch or len(examples) // batch_size, num_steps
     if place == "device":
-        return _from_device(examples, images, batch_size, num_steps, mesh, batches, tuple(augment))
+        return _from_device(examples, images, batch_size, times, mesh, batches, tuple(augment))
     part, augment = divided(examples.images, augment)
     readers = readers if streamed else 0
-    return _from_host(
-        examples, images, batch_size, num_steps, mesh, batches, augment, part, readers
-    )
+    return _from_host(examples, images, batch_size, times, mesh, batches, augment, part, readers)
 
 
 def _fit(images: Sequence[Any]) -> bool:
@@ -139,12 +145,12 @@ def _from_device(
     examples: data.Examples,
     images: Sequence[Any],
     batch_size: int,
-    num_steps: int,
+    times: tuple[int, int],
     mesh: Mesh,
     batches: Batches,
     augment: tuple[data.Applied, ...],
 ) -> Feed:
-    steps_per_epoch = len(examples) // batch_size
+    steps_per_epoch, num_steps = times
     views, others = meshes.put((images, _columns(examples)), meshes.replicated(mesh))
 
     def open_(seeds, first):
@@ -168,7 +174,7 @@ def _from_host(
     examples: data.Examples,
     images: Sequence[Any],
     batch_size: int,
-    num_steps: int,
+    times: tuple[int, int],
     mesh: Mesh,
     batches: Batches,
     augment: tuple[data.Applied, ...],
@@ -178,7 +184,7 @@ def _from_host(
     # Its import costs a second or two, and sets that fit the devices do without.
     import grain
 
-    steps_per_epoch = len(examples) // batch_size
+    steps_per_epoch, num_steps = times
     sharding = meshes.batched(mesh)
     here = sharding.addressable_devices_indices_map((batch_size,)).values()
     rows = np.unique(np.concatenate([np.arange(batch_size)[index] for index in here]))

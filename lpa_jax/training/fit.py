@@ -103,6 +103,7 @@ def compile_parts(
             plan.num_steps,
             devices,
             plan.sampling,
+            steps_per_epoch=plan.steps_per_epoch if plan.sampling == "domains" else None,
             augment=plan.augment,
             readers=plan.readers,
             views=parts.views,

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from flax import linen as nn
 import jax
+from jax.sharding import Mesh
 from rich.console import Console
 
 from lpa_jax import data, memory
@@ -166,11 +167,7 @@ def train_seeds(
     )
     # Nothing is traced only to read results.
     left = [seed for seed in parts.plan.seeds if seed not in finished]
-    used, weights = parts, None
-    if left and parts.plan.cached is not None:
-        weights = fit.read_weights(parts)
-        used = prefix.without_prefix(parts, fit.pretrained_variables(parts, weights), console)
-    compiled = fit.compile_parts(used, devices, weights) if left else None
+    used, compiled = ready(parts, devices, console) if left else (parts, None)
     first = dict.fromkeys(left, 0)
     # What another configuration cannot continue is refused before anything is written; and seeds
     # that are trained together begin at the same step.
@@ -205,6 +202,19 @@ def train_seeds(
     ordered = {seed: results[seed] for seed in parts.plan.seeds}
     rows = {seed: rows[seed] for seed in ordered}
     return Trained([*ordered.values()], rows, first_step_time, about_data, config_changes)
+
+
+def ready(parts: Parts, devices: Mesh, console: Console) -> tuple[Parts, fit.Compiled]:
+    """Return the parts as they are trained, behind a prefix if one is cached, and their functions.
+
+    Raises:
+      ConfigError: If they cannot be used together.
+    """
+    if parts.plan.cached is None:
+        return parts, fit.compile_parts(parts, devices)
+    weights = fit.read_weights(parts)
+    used = prefix.without_prefix(parts, fit.pretrained_variables(parts, weights), console)
+    return used, fit.compile_parts(used, devices, weights)
 
 
 def in_groups(steps: Mapping[int, int], most: int) -> list[list[int]]:

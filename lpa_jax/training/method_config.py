@@ -7,7 +7,7 @@ from typing import Any
 from ml_collections import config_dict
 
 import lpa_jax
-from lpa_jax import methods
+from lpa_jax import data, methods
 from lpa_jax.core import splits
 from lpa_jax.methods import FACTS, METHODS
 from lpa_jax.training.config import Config, ConfigError, no_key
@@ -118,7 +118,8 @@ def needs_every_class(config: Config) -> bool:
 def corrections(config: Config) -> list[str]:
     """Return what corrects for the frequencies of the classes in training: methods and sampling."""
     found = methods.corrections(config.method.split("+"))
-    return found + ([] if config.sampling == "uniform" else [f"config.sampling={config.sampling}"])
+    balancing = config.sampling in data.BALANCING
+    return found + ([f"config.sampling={config.sampling}"] if balancing else [])
 
 
 def perturbation(
@@ -158,7 +159,7 @@ def perturbation(
             "(ldam and additive_margin set 'normalized'; with a linear head, set their scale to 1.)"
         )
     correcting = methods.corrections(names)
-    if correcting and config.sampling != "uniform":
+    if correcting and config.sampling in data.BALANCING:
         named = " and ".join(correcting)
         raise ConfigError(
             f"config.sampling {config.sampling!r} draws all classes equally often, and {named} in "
