@@ -155,10 +155,7 @@ def _main(_: list[str]) -> None:
             left = jobs.seeds(table, protocol, home)
             failed |= _by_row(apart([one for one in left if one.row not in failed]))
         results = runs.run(table, protocol, home, console, failed)
-        summaries = [one.summary for one in results.values() if one.summary is not None]
-        epochs = list(dict.fromkeys(summary["config"]["epochs"] for summary in summaries))
-        made = runs.about(result for summary in summaries for result in summary["seeds"])
-        about = {"command": _asked(), "trials": trials, "epochs": epochs, **made}
+        about = {"command": _asked(), "trials": trials, **runs.about(results)}
         task = next(iter(results.values())).task
         save.save_table(workdir, name, comparison.compare(results), about, console, task)
 
@@ -207,7 +204,7 @@ def _main_of_domains(table: Any, workdir: pathlib.Path, console: Any) -> None:
             return
         paths = [domains.result_path(run, workdir) for run in sweep.runs()]
         results = [files.read_json(path) for path in paths if path.exists()]
-        about = {"command": _asked(), **runs.about(results)}
+        about = {"command": _asked(), **runs.made(results)}
         about["steps"] = sorted({record["step"] for record in records})[-1:]
         domain_report.report(sweep, records, about, failed, workdir, console)
 

@@ -16,8 +16,10 @@ from lpa_jax.registry import Registry
 
 Draw = Callable[[np.random.RandomState], float]
 
-SMALL = ("RotatedMNIST", "ColoredMNIST", "rotated digits")
-"""Sets with numbers of their own, the last of them ours; so has `DomainNet`."""
+MNIST = ("RotatedMNIST", "ColoredMNIST")
+"""Sets with numbers of their own; so has `DomainNet`."""
+DIGITS = "rotated digits"
+"""Ours, which takes the learning rate of these and the batches of most."""
 STEPS = 5001
 """Of DomainBed's runs, in which it counts."""
 
@@ -217,20 +219,19 @@ def hyperparameters(algorithm: str, dataset: str) -> dict[str, Hyperparameter]:
       ['resnet_dropout', 'irm_lambda', 'irm_penalty_anneal_iters', 'lr', 'weight_decay',
        'batch_size']
     """
-    small = dataset in SMALL
-    rate = "schedule.learning_rate"
-    largest = 9 if small else 5 if dataset == "DomainNet" else 5.5
+    mnist, rate = dataset in MNIST, "schedule.learning_rate"
+    largest = 9 if mnist else 5 if dataset == "DomainNet" else 5.5
     return {
         "resnet_dropout": Hyperparameter(0.0, _one_of(0.0, 0.1, 0.5), "perturbation.dropout.rate"),
         **find(algorithm).numbers,
         "lr": Hyperparameter(1e-3, _power(10, -4.5, -2.5), rate)
-        if small
+        if mnist or dataset == DIGITS
         else Hyperparameter(5e-5, _power(10, -5, -3.5), rate),
         "weight_decay": Hyperparameter(
-            0.0, _always(0.0) if small else _power(10, -6, -2), "optimizer.weight_decay"
+            0.0, _always(0.0) if mnist else _power(10, -6, -2), "optimizer.weight_decay"
         ),
         "batch_size": Hyperparameter(
-            64 if small else 32, _power(2, 3, largest, whole=True), "batch_size"
+            64 if mnist else 32, _power(2, 3, largest, whole=True), "batch_size"
         ),
     }
 

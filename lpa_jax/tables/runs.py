@@ -319,7 +319,17 @@ def seconds(parts: Parts, bar: progress.Bar, console: Console) -> tuple[float, f
     return statistics.median(times[1:]), evaluation * batches / -(-len(few) // batch)
 
 
-def about(results: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+def about(results: Mapping[str, RowResult]) -> dict[str, Any]:
+    """Return how the runs of a table were made: what `made` does, and all `"epochs"`."""
+    summaries = [row.summary for row in results.values() if row.summary is not None]
+    epochs = dict.fromkeys(summary["config"]["epochs"] for summary in summaries)
+    return {
+        "epochs": list(epochs),
+        **made(result for summary in summaries for result in summary["seeds"]),
+    }
+
+
+def made(results: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """Return how results of seeds were made: all `"devices"`, `"versions"` and `"commits"`."""
     sessions = [session for result in results for session in result["sessions"]]
     versions = [", ".join(f"{k} {v}" for k, v in s["versions"].items()) for s in sessions]

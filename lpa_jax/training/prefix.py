@@ -1,6 +1,6 @@
 """A frozen prefix is run once: its activations take the place of the images."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 import dataclasses
 import hashlib
 import os
@@ -69,14 +69,22 @@ def without_prefix(parts: Parts, variables: PyTree, console: Console) -> Parts:
         )
     prefix = Prefix(run, variables, plan)
     # The training images are replaced by their views, if there are any.
-    wanted = [(dataset.train, number) for number in range(plan.views)]
-    others = [name for name in dataset.splits if name != "train" or not wanted]
-    wanted += [(dataset.splits[name], None) for name in others]
-    count = sum(len(examples) for examples, _ in wanted)
+    plain = {
+        name: examples.images
+        for name, examples in dataset.splits.items()
+        if name != "train" or not plan.views
+    }
+    whole, places = each_once(plain)
+    wanted = [(dataset.train.images, number) for number in range(plan.views)]
+    wanted += [(images, None) for images in whole]
+    count = sum(len(images) for images, _ in wanted)
     with progress.bar(console, "prefix", count, unit="image") as shown:
-        kept = [prefix.outputs(examples, number, shown.finished) for examples, number in wanted]
-    views = kept[: plan.views]
-    images = dict(zip(others, kept[plan.views :], strict=True))
+        kept = [prefix.outputs(images, number, shown.finished) for images, number in wanted]
+    views, outputs = kept[: plan.views], kept[plan.views :]
+    images = {
+        name: outputs[i] if rows is None else np.asarray(outputs[i][rows])
+        for name, (i, rows) in places.items()
+    }
     images |= {"train": views[0]} if views else {}
     splits = {
         name: dataclasses.replace(examples, images=images[name])
@@ -89,6 +97,33 @@ def without_prefix(parts: Parts, variables: PyTree, console: Console) -> Parts:
         plan=plan._replace(augment=()),
         perturbed=dataclasses.replace(parts.perturbed, backend=backend_of(tail.apply)),
     )
+
+
+def each_once(
+    images: Mapping[str, Any],
+) -> tuple[list[Any], dict[str, tuple[int, np.ndarray | None]]]:
+    """Return images by split so that no file is among them twice.
+
+    The splits of a set of domains share their files, and so do those of its other test domains and
+    trials: what is computed of all of them once serves all of these.
+
+    Args:
+      images: Of each split.
+
+    Returns:
+      The images of which something is to be computed; and for each split, which of these has its
+      own, and the rows there, None for all of them in order.
+    """
+    parts = [*images.values()]
+    streamed = [part for part in parts if isinstance(part, data.Streamed)]
+    if len(streamed) == len(parts):
+        first, index = streamed[0], np.unique(np.concatenate([part.index for part in streamed]))
+        alike = all(part.store is first.store and part.part is first.part for part in streamed)
+        if alike and len(index) < sum(map(len, streamed)):
+            whole = dataclasses.replace(first, index=index)
+            rows = [np.searchsorted(index, part.index) for part in streamed]
+            return [whole], dict(zip(images, ((0, row) for row in rows), strict=True))
+    return parts, {name: (i, None) for i, name in enumerate(images)}
 
 
 Run = Callable[[PyTree, Any], Array]
@@ -139,13 +174,11 @@ class Prefix:
 
         self._viewed = jax.jit(viewed, static_argnums=4)
 
-    def outputs(
-        self, examples: data.Examples, view: int | None, finished: Callable[[int], None]
-    ) -> np.ndarray:
-        """Return the outputs for the images of examples.
+    def outputs(self, images: Any, view: int | None, finished: Callable[[int], None]) -> np.ndarray:
+        """Return the outputs for images.
 
         Args:
-          examples: The examples.
+          images: In memory or in files.
           view: Number of the augmented version; None for the images as they are.
           finished: Called with the number of images that are done.
 
@@ -157,13 +190,13 @@ class Prefix:
           ConfigError: If the directory cannot be made, or what is in it is damaged.
           WriteError: If its disk is full.
         """
-        compute = self._function(examples.images, view)
+        compute = self._function(images, view)
         one = jax.eval_shape(lambda: compute(np.zeros(1, np.int32)))
-        shape, dtype = (len(examples), *one.shape[1:]), one.dtype
+        shape, dtype = (len(images), *one.shape[1:]), one.dtype
         directory = self.plan.cache_dir
         if directory is None:
             kept = np.empty(shape, dtype)
-            for rows, found in self._batches(compute, len(examples)):
+            for rows, found in self._batches(compute, len(images)):
                 kept[rows] = found
                 finished(len(rows))
             return kept
@@ -175,9 +208,9 @@ class Prefix:
                 f"config.model.cache_dir is {directory!r}, which cannot keep outputs ({error}): "
                 "give another directory, or leave it out to keep them in memory."
             ) from error
-        path = folder / f"{self._digest(compute, examples.images, view)}.npy"
+        path = folder / f"{self._digest(compute, images, view)}.npy"
         if path.exists():
-            finished(len(examples))
+            finished(len(images))
         else:
             self._write(path, compute, shape, dtype, finished)
         try:
