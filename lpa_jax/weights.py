@@ -23,7 +23,7 @@ _OUTPUT = flags.DEFINE_string(
     allow_override=True,
 )
 _SEED = flags.DEFINE_integer("seed", None, "Seed of a run; default the first.", allow_override=True)
-_EMA = flags.DEFINE_bool("ema", False, "Take the average of the weights that a run kept.")
+_AVERAGE = flags.DEFINE_bool("average", False, "Take the average of the weights that a run kept.")
 _changes: dict[str, Any] = {}
 STATISTICS = re.compile(r"batch_stats/.*|.*\b(running_mean|running_var|num_batches_tracked)")
 """Names of what is no parameter."""
@@ -40,7 +40,7 @@ def _check() -> None:
     of_run = {
         "--output": _OUTPUT.value,
         "--seed": _SEED.value is not None,
-        "--ema": _EMA.value,
+        "--average": _AVERAGE.value,
         "--config": _changes,
     }
     told = [name for name, given in of_run.items() if given]
@@ -78,10 +78,10 @@ def _main(_: list[str]) -> None:
         run = load_run(workdir, _SEED.value, changes=_changes)
         if directory is None:
             with as_config_error():
-                arrays, inputs = run.arrays(ema=_EMA.value), model_card.inputs_of(run)
+                arrays, inputs = run.arrays(average=_AVERAGE.value), model_card.inputs_of(run)
                 _show(source, arrays, inputs, _MODEL.value)
             return
-        path = model_card.write_weights(run, workdir, directory, ema=_EMA.value)
+        path = model_card.write_weights(run, workdir, directory, average=_AVERAGE.value)
         print(
             f"The weights of seed {run.seed}, step {run.step}, are in {path}: "
             f"--config.model.pretrained=safetensors:{path}"

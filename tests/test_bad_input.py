@@ -727,7 +727,9 @@ CASES = {
     ),
     "a seed of a file": (weights(FILE, "--seed=1", a=np.ones(3)), "--seed is of a run: leave it"),
     "half a seed": (weights(FILE, "--seed=1.5"), "--seed cannot be '1.5': give an integer"),
-    "an average of a file": (weights(FILE, "--ema", a=np.ones(3)), "--ema is of a run: leave it"),
+    "an average of a file": (
+        weights(FILE, "--average", a=np.ones(3)), "--average is of a run: leave it"
+    ),
     "a configuration of a file": (
         weights(FILE, "--config.data_dir=x", a=np.ones(3)), "--config is of a run: leave it out"
     ),

@@ -478,18 +478,18 @@ def test_the_average_of_the_weights_is_kept_and_evaluated(tmp_path):
     run = lpa_jax.load_run(tmp_path / "a")
     import jax
 
-    apart = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), run.ema, run.variables)
+    apart = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), run.average, run.variables)
     assert max(jax.tree.leaves(apart)) > 1e-3
     test = run.dataset.splits["test"]
-    logits = run._replace(variables=run.ema).logits(test.images)
+    logits = run._replace(variables=run.average).logits(test.images)
     accuracy = np.mean(np.argmax(np.asarray(logits), axis=1) == test.labels)
-    assert summary["ema"]["test"]["accuracy"]["mean"] == accuracy
+    assert summary["average"]["test"]["accuracy"]["mean"] == accuracy
     found = evaluate_run(tmp_path / "a", console=QUIET)
-    assert found["metrics"]["ema"]["accuracy"]["mean"] == accuracy
+    assert found["metrics"]["average"]["accuracy"]["mean"] == accuracy
     # What is trained is the same with an average as without.
     plain = lpa_jax.train_and_evaluate(small(epochs=3), tmp_path / "b", QUIET)
     assert plain["metrics"] == summary["metrics"]
-    assert "ema" not in plain
+    assert "average" not in plain
 
 
 def test_the_average_is_that_of_the_steps():

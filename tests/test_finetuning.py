@@ -369,7 +369,7 @@ def test_the_weights_of_a_run_are_written_and_read_back(first, tmp_path, monkeyp
     with pytest.raises(ConfigError, match="is there already"):
         model_card.write_weights(run, workdir, out)
     with pytest.raises(ConfigError, match="kept no average of its weights"):
-        model_card.write_weights(run, workdir, tmp_path / "average", ema=True)
+        model_card.write_weights(run, workdir, tmp_path / "average", average=True)
 
 
 def test_nothing_is_left_of_weights_that_cannot_be_written(first, tmp_path, monkeypatch):
@@ -402,7 +402,7 @@ def test_the_average_of_a_network_of_a_users_own_is_read_back(first, tmp_path, m
         parts.network.module, variables, ema, parts.config, parts.dataset, parts.task, 0, 3, parts
     )
     # The records are another run's.
-    model_card.write_weights(run, workdir, tmp_path / "out", ema=True)
+    model_card.write_weights(run, workdir, tmp_path / "out", average=True)
     chex.assert_trees_all_equal(read_back(tmp_path / "out", **own), ema)
     found, card = loaded_by_card(tmp_path / "out", monkeypatch)
     chex.assert_trees_all_equal(found, ema)

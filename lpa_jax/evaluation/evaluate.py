@@ -81,11 +81,11 @@ def evaluate_run(
       console: Where to print; default the standard output.
 
     Returns:
-      What `evaluation.json` holds: under `"metrics"`, for each condition (`"clean"`, `"ema"` where
-      the run averaged its weights, `"logit_adjusted"`, `"fgsm"`, `"pgd"`, `"gaussian_noise_1"`,
-      ..., `"corruptions"`, the mean of these) mean, standard deviation and n over seeds of the
-      task's metrics; and under `"seeds"` the same for each seed, with its step, and what the task
-      tells besides of clean images.
+      What `evaluation.json` holds: under `"metrics"`, for each condition (`"clean"`, `"average"`
+      where the run averaged its weights, `"logit_adjusted"`, `"fgsm"`, `"pgd"`,
+      `"gaussian_noise_1"`, ..., `"corruptions"`, the mean of these) mean, standard deviation and n
+      over seeds of the task's metrics; and under `"seeds"` the same for each seed, with its step,
+      and what the task tells besides of clean images.
 
     Raises:
       ConfigError: If there is no such run, seed or split, an argument is outside its range, or the
@@ -134,7 +134,7 @@ def evaluate_run(
             for result, network in zip(results, networks.values(), strict=True):
                 found = predict.collect(
                     functools.partial(bar.run, condition.predict),
-                    network.ema if condition.averaged else network.variables,
+                    network.average if condition.averaged else network.variables,
                     shown,
                     batch_size,
                     functools.partial(bar.finished, work=COST.get(condition.name, 1)),
@@ -205,8 +205,8 @@ def _conditions(
     logits_fn = parts.network.logits
     clean = make(logits_fn)
     conditions = [Condition("clean", clean, lambda: examples)]
-    if parts.plan.ema_decay is not None:
-        conditions.append(Condition("ema", clean, lambda: examples, averaged=True))
+    if parts.plan.averages:
+        conditions.append(Condition("average", clean, lambda: examples, averaged=True))
     if tau is not None:
         adjusted = make(_adjusted(logits_fn, parts.class_counts, tau))
         conditions.append(Condition("logit_adjusted", adjusted, lambda: examples))

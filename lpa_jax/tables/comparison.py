@@ -30,7 +30,7 @@ class RowSummary(NamedTuple):
       groups: Mean error of each group of classes, in percent.
       validation: Mean of the metric on the validation set at the last epoch.
       best: Mean of the metric at the epoch that the selection chose.
-      ema: Mean of the metric of the averaged weights.
+      average: Mean of the metric of the averaged weights.
       difference: Mean difference from the first row, over the seeds both have.
       p: Of a paired t-test of that difference, corrected by Holm's method for the number of rows;
         None for fewer than two seeds, or where all of them differ by the same.
@@ -48,7 +48,7 @@ class RowSummary(NamedTuple):
     groups: Mapping[str, float]
     validation: float | None
     best: float | None
-    ema: float | None
+    average: float | None
     difference: float | None
     p: float | None
     published: Mapping[str, float]
@@ -108,7 +108,7 @@ def compare(rows: Mapping[str, RowResult]) -> list[RowSummary]:
                 groups=_group_errors(found),
                 validation=_mean(found, metric, "metrics", "validation", compared),
                 best=_mean(found, metric, "best", "metrics", TEST, compared),
-                ema=_mean(found, metric, "ema", TEST, compared),
+                average=_mean(found, metric, "average", TEST, compared),
                 difference=float(differences.mean()) if shared else None,
                 p=None,
                 published=row.row.published,

@@ -50,14 +50,14 @@ class Algorithm(NamedTuple):
         draw.
       changes: Keys of the configuration, dotted, that it sets.
       by_set: What differs of these on some sets, by their names.
-      weights: What is judged: `"last"` weights, or an average of them, `"ema"` or `"swad"`.
+      average: Whether the average of the weights is judged, in place of the last ones.
     """
 
     method: str
     numbers: Mapping[str, Hyperparameter] = {}
     changes: Mapping[str, Any] = {}
     by_set: Mapping[str, Mapping[str, Any]] = {}
-    weights: str = "last"
+    average: bool = False
 
 
 def _uniform(low: float, high: float) -> Draw:
@@ -164,9 +164,9 @@ ALGORITHMS: Registry[Algorithm] = Registry(
             "erm",
             changes={"optimizer.swad.ratio": 0.3},
             by_set={"VLCS": {"optimizer.swad.ratio": 0.2}},
-            weights="swad",
+            average=True,
         ),
-        "EMA": Algorithm("erm", changes={"optimizer.ema_decay": 0.99}, weights="ema"),
+        "EMA": Algorithm("erm", changes={"optimizer.ema_decay": 0.99}, average=True),
         # Ours: the ranges, since the papers give none for this task.
         "LPA": _positive("lpa", 0.1, -2, 0),
         "LPL": _positive("lpl", 0.4, -1.3, 0.6),
@@ -182,25 +182,22 @@ def find(name: str) -> Algorithm:
     """Return an algorithm, or several in one.
 
     Raises:
-      ValueError: If one is unknown, or two of them are judged by different weights.
+      ValueError: If one is unknown, or two of them average the weights.
 
     Example:
-      >>> find("LPA+SWAD").method, find("LPA+SWAD").weights
-      ('lpa', 'swad')
+      >>> find("LPA+SWAD").method, find("LPA+SWAD").average
+      ('lpa', True)
     """
     parts = [ALGORITHMS.find(part) for part in name.split("+")]
-    weights = {part.weights for part in parts} - {"last"} or {"last"}
-    if len(weights) > 1:
-        raise ValueError(
-            f"{name!r} would be judged by several averages of the weights ({', '.join(weights)}): "
-            "name one of them."
-        )
+    averages = [part.average for part in parts]
+    if sum(averages) > 1:
+        raise ValueError(f"{name!r} would average the weights twice: name one average.")
     methods = [part.method for part in parts if part.method != "erm"]
     merged = functools.partial(functools.reduce, lambda one, other: {**one, **other})
     return Algorithm(
         "+".join(methods) or "erm",
         *(merged(fields) for fields in zip(*(part[1:4] for part in parts), strict=True)),
-        *weights,
+        any(averages),
     )
 
 

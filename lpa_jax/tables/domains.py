@@ -286,26 +286,24 @@ def collect(of: Sweep, workdir: pathlib.Path) -> list[dict[str, Any]]:
             "hparams_seed": run.draw,
         }
         about = {"args": args, "hparams": drawn(of, run), "domains": list(of.domains)}
-        weights = domainbed_draws.find(run.row).weights
-        for step, metrics in _evaluations(path, weights):
+        average = domainbed_draws.find(run.row).average
+        for step, metrics in _evaluations(path, average=average):
             found.append({**about, "step": step, **_accuracies(of.domains, metrics, dataset)})
     return found
 
 
 def _evaluations(
-    path: pathlib.Path, weights: str
+    path: pathlib.Path, *, average: bool
 ) -> Iterator[tuple[int, Mapping[str, Mapping[str, Any]]]]:
     """Give step and metrics by split of each evaluation of the weights that are judged."""
     rows = read_rows(path.parent / "metrics.jsonl")
-    result = files.read_json(path)
-    if weights == "swad":
-        # The average is known at the end.
-        yield rows[-1]["step"], result["swad"]
-        return
-    for row in rows:
-        metrics = row["metrics"] if weights == "last" else row.get(weights, {})
-        if any(split.endswith("/out") for split in metrics):
-            yield row["step"], metrics
+    found = [(row["step"], row.get("average", {}) if average else row["metrics"]) for row in rows]
+    found = [
+        (step, metrics) for step, metrics in found
+        if any(split.endswith("/out") for split in metrics)
+    ]  # fmt: skip
+    # That of SWAD is known at the end alone.
+    yield from found or [(rows[-1]["step"], files.read_json(path)["average"])]
 
 
 def _accuracies(

@@ -79,7 +79,7 @@ def _cells(rows: Sequence[RowSummary], task: Task) -> tuple[list[str], list[list
     """Return the header and the rows, without columns that would be empty."""
     (compared, metric), *others = columns_of(task).items()
     groups = list(dict.fromkeys(group for row in rows for group in row.groups))
-    numbers = ("validation", "best", "ema", "difference", "p")
+    numbers = ("validation", "best", "average", "difference", "p")
     labels = [shown.label.removesuffix(" %") for _, shown in others]
     header = ["method", compared, "n", *groups, *labels, *numbers, "published"]
     digits = f".{metric.digits}f"
@@ -92,7 +92,7 @@ def _cells(rows: Sequence[RowSummary], task: Task) -> tuple[list[str], list[list
             str(row.n),
             *(_number(row.groups.get(group)) for group in groups),
             *(_number(row.metrics.get(name), f".{o.digits}f") for name, o in others),
-            *(_number(value, digits) for value in (row.validation, row.best, row.ema)),
+            *(_number(value, digits) for value in (row.validation, row.best, row.average)),
             _number(row.difference, f"+{digits}"),
             _number(row.p, ".3f"),
             ", ".join(f"{value:{digits}} ({paper})" for paper, value in row.published.items()),

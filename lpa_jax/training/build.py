@@ -23,7 +23,7 @@ from lpa_jax.models.pretrained import Pretrainable
 from lpa_jax.registry import reason
 from lpa_jax.tasks import Metric, Task, TASKS
 from lpa_jax.training import config as configuration
-from lpa_jax.training import method_config, rates, schedules
+from lpa_jax.training import method_config, rates, schedules, swad
 from lpa_jax.training.config import Config, ConfigError
 from lpa_jax.training.network import Network
 from lpa_jax.training.writers import MakeWriter, WRITERS
@@ -48,6 +48,7 @@ class Plan(NamedTuple):
       checkpoint_every: Steps between checkpoints.
       nonfinite: `"stop"` or `"skip"`.
       ema_decay: Of the average of the weights, or None.
+      swad: Of SWAD's average of the weights, or None.
       batch_size: Examples of a step.
       eval_batch_size: Examples of a forward pass in evaluation, at most.
       sampling: How an epoch draws its examples.
@@ -72,6 +73,7 @@ class Plan(NamedTuple):
     checkpoint_every: int
     nonfinite: Any
     ema_decay: float | None
+    swad: swad.Settings | None
     batch_size: int
     eval_batch_size: int
     sampling: str
@@ -84,6 +86,11 @@ class Plan(NamedTuple):
     place: str
     steps_per_dispatch: int
     fsdp: int
+
+    @property
+    def averages(self) -> bool:
+        """Whether an average of the weights is kept."""
+        return self.ema_decay is not None or self.swad is not None
 
 
 class Parts(NamedTuple):
@@ -158,7 +165,7 @@ def build(config: Config, *, model: nn.Module | None = None, dataset: Data | Non
     groups = data.groups_of(examples)
     with as_config_error():
         examples, class_counts, lacking = _limited(config, examples, task)
-    plan = _plan(config, examples)
+    plan = _plan(config, examples, task)
     with as_config_error():
         module, named = _network(config, model, examples)
         recorded["model"] |= named
@@ -313,7 +320,7 @@ def _num_domains(dataset: data.Dataset) -> int | None:
     return None if domains is None else int(np.max(domains)) + 1
 
 
-def _plan(config: Config, dataset: data.Dataset) -> Plan:
+def _plan(config: Config, dataset: data.Dataset, task: Task) -> Plan:
     num_train, shape = len(dataset.train), dataset.train.images.shape
     if num_train < config.batch_size:
         raise ConfigError(
@@ -351,6 +358,7 @@ def _plan(config: Config, dataset: data.Dataset) -> Plan:
         checkpoint_every=max(1, round(config.checkpoint_every * steps_per_epoch)),
         nonfinite=config.nonfinite,
         ema_decay=config.optimizer.ema_decay,
+        swad=_swad(config, dataset, task),
         batch_size=config.batch_size,
         eval_batch_size=min(config.eval_batch_size, max(evaluated, default=num_train)),
         sampling=config.sampling,
@@ -386,6 +394,44 @@ def _check_domains(config: Config, dataset: data.Dataset) -> None:
             f"config.batch_size is {config.batch_size}, but a batch has equally many examples of "
             f"each of {present} domains: give a multiple of {present}."
         )
+
+
+def _swad(config: Config, dataset: data.Dataset, task: Task) -> swad.Settings | None:
+    ratio, converge, tolerance = (
+        config.optimizer.swad[key] for key in ("ratio", "converge", "tolerance")
+    )
+    if ratio is None:
+        return None
+    if config.optimizer.ema_decay is not None:
+        raise ConfigError(
+            "config.optimizer.swad.ratio and config.optimizer.ema_decay each ask for an average of "
+            "the weights: leave one of them out."
+        )
+    if tolerance < converge:
+        raise ConfigError(
+            f"config.optimizer.swad.tolerance is {tolerance}, less than config.optimizer.swad."
+            f"converge {converge}: give at least as much."
+        )
+    if "nll" not in task.shown:
+        raise ConfigError(
+            "config.optimizer.swad.ratio needs a task with the metric 'nll', by which SWAD judges: "
+            f"config.task {config.task!r} shows {', '.join(task.shown)}."
+        )
+    # Of domains, each counts the same.
+    tested = {data.split_name(domain) for domain in config.test_domains}
+    splits = tuple(
+        name
+        for name in dataset.splits
+        if name.endswith("/out") and name.removesuffix("/out") not in tested
+    )
+    if not config.test_domains:
+        splits = ("validation",)
+    if not {*splits} <= {*dataset.splits}:
+        raise ConfigError(
+            "config.optimizer.swad.ratio needs a validation set, by which SWAD judges: set "
+            "config.validation_fraction above 0."
+        )
+    return swad.Settings(ratio, converge, tolerance, splits)
 
 
 def _augment(config: Config, shape: Sequence[int]) -> tuple[data.Applied, ...]:

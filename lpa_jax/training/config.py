@@ -176,6 +176,17 @@ SCHEMA: dict[str, Any] = {
             low=0,
             below=1,
         ),
+        "swad": {
+            "ratio": Key(
+                None,
+                "of SWAD's average of the weights: how far the validation loss may rise above that "
+                "at its beginning; left out: no such average",
+                float,
+                above=0,
+            ),
+            "converge": Key(3, "evaluations that decide that it begins", low=1),
+            "tolerance": Key(6, "evaluations of which one must be low enough", low=1),
+        },
     },
     "schedule": {
         "name": Key(

@@ -23,8 +23,8 @@ def summarize(results: Results) -> dict[str, Any]:
       0.375
     """
     found = {"metrics": statistics_over([result["metrics"] for result in results])}
-    if all("ema" in result for result in results):
-        found["ema"] = statistics_over([result["ema"] for result in results])
+    if all("average" in result for result in results):
+        found["average"] = statistics_over([result["average"] for result in results])
     if all("best" in result for result in results):
         found["best"] = statistics_over([result["best"]["metrics"] for result in results])
     return found
@@ -100,7 +100,7 @@ def show_run(title: str, results: Results, task: Task, console: Console) -> None
     first, metric = task.selection, task.shown[task.selection]
     for told, condition in (
         ("At the epoch that the selection chose", "best"),
-        ("Of the average of the weights", "ema"),
+        ("Of the average of the weights", "average"),
     ):
         for split in summary.get(condition, {}):
             if split not in ("train", "validation") and first in summary[condition][split]:

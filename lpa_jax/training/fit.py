@@ -6,6 +6,7 @@ import functools
 import itertools
 import math
 import pathlib
+import statistics
 import time
 from typing import Any, NamedTuple, NoReturn
 
@@ -21,7 +22,7 @@ from rich.console import Console
 from lpa_jax import data
 from lpa_jax.models import weight_files
 from lpa_jax.tasks.task import is_better
-from lpa_jax.training import checkpoints, mesh, pretrained, progress, provenance, rates
+from lpa_jax.training import checkpoints, mesh, pretrained, progress, provenance, rates, swad
 from lpa_jax.training import feed as feeds
 from lpa_jax.training import predict as prediction
 from lpa_jax.training.build import as_config_error, Parts, TEST
@@ -125,6 +126,7 @@ def compile_parts(
             looped=looped,
             nonfinite=plan.nonfinite,
             ema_decay=plan.ema_decay,
+            swad=plan.swad,
         )
     place = functools.partial(mesh.put, sharding=mesh.batched(devices))
     predict = prediction.make_predict(
@@ -318,6 +320,8 @@ class Fit:
         self.console, self.preempted = console, preempted
         self.first_step_time: float | None = None
         self.members: list[Member] = []
+        # By seed, and whether of the average: the last step that was evaluated, and its metrics.
+        self.evaluated: dict[tuple[int, bool], tuple[int, dict[str, Any]]] = {}
 
     @property
     def rows(self) -> dict[int, list[dict[str, Any]]]:
@@ -389,7 +393,7 @@ class Fit:
                 if rest == 0:
                     show.finished_to(step)
                     state = show.call(together.end_epoch, state)
-                    self._record(state, step, epoch)
+                    state = self._record(state, step, epoch)
                 if saving:
                     self._save(state, step)
                 if stopping:
@@ -397,12 +401,24 @@ class Fit:
                     raise PreemptedError(f"SIGTERM came; step {step} is saved in {where}.")
         return state
 
-    def _record(self, state: TrainState, step: int, epoch: int) -> None:
+    def _record(self, state: TrainState, step: int, epoch: int) -> TrainState:
+        """Record an epoch, and return the state, whose segment ends where it was evaluated."""
+        losses = []
         for one, own in self._each(state):
             row = self._row(one, own, step, epoch)
             one.log.write(row)
+            if self.plan.swad is not None and self._is_evaluated(step, epoch):
+                found = [row["metrics"][split]["nll"] for split in self.plan.swad.splits]
+                losses.append(statistics.fmean(found))
             whose = f"seed {one.seed}, " if len(self.seeds) > 1 else ""
             self.show.say(whose + _news(epoch, self.plan.epochs, row))
+        if losses:
+            placed = mesh.put(np.array(losses, np.float32), mesh.replicated(self.compiled.devices))
+            state = self.show.call(self.together.end_segment, state, placed)
+        return state
+
+    def _is_evaluated(self, step: int, epoch: int) -> bool:
+        return epoch % self.plan.evaluate_every == 0 or step == self.plan.num_steps
 
     def _save(self, state: TrainState, step: int) -> None:
         for one, own in self._each(state):
@@ -416,19 +432,19 @@ class Fit:
         if plan.nonfinite == "skip":
             row["nonfinite_steps"] = int(state.nonfinite_steps)
         row |= {"metrics": {"train": means.train}, "sites": means.sites}
-        if epoch % plan.evaluate_every and step < plan.num_steps:
+        if not self._is_evaluated(step, epoch):
             return row
         chosen = [split for split in self.parts.dataset.splits if split not in ("train", TEST)]
-        found = self._evaluate(one, state.variables, chosen)
+        found = self._evaluate(one, step, state.variables, chosen)
         if state.ema is not None and chosen:
-            row["ema"] = _scalars(self._evaluate(one, state.ema, chosen))
+            row["average"] = _scalars(self._evaluate(one, step, state.ema, chosen, average=True))
         split, metric = self.parts.selection
         if split in found:
             best = best_row(one.log.rows)
             before = None if best is None else best["metrics"][split][metric]
             if is_better(self.parts.selection_metric, found[split][metric], before):
                 row["best"] = True
-                found |= self._evaluate(one, state.variables, [TEST])
+                found |= self._evaluate(one, step, state.variables, [TEST])
         row["metrics"] |= _scalars(found)
         return row
 
@@ -436,19 +452,37 @@ class Fit:
         """Return the result: that of the last epoch, whatever came before it."""
         means = epoch_means(state.epoch)
         evaluated = [split for split in self.parts.dataset.splits if split != "train"]
-        metrics = {"train": means.train} | self._evaluate(one, state.variables, evaluated)
+        step, metrics = int(state.step), {"train": means.train}
+        metrics |= self._evaluate(one, step, state.variables, evaluated)
         result: dict[str, Any] = {"seed": one.seed, "metrics": metrics}
         if state.ema is not None:
-            result["ema"] = self._evaluate(one, state.ema, evaluated)
+            result["average"] = self._evaluate(one, step, state.ema, evaluated, average=True)
+        if state.swad is not None and self.plan.swad is not None:
+            variables, taken = swad.finished(state.swad, state.variables, self.plan.swad)
+            result["average"] = self._evaluate(one, step, variables, evaluated, average=True)
+            result["segments"] = swad.about(taken)
         if best := best_row(one.log.rows):
             result["best"] = {"epoch": best["epoch"], "metrics": best["metrics"]}
         return result | {"perturbation": means.by_class, "sessions": one.sessions}
 
-    def _evaluate(self, one: Member, variables: PyTree, splits: Sequence[str]) -> dict[str, Any]:
-        """Return the metrics of each split, for those that there are."""
-        found = {}
+    def _evaluate(
+        self,
+        one: Member,
+        step: int,
+        variables: PyTree,
+        splits: Sequence[str],
+        *,
+        average: bool = False,
+    ) -> dict[str, Any]:
+        """Return the metrics of each split, for those that there are, computed once at a step."""
+        splits = [split for split in splits if split in self.parts.dataset.splits]
+        known = self.evaluated.get((one.seed, average))
+        if known is None or known[0] != step:
+            known = step, {}
+        self.evaluated[one.seed, average] = known
+        found = known[1]
         for split in splits:
-            if split not in self.parts.dataset.splits:
+            if split in found:
                 continue
             found[split] = prediction.evaluate(
                 functools.partial(self.show.call, self.compiled.predict),
@@ -465,7 +499,7 @@ class Fit:
                         f"The metric {name!r} of the split {split!r}{self._whose(one)} is not "
                         f"finite: {REMEDY}."
                     )
-        return found
+        return {split: found[split] for split in splits}
 
     def _stop_if_nonfinite(self, state: TrainState, *, end_of_epoch: bool) -> None:
         """Raise `NonFiniteLossError`, where that is the policy or no step of an epoch was left."""

@@ -28,7 +28,7 @@ def check_free(directory: pathlib.Path) -> None:
 
 
 def write_weights(
-    run: Run, workdir: pathlib.Path, directory: pathlib.Path, *, ema: bool = False
+    run: Run, workdir: pathlib.Path, directory: pathlib.Path, *, average: bool = False
 ) -> pathlib.Path:
     """Write `model.safetensors`, named by paths of variables, and `README.md`, whole or not at all.
 
@@ -36,7 +36,7 @@ def write_weights(
       run: From `load_run`.
       workdir: Of the run, whose records are told.
       directory: What to make; it must not be there.
-      ema: Whether to write the average of the weights.
+      average: Whether to write the average of the weights.
 
     Returns:
       The path of the first.
@@ -46,8 +46,8 @@ def write_weights(
       WriteError: If it cannot be written; nothing is kept.
     """
     check_free(directory)
-    arrays = run.arrays(ema=ema)
-    text = card(run, workdir / f"seed{run.seed}", ema=ema)
+    arrays = run.arrays(average=average)
+    text = card(run, workdir / f"seed{run.seed}", average=average)
     with files.writing(str(directory)):
         directory.parent.mkdir(parents=True, exist_ok=True)
         partial = pathlib.Path(tempfile.mkdtemp(".partial", directory.name, directory.parent))
@@ -63,6 +63,11 @@ def write_weights(
     return directory / WEIGHTS
 
 
+def _weights(optimizer: Mapping[str, Any]) -> str:
+    decay = optimizer["ema_decay"]
+    return "average of SWAD" if decay is None else f"average, decay {decay}"
+
+
 def inputs_of(run: Run) -> Inputs | None:
     """Return what a run's network takes, if these are images that it normalizes itself."""
     shape = run.dataset.train.images.shape[1:]
@@ -72,13 +77,13 @@ def inputs_of(run: Run) -> Inputs | None:
     return Inputs(tuple(model.mean), tuple(model.std), shape[0])
 
 
-def card(run: Run, records: pathlib.Path, *, ema: bool = False) -> str:
+def card(run: Run, records: pathlib.Path, *, average: bool = False) -> str:
     """Return the model card of a run's weights, which names no directory of this machine.
 
     Args:
       run: The run.
       records: The directory of its seed.
-      ema: Whether the weights are their average.
+      average: Whether the weights are their average.
     """
     config, dataset = run.config, run.dataset
     model, name = config["model"], config["model"]["name"]
@@ -88,7 +93,7 @@ def card(run: Run, records: pathlib.Path, *, ema: bool = False) -> str:
     images = dataset.train.images
     kinds = ["image-classification"] if len(images.shape) == 4 else []
     kinds = kinds if config["task"] == "classification" else []
-    epoch, metrics = _metrics(run, records, "ema" if ema else "metrics")
+    epoch, metrics = _metrics(run, records, "average" if average else "metrics")
     accuracy = metrics.get("test", {}).get("accuracy") if kinds else None
     data_name = _public(config["dataset"])
 
@@ -121,7 +126,7 @@ def card(run: Run, records: pathlib.Path, *, ema: bool = False) -> str:
         "first weights": model["pretrained"] and _public(model["pretrained"]),
         "seed": run.seed,
         "step": f"{run.step} of {run.parts.plan.num_steps}",
-        "weights": f"average, decay {config['optimizer']['ema_decay']}" if ema else "last",
+        "weights": _weights(config["optimizer"]) if average else "last",
         "made with": ", ".join(f"{name} {version}" for name, version in made["versions"].items()),
         "commit": made["commit"],
     }

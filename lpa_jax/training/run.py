@@ -17,8 +17,8 @@ import numpy as np
 from lpa_jax import data
 from lpa_jax.models.pretrained import Arrays
 from lpa_jax.tasks import Task
-from lpa_jax.training import checkpoints, identity, mesh
-from lpa_jax.training.build import build, Data, Parts
+from lpa_jax.training import checkpoints, identity, mesh, swad
+from lpa_jax.training.build import build, Data, Parts, Plan
 from lpa_jax.training.config import ConfigError
 
 
@@ -28,7 +28,7 @@ class Run(NamedTuple):
     Attributes:
       model: The Flax module.
       variables: `"params"` and the module's other collections, of the last readable checkpoint.
-      ema: The average of the variables, if the run kept one; else None.
+      average: The average of the weights that the run kept, with its other variables, or None.
       config: The configuration, as nested dictionaries.
       dataset: The examples, as they were in training.
       task: What labels mean.
@@ -39,7 +39,7 @@ class Run(NamedTuple):
 
     model: nn.Module
     variables: PyTree
-    ema: PyTree | None
+    average: PyTree | None
     config: dict[str, Any]
     dataset: data.Dataset
     task: Task
@@ -59,21 +59,21 @@ class Run(NamedTuple):
         """
         return _logits(self.parts.network.logits, self.variables, jnp.asarray(inputs))
 
-    def arrays(self, *, ema: bool = False) -> Arrays:
+    def arrays(self, *, average: bool = False) -> Arrays:
         """Return the variables by their paths, such as `"params/head/bias"`.
 
         Args:
-          ema: Whether of the average of the weights.
+          average: Whether of the average of the weights.
 
         Raises:
           ConfigError: If the run kept none.
         """
-        if ema and self.ema is None:
+        if average and self.average is None:
             raise ConfigError(
                 "The run kept no average of its weights: take the last ones, or train with "
-                "config.optimizer.ema_decay."
+                "config.optimizer.ema_decay or config.optimizer.swad.ratio."
             )
-        variables = jax.device_get(self.ema if ema else self.variables)
+        variables = jax.device_get(self.average if average else self.variables)
         return {path: np.asarray(leaf) for path, leaf in flatten_dict(variables, sep="/").items()}
 
 
@@ -128,7 +128,7 @@ def load_run(
     return Run(
         parts.network.module,
         whole(found.variables),
-        None if found.ema is None else whole(found.ema),
+        None if found.average is None else whole(found.average),
         parts.config,
         parts.dataset,
         parts.task,
@@ -143,7 +143,7 @@ class Loaded(NamedTuple):
 
     step: int
     variables: PyTree
-    ema: PyTree | None
+    average: PyTree | None
 
 
 def load_parts(
@@ -196,7 +196,7 @@ def load_networks(
             break
         found = None
         if seed in present:
-            found = _newest(present[seed], like, devices, with_ema=parts.plan.ema_decay is not None)
+            found = _newest(present[seed], like, devices, parts.plan)
         if found is not None:
             networks[seed] = found
         elif seeds is not None:
@@ -210,10 +210,12 @@ def load_networks(
     return networks
 
 
-def _newest(
-    directory: pathlib.Path, like: PyTree, devices: Mesh, *, with_ema: bool
-) -> Loaded | None:
-    items: dict[str, Any] = {"variables": like} | ({"ema": like} if with_ema else {})
+def _newest(directory: pathlib.Path, like: PyTree, devices: Mesh, plan: Plan) -> Loaded | None:
+    items: dict[str, Any] = {"variables": like}
+    if plan.ema_decay is not None:
+        items["ema"] = like
+    if plan.swad is not None:
+        items["swad"] = jax.eval_shape(lambda: swad.init(like["params"], plan.swad))
     # The step is in another item, of which no more is wanted.
     items["progress"] = {"step": jax.ShapeDtypeStruct((), np.int32)}
     places = jax.tree.map(lambda _: mesh.replicated(devices), items)
@@ -229,4 +231,7 @@ def _newest(
                 continue
         if found is None:
             return None
-        return Loaded(int(found["progress"]["step"]), found["variables"], found.get("ema"))
+        average = found.get("ema")
+        if plan.swad is not None:
+            average, _ = swad.finished(found["swad"], found["variables"], plan.swad)
+        return Loaded(int(found["progress"]["step"]), found["variables"], average)

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int, PyTree
 import numpy as np
 
 from lpa_jax.core.step import StepState
+from lpa_jax.training.swad import Swad
 
 
 class Totals(NamedTuple):
@@ -44,6 +45,7 @@ class TrainState(NamedTuple):
       nonfinite_steps: Number of steps whose loss or update was not finite; they changed nothing
         else.
       ema: Average of the variables over the steps, weighted by age; None where none is kept.
+      swad: What SWAD's average of the parameters is made from; None where none is kept.
     """
 
     step: Int[Array, ""]
@@ -54,18 +56,23 @@ class TrainState(NamedTuple):
     epoch: Totals
     nonfinite_steps: Int[Array, ""]
     ema: PyTree | None = None
+    swad: Swad | None = None
 
     def items(self) -> dict[str, Any]:
         """Return what is saved, each under a name of its own."""
-        rest = self._replace(step=None, variables=None, ema=None)
+        rest = self._replace(step=None, variables=None, ema=None, swad=None)
         saved = {"progress": {"step": self.step}, "variables": self.variables, "training": rest}
-        return saved if self.ema is None else saved | {"ema": self.ema}
+        averages = {"ema": self.ema, "swad": self.swad}
+        return saved | {name: kept for name, kept in averages.items() if kept is not None}
 
     @classmethod
     def of_items(cls, items: Mapping[str, Any]) -> "TrainState":
         """Return the state of which `items` are, the inverse of that."""
         return items["training"]._replace(
-            step=items["progress"]["step"], variables=items["variables"], ema=items.get("ema")
+            step=items["progress"]["step"],
+            variables=items["variables"],
+            ema=items.get("ema"),
+            swad=items.get("swad"),
         )
 
 

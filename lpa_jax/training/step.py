@@ -15,6 +15,7 @@ from lpa_jax.core.checks import all_finite
 from lpa_jax.core.step import Step
 from lpa_jax.tasks import Task
 from lpa_jax.training import mesh as meshes
+from lpa_jax.training import swad as averages
 from lpa_jax.training.feed import Batch
 from lpa_jax.training.network import Network
 from lpa_jax.training.state import add_to_totals, empty_totals, TrainState
@@ -35,6 +36,7 @@ class Steps(NamedTuple):
         the feed gives.
       end_epoch: `end_epoch(state)` keeps the epoch's sums, begins new ones, and freezes the
         epoch's class statistics.
+      end_segment: `end_segment(state, loss)` ends a segment of SWAD's average.
       diagnose: `diagnose(state, seed, *given)` takes no step, donates nothing, and returns by name
         and in order whether everything that the next step computes is finite.
     """
@@ -44,6 +46,7 @@ class Steps(NamedTuple):
     init: Callable[..., TrainState]
     train: Callable[..., TrainState]
     end_epoch: Callable[[TrainState], TrainState]
+    end_segment: Callable[..., TrainState]
     diagnose: Callable[..., OrderedDict[str, Bool[Array, ""]]]
 
 
@@ -55,12 +58,14 @@ class Together(NamedTuple):
       of: `of(state, i)` returns that of the seed at place `i`.
       train: As that of `Steps`, of all the seeds; a given state is donated.
       end_epoch: Likewise.
+      end_segment: Likewise, of a loss of each seed `[S]`.
     """
 
     stack: Callable[[Sequence[TrainState]], TrainState]
     of: Callable[[TrainState, int], TrainState]
     train: Callable[..., TrainState]
     end_epoch: Callable[[TrainState], TrainState]
+    end_segment: Callable[..., TrainState]
 
 
 def make_together(steps: Steps, axes: Sequence[int | None], count: int) -> Together:
@@ -73,7 +78,11 @@ def make_together(steps: Steps, axes: Sequence[int | None], count: int) -> Toget
     """
     if count == 1:
         return Together(
-            lambda states: states[0], lambda state, _: state, steps.train, steps.end_epoch
+            lambda states: states[0],
+            lambda state, _: state,
+            steps.train,
+            steps.end_epoch,
+            lambda state, losses: steps.end_segment(state, losses[0]),
         )
     # They are on one device, whole.
     whole = steps.shardings.step
@@ -90,6 +99,7 @@ def make_together(steps: Steps, axes: Sequence[int | None], count: int) -> Toget
         of=jax.jit(of, out_shardings=steps.shardings),
         train=jax.jit(jax.vmap(steps.train, in_axes=(0, 0, None, *axes)), **into),
         end_epoch=jax.jit(jax.vmap(steps.end_epoch), **into),
+        end_segment=jax.jit(jax.vmap(steps.end_segment), **into),
     )
 
 
@@ -106,6 +116,7 @@ def make_steps(
     looped: bool = False,
     nonfinite: NonFinite = "stop",
     ema_decay: float | None = None,
+    swad: averages.Settings | None = None,
 ) -> Steps:
     """Return the functions of a training loop.
 
@@ -126,6 +137,7 @@ def make_steps(
       nonfinite: `"stop"`: the state stays as it is from the first step that is not finite.
         `"skip"`: the next step is taken from where it began.
       ema_decay: Of an average of the variables, a step; None keeps none.
+      swad: Of SWAD's average of the parameters; None keeps none.
     """
     whole = meshes.replicated(mesh)
 
@@ -165,6 +177,7 @@ def make_steps(
             epoch=empty_totals(aux["metrics"]),
             nonfinite_steps=jnp.zeros((), jnp.int32),
             ema=None if ema_decay is None else jax.tree.map(jnp.copy, variables),
+            swad=None if swad is None else averages.init(variables["params"], swad),
         )
 
     like = jax.eval_shape(init, jax.ShapeDtypeStruct((), jnp.int32))
@@ -196,6 +209,9 @@ def make_steps(
             perturbation=perturbation,
             running=add_to_totals(state.running, loss, correct, aux["metrics"]),
             ema=None if ema_decay is None else _averaged(state.ema, variables, ema_decay),
+            swad=None
+            if state.swad is None
+            else averages.after_step(state.swad, variables["params"]),
         )
         finite = jnp.isfinite(loss) & all_finite(updates)
         going = (nonfinite == "skip") | (state.nonfinite_steps == 0)
@@ -224,6 +240,11 @@ def make_steps(
             perturbation=perturbed.end_epoch(state.perturbation),
         )
 
+    def end_segment(state, loss):
+        if swad is None or state.swad is None:
+            return state
+        return state._replace(swad=averages.close(state.swad, loss, swad))
+
     def diagnose(state, seed, *given):
         *batch, extra = batch_of(state, seed, *given)
         kwargs = arguments(state.variables, batch[-1])
@@ -241,6 +262,7 @@ def make_steps(
         init=jax.jit(init, out_shardings=shardings),
         train=jax.jit(train, **into),
         end_epoch=jax.jit(end_epoch, **into),
+        end_segment=jax.jit(end_segment, **into),
         diagnose=jax.jit(diagnose, out_shardings=whole),
     )
 
