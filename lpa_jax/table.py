@@ -114,6 +114,7 @@ def _main(_: list[str]) -> None:
 
         console, name, trials = Console(), str(_TABLE.value), _TRIALS.value or 0
         workdir = pathlib.Path(WORKDIR.value or f"runs/tables/{name.replace(':', '.')}")
+        _keep_compiled(workdir)
         found = catalogue.find(name)
         if isinstance(found, catalogue.DomainTable):
             _main_of_domains(found, workdir, console)
@@ -158,6 +159,14 @@ def _main(_: list[str]) -> None:
         about = {"command": _asked(), "trials": trials, **runs.about(results)}
         task = next(iter(results.values())).task
         save.save_table(workdir, name, comparison.compare(results), about, console, task)
+
+
+def _keep_compiled(workdir: pathlib.Path) -> None:
+    """Let the runs of a table compile what they share once, where nothing else was said."""
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(workdir.absolute() / "compiled"))
+        # Most of what a small network is made of compiles in less than the default of a second.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
 def _main_of_domains(table: Any, workdir: pathlib.Path, console: Any) -> None:

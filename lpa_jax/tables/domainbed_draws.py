@@ -5,8 +5,7 @@ An algorithm of your own, registered before a table names it, is used like these
     ALGORITHMS.register("Mine", Algorithm("my_method"))
 """
 
-from collections.abc import Callable, Mapping
-import functools
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -193,10 +192,15 @@ def find(name: str) -> Algorithm:
     if sum(averages) > 1:
         raise ValueError(f"{name!r} would average the weights twice: name one average.")
     methods = [part.method for part in parts if part.method != "erm"]
-    merged = functools.partial(functools.reduce, lambda one, other: {**one, **other})
+
+    def merged(fields: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+        return {key: value for field in fields for key, value in field.items()}
+
     return Algorithm(
         "+".join(methods) or "erm",
-        *(merged(fields) for fields in zip(*(part[1:4] for part in parts), strict=True)),
+        merged(part.numbers for part in parts),
+        merged(part.changes for part in parts),
+        merged(part.by_set for part in parts),
         any(averages),
     )
 

@@ -74,9 +74,12 @@ class Sweep(NamedTuple):
 
     def runs(self) -> list[Run]:
         """Return the runs, the first draw of the first trial first."""
-        tests = [(domain,) for domain in self.domains]
-        if self.pairs:
-            tests += itertools.combinations(self.domains, 2)
+        number = 2 if self.pairs else 1
+        tests = [
+            test
+            for several in range(1, number + 1)
+            for test in itertools.combinations(self.domains, several)
+        ]
         return [
             Run(row, test, trial, draw)
             for trial in range(self.trials)
@@ -163,8 +166,11 @@ def configure(of: Sweep, run: Run, workdir: pathlib.Path) -> tuple[Config, str]:
         "seed": run.trial,
         "data_seed": run.trial,
         "writers": (),
-        **of.changes,
     }
+    if preset.outside and table.images:
+        tested = (f"{data.split_name(domain)}/in" for domain in run.test)
+        changes["evaluate_splits"] = ("*/out", *tested)
+    changes |= of.changes
     parts = method.split("+")
     changes = {
         key: value
@@ -269,7 +275,7 @@ def collect(of: Sweep, workdir: pathlib.Path) -> list[dict[str, Any]]:
 
     Returns:
       Each with `"args"`, `"hparams"`, `"step"`, and for each domain by its number
-      `"env0_in_acc"`, `"env0_out_acc"` and, of both together, `"env0_acc"`.
+      `"env0_in_acc"`, `"env0_out_acc"` and, of both together, `"env0_acc"`, of what was evaluated.
     """
     found = []
     # The sizes of the splits are those of every trial.
@@ -312,8 +318,10 @@ def _accuracies(
     found = {}
     for number, domain in enumerate(domains):
         splits = [f"{data.split_name(domain)}/{part}" for part in ("in", "out")]
-        inside, outside = (metrics[split]["accuracy"] for split in splits)
-        found[f"env{number}_in_acc"], found[f"env{number}_out_acc"] = inside, outside
+        found[f"env{number}_out_acc"] = outside = metrics[splits[1]]["accuracy"]
+        if splits[0] not in metrics:
+            continue
+        found[f"env{number}_in_acc"] = inside = metrics[splits[0]]["accuracy"]
         sizes = [len(dataset.splits[split]) for split in splits]
         found[f"env{number}_acc"] = float(np.average([inside, outside], weights=sizes))
     return found
@@ -331,7 +339,7 @@ def plan(of: Sweep, workdir: pathlib.Path, console: Console) -> float:
     columns = ("runs left", "steps", "seconds a step", "evaluations", "seconds each", "time left")
     for column in columns:
         shown.add_column(column, justify="right")
-    missing, total = left(of, workdir), 0.0
+    missing, total, command = left(of, workdir), 0.0, ""
     with progress.bar(console, "timing", len(of.rows), unit="row") as bar, data.loaded_once():
         for row in of.rows:
             bar.begin(f"timing {row}")
@@ -342,7 +350,7 @@ def plan(of: Sweep, workdir: pathlib.Path, console: Console) -> float:
             bar.finished()
             number = sum(one.row == row for one in missing)
             steps = parts.plan.num_steps
-            evaluations = -(-parts.plan.epochs // parts.plan.evaluate_every) + 1
+            evaluations = -(-parts.plan.epochs // parts.plan.evaluate_every)
             time_left = number * (steps * seconds + evaluations * evaluation)
             total += time_left
             shown.add_row(

@@ -310,11 +310,10 @@ def seconds(parts: Parts, bar: progress.Bar, console: Console) -> tuple[float, f
     splits = [examples for name, examples in used.dataset.splits.items() if name != "train"]
     batch = compiled.eval_batch_size
     few = splits[0].take(np.arange(len(splits[0]))[: 2 * batch])
-    for _ in range(2):
-        # The first compiles, as above.
-        began = time.perf_counter()
-        predict.collect(compiled.predict, state.variables, few, batch)
-        evaluation = time.perf_counter() - began
+    predict.collect(compiled.predict, state.variables, few, batch)
+    began = time.perf_counter()
+    predict.collect(compiled.predict, state.variables, few, batch)
+    evaluation = time.perf_counter() - began
     batches = sum(-(-len(examples) // batch) for examples in splits)
     return statistics.median(times[1:]), evaluation * batches / -(-len(few) // batch)
 

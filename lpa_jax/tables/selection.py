@@ -7,7 +7,7 @@ domains that are not learned from, and the rule `cross_validation`.
 from collections.abc import Callable, Iterable, Mapping, Sequence
 import itertools
 import re
-from typing import Any, NamedTuple
+from typing import Any, cast, NamedTuple
 
 import numpy as np
 
@@ -25,7 +25,8 @@ class Checkpoint(NamedTuple):
       trial: Seed of the trial, which has a split of its own.
       draw: Number of the draw of hyper-parameters; 0 is the defaults.
       step: Steps of training.
-      inside: Accuracy on the *in* split of each domain, in [0, 1].
+      inside: Accuracy on the *in* split of each domain, in [0, 1]; None where it was not evaluated,
+        which may be so of domains that are learned from.
       outside: Accuracy on the *out* split of each domain.
     """
 
@@ -35,7 +36,7 @@ class Checkpoint(NamedTuple):
     trial: int
     draw: int
     step: int
-    inside: tuple[float, ...]
+    inside: tuple[float | None, ...]
     outside: tuple[float, ...]
 
 
@@ -143,7 +144,7 @@ def checkpoints(records: Iterable[Mapping[str, Any]]) -> list[Checkpoint]:
                 trial=args["trial_seed"],
                 draw=args["hparams_seed"],
                 step=record["step"],
-                inside=tuple(record[f"env{domain}_in_acc"] for domain in domains),
+                inside=tuple(record.get(f"env{domain}_in_acc") for domain in domains),
                 outside=tuple(record[f"env{domain}_out_acc"] for domain in domains),
             )
         except KeyError as error:
@@ -151,7 +152,12 @@ def checkpoints(records: Iterable[Mapping[str, Any]]) -> list[Checkpoint]:
                 f"Record {number} lacks {error}: give records as DomainBed writes them, with "
                 "args, step, and env0_in_acc, env0_out_acc and so on."
             ) from error
-        if odd := [value for value in one.inside + one.outside if not 0 <= value <= 1]:
+        if lacking := [domain for domain in one.test_domains if one.inside[domain] is None]:
+            raise ConfigError(
+                f"Record {number} lacks env{lacking[0]}_in_acc, of a test domain: evaluate it."
+            )
+        known = [value for value in one.inside + one.outside if value is not None]
+        if odd := [value for value in known if not 0 <= value <= 1]:
             raise ConfigError(f"Record {number} has the accuracy {odd[0]}: give shares in [0, 1].")
         found.append(one)
     return found
@@ -202,7 +208,8 @@ def _cross_validation(runs: Runs, test: int) -> Judged | str:
         return f"runs with the test domains {', '.join(lacking)}"
     # By step, the accuracy on each domain when neither it nor the test domain is learned from.
     held_out = [
-        {one.step: one.inside[domain] for one in runs[pair]} for domain, pair in pairs.items()
+        {one.step: cast(float, one.inside[domain]) for one in runs[pair]}
+        for domain, pair in pairs.items()
     ]
     judged = [
         (float(np.mean([accuracy[one.step] for accuracy in held_out])), one)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 import contextlib
+import fnmatch
 import functools
 import importlib.util
 import inspect
@@ -45,6 +46,8 @@ class Plan(NamedTuple):
       num_steps: Steps of each seed.
       accumulate: Steps an update of the parameters.
       evaluate_every: Epochs between evaluations.
+      evaluate_splits: What is evaluated before the last epoch: all but the training and test sets,
+        or some of these.
       checkpoint_every: Steps between checkpoints.
       nonfinite: `"stop"` or `"skip"`.
       ema_decay: Of the average of the weights, or None.
@@ -70,6 +73,7 @@ class Plan(NamedTuple):
     num_steps: int
     accumulate: int
     evaluate_every: int
+    evaluate_splits: tuple[str, ...]
     checkpoint_every: int
     nonfinite: Any
     ema_decay: float | None
@@ -355,6 +359,7 @@ def _plan(config: Config, dataset: data.Dataset, task: Task) -> Plan:
         num_steps=num_steps,
         accumulate=config.optimizer.accumulate,
         evaluate_every=config.evaluate_every,
+        evaluate_splits=_evaluated(config, dataset),
         checkpoint_every=max(1, round(config.checkpoint_every * steps_per_epoch)),
         nonfinite=config.nonfinite,
         ema_decay=config.optimizer.ema_decay,
@@ -396,6 +401,21 @@ def _check_domains(config: Config, dataset: data.Dataset) -> None:
         )
 
 
+def _evaluated(config: Config, dataset: data.Dataset) -> tuple[str, ...]:
+    """Return the splits that are evaluated before the last epoch."""
+    splits = [split for split in dataset.splits if split not in ("train", TEST)]
+    for pattern in config.evaluate_splits:
+        if not isinstance(pattern, str) or not fnmatch.filter(splits, pattern):
+            raise ConfigError(
+                f"config.evaluate_splits has {pattern!r}, which fits none of the splits that are "
+                f"evaluated: {', '.join(splits) or 'there are none'}."
+            )
+    patterns = config.evaluate_splits or ("*",)
+    return tuple(
+        split for split in splits if any(fnmatch.fnmatchcase(split, one) for one in patterns)
+    )
+
+
 def _swad(config: Config, dataset: data.Dataset, task: Task) -> swad.Settings | None:
     ratio, converge, tolerance = (
         config.optimizer.swad[key] for key in ("ratio", "converge", "tolerance")
@@ -426,10 +446,10 @@ def _swad(config: Config, dataset: data.Dataset, task: Task) -> swad.Settings | 
     )
     if not config.test_domains:
         splits = ("validation",)
-    if not {*splits} <= {*dataset.splits}:
+    if not {*splits} <= {*_evaluated(config, dataset)}:
         raise ConfigError(
             "config.optimizer.swad.ratio needs a validation set, by which SWAD judges: set "
-            "config.validation_fraction above 0."
+            "config.validation_fraction above 0, and evaluate it by config.evaluate_splits."
         )
     return swad.Settings(ratio, converge, tolerance, splits)
 

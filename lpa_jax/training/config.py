@@ -238,6 +238,11 @@ SCHEMA: dict[str, Any] = {
         free=True,
     ),
     "evaluate_every": Key(1, "epochs between evaluations", low=1),
+    "evaluate_splits": Key(
+        (),
+        "splits that are evaluated before the last epoch, by name or pattern, such as */out; left "
+        "out: all",
+    ),
     "checkpoint_every": Key(1.0, "epochs between checkpoints", above=0),
     "selection": {
         "split": Key("validation", "split whose metric selects the best epoch"),

@@ -434,12 +434,13 @@ class Fit:
         row |= {"metrics": {"train": means.train}, "sites": means.sites}
         if not self._is_evaluated(step, epoch):
             return row
-        chosen = [split for split in self.parts.dataset.splits if split not in ("train", TEST)]
+        every = [split for split in self.parts.dataset.splits if split not in ("train", TEST)]
+        chosen = plan.evaluate_splits if step < plan.num_steps else every
         found = self._evaluate(one, step, state.variables, chosen)
         if state.ema is not None and chosen:
             row["average"] = _scalars(self._evaluate(one, step, state.ema, chosen, average=True))
         split, metric = self.parts.selection
-        if split in found:
+        if split in found and split in plan.evaluate_splits:
             best = best_row(one.log.rows)
             before = None if best is None else best["metrics"][split][metric]
             if is_better(self.parts.selection_metric, found[split][metric], before):

@@ -214,8 +214,8 @@ def _newest(directory: pathlib.Path, like: PyTree, devices: Mesh, plan: Plan) ->
     items: dict[str, Any] = {"variables": like}
     if plan.ema_decay is not None:
         items["ema"] = like
-    if plan.swad is not None:
-        items["swad"] = jax.eval_shape(lambda: swad.init(like["params"], plan.swad))
+    if (settings := plan.swad) is not None:
+        items["swad"] = jax.eval_shape(lambda: swad.init(like["params"], settings))
     # The step is in another item, of which no more is wanted.
     items["progress"] = {"step": jax.ShapeDtypeStruct((), np.int32)}
     places = jax.tree.map(lambda _: mesh.replicated(devices), items)
