@@ -140,6 +140,13 @@ PAPERS = {
         2018,
         None,
     ),
+    "dann": Paper(
+        "Ganin et al.",
+        "Domain-Adversarial Training of Neural Networks",
+        "JMLR",
+        2016,
+        "1505.07818",
+    ),
     "group_dro": Paper(
         "Sagawa et al.",
         "Distributionally Robust Neural Networks",
