@@ -360,6 +360,7 @@ PAPERS = {
         2015,
         "1502.03167",
     ),
+    "group_norm": Paper("Wu and He", "Group Normalization", "ECCV", 2018, "1803.08494"),
     "resnet": Paper(
         "He et al.", "Deep Residual Learning for Image Recognition", "CVPR", 2016, "1512.03385"
     ),
