@@ -9,7 +9,7 @@ each domain that is learned from, and the accuracies on the *in* and *out* split
 are in `metrics.jsonl`. `lpa-jax table --table=rotated_digits` compares the methods
 over all test domains; docs/domains.md has the protocol.
 
-Methods: erm, lpa, lpl, coral, mmd, irm, vrex, group_dro, rsc, mixstyle, domain_mixup,
+Methods: erm, lpa, lpl, coral, mmd, dann, irm, vrex, group_dro, rsc, mixstyle, domain_mixup,
 manifold_mixup, any other transform by name, and several joined by `+`; `smoke` for a run of
 seconds.
 

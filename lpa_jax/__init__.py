@@ -23,6 +23,7 @@ from lpa_jax.transforms.asam import asam as asam
 from lpa_jax.transforms.coral import coral as coral
 from lpa_jax.transforms.cutmix import cutmix as cutmix
 from lpa_jax.transforms.cutout import cutout as cutout
+from lpa_jax.transforms.dann import dann as dann
 from lpa_jax.transforms.disturb_label import disturb_label as disturb_label
 from lpa_jax.transforms.domain_mixup import domain_mixup as domain_mixup
 from lpa_jax.transforms.drop_path import drop_path as drop_path

@@ -22,6 +22,7 @@ from lpa_jax.transforms.asam import asam
 from lpa_jax.transforms.coral import coral
 from lpa_jax.transforms.cutmix import cutmix
 from lpa_jax.transforms.cutout import cutout
+from lpa_jax.transforms.dann import dann
 from lpa_jax.transforms.disturb_label import disturb_label
 from lpa_jax.transforms.domain_mixup import domain_mixup
 from lpa_jax.transforms.drop_path import drop_path
@@ -173,6 +174,17 @@ METHODS: Registry[Method] = Registry(
             by_dataset={"cifar100": {"size": 8.0}, "digits": {"size": 4.0}},
             ranges={"size": Range(2.0, 20.0)},
             paper="cutout",
+        ),
+        "dann": Method(
+            dann,
+            {"site": "features", "strength": 1.0},
+            "strength",
+            by_dataset={"digits": {"learning_rate": 1e-3}},
+            ranges={
+                "strength": Range(0.01, 100.0, log=True),
+                "learning_rate": Range(1e-5, 3e-3, log=True),
+            },
+            paper="dann",
         ),
         "disturb_label": Method(
             disturb_label,

@@ -140,6 +140,13 @@ PAPERS = {
         2018,
         None,
     ),
+    "dann": Paper(
+        "Ganin et al.",
+        "Domain-Adversarial Training of Neural Networks",
+        "JMLR",
+        2016,
+        "1505.07818",
+    ),
     "group_dro": Paper(
         "Sagawa et al.",
         "Distributionally Robust Neural Networks",
@@ -353,6 +360,7 @@ PAPERS = {
         2015,
         "1502.03167",
     ),
+    "group_norm": Paper("Wu and He", "Group Normalization", "ECCV", 2018, "1803.08494"),
     "resnet": Paper(
         "He et al.", "Deep Residual Learning for Image Recognition", "CVPR", 2016, "1512.03385"
     ),

@@ -752,6 +752,21 @@ def refused(factory, *arguments, **keywords):
         refused(lpa_jax.asam, 0.1, eta=-0.1),
         refused(lpa_jax.coral, "first", 1.0, num_domains=1),
         refused(lpa_jax.mmd, "logits", 1.0, num_domains=2),
+        *(
+            refused(lpa_jax.dann, "first", 0.1, **({"num_domains": 2} | bad))
+            for bad in (
+                {"num_domains": 1},
+                {"learning_rate": -0.1},
+                {"discriminator_steps": 0},
+                {"grad_penalty": -1.0},
+                {"weight_decay": math.nan},
+                {"beta1": 1.0},
+                {"width": 0},
+                {"depth": 1},
+                {"dropout": 1.0},
+                {"seed": -1},
+            )
+        ),
         refused(lpa_jax.group_dro, 0.1, num_domains=1.0),
         refused(lpa_jax.vrex, 1.0, num_domains=2, anneal_steps=-1),
         refused(lpa_jax.irm, 1.0, num_domains=0),
@@ -842,10 +857,11 @@ def test_the_table_has_a_line_for_every_public_factory():
         lpa_jax.chain(lpa_jax.lpa("first", 0.3), lpa_jax.lpg(0.1)),
         adaptive(0.3),
         lpa_jax.chain(lpa_jax.isda("second", 0.5, NUM_CLASSES), lpa_jax.elr(BATCH, 3.0)),
+        lpa_jax.dann("second", 1.0, 4),
         lpa_jax.at("first", optax.add_noise(0.01, 0.55, key=0)),
         lpa_jax.at("logits", optax.inject_hyperparams(lpa_jax.lpl)(optax.constant_schedule(0.1))),
     ],
-    ids=["stateless", "adaptive", "isda and elr", "add_noise", "inject_hyperparams"],
+    ids=["stateless", "adaptive", "isda and elr", "dann", "add_noise", "inject_hyperparams"],
 )
 def test_the_state_survives_a_checkpoint_bit_for_bit(perturbation, tmp_path):
     step = step_of(perturbation)

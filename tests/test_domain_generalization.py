@@ -101,9 +101,9 @@ class Values:
         return sum(self.weights[i] * numbers[i] for i in places) / total
 
 
-def gradient_of(function):
+def gradient_of(function, at=PARAMS):
     """Return central differences of a function of the parameters, and its value."""
-    params = jax.tree.map(np.float64, PARAMS)
+    params = jax.tree.map(np.float64, at)
 
     def differences(leaf):
         found = np.zeros_like(leaf)
@@ -128,7 +128,7 @@ def compare(grads, expected):
     )
 
 
-# ---------------------------------------------------------------- CORAL and MMD
+# ---------------------------------------------------------------- CORAL, MMD and DANN
 
 
 def coral_of(values):
@@ -163,7 +163,40 @@ def mmd_of(values):
     return np.mean(found) if found else 0.0
 
 
-PENALTIES = {"coral": (lpa_jax.coral, coral_of), "mmd": (lpa_jax.mmd, mmd_of)}
+def dann(site, strength, num_domains, **options):
+    return lpa_jax.dann(site, strength, num_domains, width=3, grad_penalty=0.5, **options)
+
+
+# Of three layers, as it begins.
+DISCRIMINATOR = dann("features", 0.7, DOMAINS).init(jnp.zeros((BATCH, WIDTH))).discriminator
+
+
+def discriminator_loss(layers, values):
+    """Return the mean of the cross-entropy and half of its squared slope at the features."""
+    found = []
+    for x, domain in zip(values.features, values.domains, strict=True):
+        sums = []
+        for kernel, bias in layers:
+            sums.append(x @ kernel + bias)
+            x = np.maximum(sums[-1], 0)
+        q = np.exp(sums[-1]) / np.exp(sums[-1]).sum()
+        back = q - np.eye(DOMAINS)[domain]
+        for (kernel, _), inner in zip(layers[:0:-1], sums[-2::-1], strict=True):
+            back = (kernel @ back) * (inner > 0)
+        slope = layers[0][0] @ back
+        found.append(-np.log(q[domain]) + 0.5 * slope @ slope)
+    return values.mean(found)
+
+
+def dann_of(values):
+    return -discriminator_loss(jax.tree.map(np.float64, DISCRIMINATOR), values)
+
+
+PENALTIES = {
+    "coral": (lpa_jax.coral, coral_of),
+    "mmd": (lpa_jax.mmd, mmd_of),
+    "dann": (dann, dann_of),
+}
 BATCHES = {
     "whole": (BALANCED, [1] * BATCH),
     "padding": (BALANCED, PADDING),
@@ -192,7 +225,7 @@ def test_a_penalty_of_the_features(name, batch):
     assert loss == pytest.approx(values.mean(values.losses), rel=1e-5)
 
 
-@pytest.mark.parametrize("name", ["coral", pytest.param("mmd", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["coral", pytest.param("mmd", marks=pytest.mark.slow), "dann"])
 def test_a_penalty_of_features_that_lpa_has_moved(name):
     factory, penalty = PENALTIES[name]
     lpa = lpa_jax.lpa("features", 0.5, split=lpa_jax.splits.all_positive())
@@ -208,6 +241,103 @@ def test_a_penalty_of_features_that_lpa_has_moved(name):
         return values.mean(values.losses) + 0.7 * penalty(values)
 
     compare(grads, gradient_of(objective)[1])
+
+
+def adam(layers, values, num_steps, rate, decay, beta1):
+    """Return a discriminator after some steps of Adam."""
+    mean, square = (jax.tree.map(np.zeros_like, layers) for _ in range(2))
+    for t in range(1, num_steps + 1):
+        _, grads = gradient_of(lambda layers: discriminator_loss(layers, values), layers)
+        grads = jax.tree.map(lambda g, p: g + decay * p, grads, layers)
+        mean = jax.tree.map(lambda m, g: beta1 * m + (1 - beta1) * g, mean, grads)
+        square = jax.tree.map(lambda v, g: 0.9 * v + 0.1 * g**2, square, grads)
+
+        def moved(p, m, v, t=t):
+            return p - rate * m / (1 - beta1**t) / (np.sqrt(v / (1 - 0.9**t)) + 1e-8)
+
+        layers = jax.tree.map(moved, layers, mean, square)
+    return layers
+
+
+@each_batch
+@pytest.mark.parametrize(("num_steps", "of_one"), [(2, 1), (1, 2)])
+def test_the_discriminator_of_dann_learns_by_itself(batch, num_steps, of_one):
+    domains, weights = BATCHES[batch]
+    values = Values(jax.tree.map(np.float64, PARAMS), domains, weights)
+    begun = jax.tree.map(np.float64, DISCRIMINATOR)
+    options = {"rate": 0.05, "decay": 0.3, "beta1": 0.4}
+    # The network's gradient is that of the discriminator before the step.
+    judge = adam(begun, values, num_steps - 1, **options)
+
+    def objective(params):
+        values = Values(params, domains, weights)
+        return values.mean(values.losses) - 0.7 * discriminator_loss(judge, values)
+
+    chain = dann(
+        "features",
+        0.7,
+        DOMAINS,
+        learning_rate=0.05,
+        weight_decay=0.3,
+        beta1=0.4,
+        discriminator_steps=of_one,
+    )
+    loss, grads, state = one_step(chain, domains, weights, num_steps=num_steps)
+    compare(grads, gradient_of(objective)[1])
+    assert loss == pytest.approx(values.mean(values.losses), rel=1e-5)
+    learned = adam(begun, values, 2, **options)
+    compare(state.perturbations[0].discriminator, learned)
+    assert np.abs(learned[0][0] - begun[0][0]).max() > 0.05
+
+
+def test_the_discriminator_of_dann_stays_as_it_is_without_examples():
+    chain = dann("features", 0.7, DOMAINS, learning_rate=0.1, weight_decay=0.3)
+    given = {"key": KEY, "domains": jnp.array(BALANCED)}
+    update = quick_jit(chain.update)
+    _, state = update(INPUTS, chain.init(INPUTS), weights=jnp.ones(BATCH), **given)
+    nothing = jnp.full_like(INPUTS, jnp.nan)
+    _, after = update(nothing, state, weights=jnp.zeros(BATCH), **given)
+    jax.tree.map(np.testing.assert_array_equal, after, state)
+
+
+def test_the_hidden_units_of_danns_discriminator_are_dropped():
+    chain = lpa_jax.dann("features", 1.0, DOMAINS, width=1, depth=2, dropout=0.75)
+    kernel, bias = np.ones((DEPTH, 1)), np.ones(1)
+    outwards = np.random.default_rng(0).normal(size=(1, DOMAINS))
+    layers = [(kernel, bias), (outwards, np.zeros(DOMAINS))]
+    layers = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), layers)
+    state = chain.init(INPUTS)._replace(discriminator=layers)
+    features = jnp.abs(INPUTS)
+    # One unit is there, at four times its value, or it is not.
+    hidden = 4 * (np.float64(features).sum(1) + 1)
+    u = hidden[:, None] * outwards
+    q = np.exp(u) / np.exp(u).sum(1, keepdims=True)
+    slopes = 4 * ((q - np.eye(DOMAINS)[BALANCED]) @ outwards[0])
+
+    def pull_of(key):
+        given = {"key": key, "weights": jnp.ones(BATCH), "domains": jnp.array(BALANCED)}
+        return jax.grad(lambda x: chain.update(x, state, **given)[0].sum())(features) - 1.0
+
+    pulls = np.asarray(quick_jit(jax.vmap(pull_of))(jax.random.split(KEY, 400)))
+    there = np.abs(pulls).max(2) > 0
+    assert there.mean() == pytest.approx(0.25, abs=0.03)
+    exact = np.where(there, -slopes / BATCH, 0.0)[:, :, None]
+    np.testing.assert_allclose(pulls, np.broadcast_to(exact, pulls.shape), rtol=1e-4, atol=1e-6)
+
+
+def test_the_discriminator_of_dann_begins_as_in_pytorch():
+    value = jnp.zeros((BATCH, 64))
+    first, again, other = (
+        lpa_jax.dann("features", 1.0, 3, seed=seed).init(value).discriminator for seed in (0, 0, 1)
+    )
+    jax.tree.map(np.testing.assert_array_equal, first, again)
+    for (kernel, bias), (its_kernel, _) in zip(first, other, strict=True):
+        bound = 1 / np.sqrt(len(kernel))
+        for drawn in (kernel, bias):
+            assert np.abs(drawn).max() <= bound
+        assert np.std(kernel) == pytest.approx(bound / np.sqrt(3), rel=0.05)
+        assert np.abs(bias).max() > 0.3 * bound
+        assert np.mean(np.asarray(kernel) == its_kernel) < 0.01
 
 
 # ---------------------------------------------------------------- GroupDRO and V-REx
@@ -434,6 +564,7 @@ def test_each_domain_is_mixed_with_the_next_in_a_circle(batch):
 ALL = {
     "coral": lpa_jax.coral("features", 0.7, DOMAINS),
     "mmd": lpa_jax.mmd("features", 0.7, DOMAINS),
+    "dann": dann("features", 0.7, DOMAINS, learning_rate=0.05),
     "group_dro": lpa_jax.group_dro(0.4, DOMAINS),
     "vrex": lpa_jax.vrex(5.0, DOMAINS),
     "irm": lpa_jax.irm(3.0, DOMAINS),
@@ -442,7 +573,7 @@ each_method = pytest.mark.parametrize("method", ALL)
 each_method_in_time = pytest.mark.parametrize(
     "method",
     [
-        name if name in ("coral", "irm") else pytest.param(name, marks=pytest.mark.slow)
+        name if name in ("coral", "dann", "irm") else pytest.param(name, marks=pytest.mark.slow)
         for name in ALL
     ],
 )
@@ -533,7 +664,7 @@ def test_what_is_no_vector_of_features_is_refused(name):
     penalty = factory("group3", 1.0, 3)
     value = jnp.ones((2, 4, 4, 3))
     with pytest.raises(lpa_jax.SiteError, match=r"needs features \[B, D\].*'group3' holds \(2, 4"):
-        penalty.update(value, (), weights=jnp.ones(2), domains=jnp.arange(2))
+        penalty.update(value, penalty.init(value), weights=jnp.ones(2), domains=jnp.arange(2))
 
 
 # ---------------------------------------------------------------- the trainer

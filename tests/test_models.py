@@ -20,7 +20,9 @@ SMALL = {
     "se_resnet_8": [(16, 16, 16), (8, 8, 32), (4, 4, 64)],
     "preact_resnet_18": [(16, 16, 64), (8, 8, 128), (4, 4, 256), (2, 2, 512)],
     "small_cnn": [(16, 16, 32), (8, 8, 64), (4, 4, 128)],
+    "mnist_cnn": [(16, 16, 64), (8, 8, 128), (8, 8, 128), (8, 8, 128)],
 }
+WITH_STATISTICS = [name for name in SMALL if name != "mnist_cnn"]
 IMAGES = np.float32(np.random.default_rng(0).uniform(size=(4, 16, 16, 3)))
 
 
@@ -69,7 +71,8 @@ def trace(model, shape=IMAGES.shape, dtype=jnp.float32):
             capture_intermediates=True,
             mutable=["batch_stats", "intermediates"],
         )
-        return {**variables, "batch_stats": seen["batch_stats"]}, logits, seen["intermediates"]
+        variables |= {"batch_stats": seen.get("batch_stats", {})}
+        return variables, logits, seen["intermediates"]
 
     variables, logits, seen = jax.eval_shape(run)
     outputs = {"/".join(path[:-1]): out for path, (out,) in flatten_dict(seen).items()}
@@ -100,11 +103,14 @@ def trace(model, shape=IMAGES.shape, dtype=jnp.float32):
         ("preact_resnet_34", 21_279_306, 21.28),
         # ours: convolutions 288 + 18_432 + 73_728; norms 64 + 128 + 256; head 1_290
         ("small_cnn", 94_186, 0.094),
+        # DomainBed's: convolutions with biases 640 + 73_856 + 2 * 147_584; norms 128 + 3 * 256;
+        # head 1_290
+        ("mnist_cnn", 371_850, 0.372),
     ],
 )
 def test_parameter_counts_are_the_published_ones(name, count, published):
     model = models.create(name, num_classes=10, mean=(0.0,), std=(1.0,))
-    images = jnp.zeros((1, 8, 8, 1 if name == "small_cnn" else 3))
+    images = jnp.zeros((1, 8, 8, 1 if name.endswith("_cnn") else 3))
     variables = jax.eval_shape(lambda: model.init(jax.random.key(0), images, train=False))
     assert sum(leaf.size for leaf in jax.tree.leaves(variables["params"])) == count
     digits = len(str(published).split(".")[1])
@@ -117,7 +123,7 @@ def test_groups_and_blocks_are_sites(name):
     chex.assert_shape(logits, (4, 5))
     for i, shape in enumerate(SMALL[name], start=1):
         assert outputs[f"group{i}"].shape == (4, *shape)
-        if name != "small_cnn":
+        if not name.endswith("_cnn"):
             assert outputs[f"group{i}/block0"].shape == (4, *shape)
     assert outputs["features"].shape == (4, shape[-1])
 
@@ -201,7 +207,7 @@ def test_normalization_is_inside(name):
     assert not np.allclose(inside, without, atol=0.1)
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", WITH_STATISTICS)
 def test_training_updates_batch_stats_and_evaluation_does_not(name):
     model = create_to_compute(name)
     variables = fill(model)
@@ -225,6 +231,38 @@ def test_training_normalizes_by_the_batch_and_averages_with_momentum():
     stats = updates["batch_stats"]["group1"]["norm1"]
     chex.assert_trees_all_close(stats["mean"], 0.1 * out.mean((0, 1, 2)), atol=1e-5)
     chex.assert_trees_all_close(stats["var"], 0.9 + 0.1 * out.var((0, 1, 2)), atol=1e-4)
+
+
+def test_the_network_for_mnist_is_domainbeds():
+    """The numbers of one image of two channels, as loops over positions and groups in float64."""
+    rng = np.random.default_rng(3)
+    image = rng.uniform(size=(7, 6, 2))
+    with jax.enable_x64(True):
+        model = models.create(
+            "mnist_cnn", num_classes=2, mean=(0.0,), std=(1.0,), dtype=jnp.float64
+        )
+        variables = fill(model, image[None])
+        variables = jax.tree.map(lambda leaf: leaf + 0.3 * rng.normal(size=leaf.shape), variables)
+        got = apply(model, variables, image[None])
+        # It has no statistics of a batch.
+        trained, updates = apply(model, variables, image[None], train=True, mutable=True)
+    assert list(updates) == list(variables) == ["params"]
+    params, x = variables["params"], image
+    for number, stride in enumerate((1, 2, 1, 1), start=1):
+        group = params[f"group{number}"]
+        kernel, bias = group["conv1"]["kernel"], group["conv1"]["bias"]
+        padded = np.pad(x, ((1, 1), (1, 1), (0, 0)))
+        height, width = (-(-size // stride) for size in x.shape[:2])
+        x = np.zeros((height, width, len(bias)))
+        for i, j in np.ndindex(height, width):
+            part = padded[i * stride : i * stride + 3, j * stride : j * stride + 3]
+            x[i, j] = np.maximum((part[..., None] * kernel).sum((0, 1, 2)) + bias, 0)
+        for part in np.split(x, 8, axis=2):
+            part[:] = (part - part.mean()) / np.sqrt(part.var() + 1e-5)
+        x = x * group["norm1"]["scale"] + group["norm1"]["bias"]
+    exact = x.mean((0, 1)) @ params["head"]["kernel"] + params["head"]["bias"]
+    np.testing.assert_allclose(got[0], exact, rtol=1e-5)
+    np.testing.assert_array_equal(trained, got)
 
 
 def block_outputs(block, images, **zeroed):

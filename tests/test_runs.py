@@ -76,7 +76,9 @@ def test_a_network_of_each_method_is_loaded(method, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("network", ["wrn_10_1", "resnet_8", "se_resnet_8", "preact_resnet_18"])
+@pytest.mark.parametrize(
+    "network", ["wrn_10_1", "resnet_8", "se_resnet_8", "preact_resnet_18", "mnist_cnn"]
+)
 def test_each_network_is_loaded(network, tmp_path):
     changes = {"model.name": network, "model.options": {}}
     check(tmp_path, trained(tmp_path, **changes))

@@ -285,3 +285,22 @@ def is_bound(axis_name: str) -> bool:
     except NameError:
         return False
     return True
+
+
+def mapped_axes(tree: PyTree) -> frozenset[str]:
+    """Return the axes of `shard_map` over which arrays are divided."""
+    kinds = (jax.typeof(leaf).manual_axis_type for leaf in jax.tree.leaves(tree))
+    return frozenset[str]().union(*(kind.varying for kind in kinds))
+
+
+def varying(tree: PyTree, axes: frozenset[str]) -> PyTree:
+    """Return a tree of which each device along the axes has a gradient of its own.
+
+    Within `shard_map`, the gradient at a value that is the same everywhere would be summed.
+    """
+
+    def vary(leaf):
+        missing = tuple(axes - mapped_axes(leaf))
+        return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
+
+    return jax.tree.map(vary, tree)

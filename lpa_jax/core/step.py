@@ -14,7 +14,16 @@ from jaxtyping import Array, Float, Int, Integer, PyTree
 import optax
 
 from lpa_jax.core import checks, class_stats, meshes, mixing, pgd
-from lpa_jax.core.network import Backend, Call, is_bound, Network, Place, Rows
+from lpa_jax.core.network import (
+    Backend,
+    Call,
+    is_bound,
+    mapped_axes,
+    Network,
+    Place,
+    Rows,
+    varying,
+)
 from lpa_jax.core.perturbation import (
     Chain,
     GIVEN,
@@ -305,8 +314,6 @@ class Step:
     def _varying(self, params: PyTree, inputs: PyTree) -> PyTree:
         """Return parameters of which each device has a gradient of its own.
 
-        Within `shard_map`, the gradient at a value that is the same everywhere would be summed.
-
         Raises:
           ValueError: If the axes over which the step is mapped are others than `axis_name` says.
         """
@@ -315,19 +322,13 @@ class Step:
                 f"The step is not mapped over axis_name {unbound}: call it within shard_map or "
                 "pmap over an axis of this name, or leave axis_name out."
             )
-        kinds = [jax.typeof(leaf).manual_axis_type for leaf in jax.tree.leaves(inputs)]
-        axes = frozenset[str]().union(*(kind.varying for kind in kinds))
+        axes = mapped_axes(inputs)
         if others := axes.difference(self.axis_name):
             raise ValueError(
                 f"The examples are divided over the axes {set(others)} of shard_map: name them, as "
                 f"in value_and_grad(..., axis_name={min(others)!r})."
             )
-
-        def vary(leaf):
-            missing = tuple(axes - jax.typeof(leaf).manual_axis_type.varying)
-            return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
-
-        return jax.tree.map(vary, params)
+        return varying(params, axes)
 
     def _forward(
         self, start: Walk, traced: _Traced, params: PyTree, rest: PyTree, inputs: PyTree

@@ -16,6 +16,7 @@ from lpa_jax.models.convolution import conv_general_dilated as conv_general_dila
 from lpa_jax.models.efficientnet_lite import EfficientNetLite as EfficientNetLite
 from lpa_jax.models.imagenet_resnet import ImageNetResNet as ImageNetResNet
 from lpa_jax.models.layers import HEADS
+from lpa_jax.models.mnist_cnn import MNISTCNN as MNISTCNN
 from lpa_jax.models.preact_resnet import PreActResNet as PreActResNet
 from lpa_jax.models.resnet import ResNet as ResNet
 from lpa_jax.models.small_cnn import SmallCNN as SmallCNN
@@ -102,6 +103,7 @@ NETWORKS = Registry(
             for size in vit.SIZES
         },
         "convnext_t": Family(_convnext_t),
+        "mnist_cnn": Family(MNISTCNN),
         "small_cnn": Family(SmallCNN),
     },
 )
@@ -122,7 +124,7 @@ def create(
 
     Args:
       name: `"wrn_{depth}_{k}"`, `"resnet_{depth}"`, `"se_resnet_{depth}"`, `"preact_resnet_18"`,
-        `"preact_resnet_34"`, `"small_cnn"`; for images of usual size
+        `"preact_resnet_34"`, `"mnist_cnn"`, `"small_cnn"`; for images of usual size
         `"imagenet_resnet_{18,34,50,101}"`, `"efficientnet_lite_{0,1,2}"`, `"vit_{ti,s,b}_{patch}"`,
         `"convnext_t"`; a name in `NETWORKS`, or `"package.module:Class"`, a
         Flax module or function of your own. That is given those of the arguments below that it

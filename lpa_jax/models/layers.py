@@ -59,10 +59,11 @@ def conv(
     stride: int = 1,
     padding: str | int | None = None,
     depthwise: bool = False,
+    use_bias: bool = False,
     dtype: DTypeLike,
     name: str,
 ) -> nn.Conv:
-    """Return a convolution without bias, He-normal by fan out, padded by half its kernel."""
+    """Return a convolution, He-normal by fan out, padded by half its kernel."""
     # What a depthwise kernel's channel reaches is as many outputs as it takes in; Flax's fan out
     # would count those of all channels.
     fan = "fan_in" if depthwise else "fan_out"
@@ -73,7 +74,7 @@ def conv(
         # "SAME" shifts a strided kernel by one pixel against the strided shortcut beside it.
         padding=kernel // 2 if padding is None else padding,
         feature_group_count=features if depthwise else 1,
-        use_bias=False,
+        use_bias=use_bias,
         dtype=dtype,
         kernel_init=nn.initializers.variance_scaling(2.0, fan, "normal"),
         conv_general_dilated=conv_general_dilated,

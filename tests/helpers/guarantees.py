@@ -155,9 +155,9 @@ PROMISES = {
         "signs of the class-level methods and the bounds of attacks hold, strength 0 changes "
         "nothing beyond rounding, and the contents of padding have no effect. The exceptions are "
         "squares near the end of the range of float32: of ISDA's features times those of the "
-        "head's weights, of MixStyle's values, of IRM's logits, and of the gradient in optax's "
-        "`clip_by_global_norm`; and products of three of CORAL's features. Strength 0 of GroupDRO "
-        "weighs the domains alike.",
+        "head's weights, of MixStyle's values, of IRM's logits, of the gradients of DANN's "
+        "discriminator, and of the gradient in optax's `clip_by_global_norm`; and products of "
+        "three of CORAL's features. Strength 0 of GroupDRO weighs the domains alike.",
         "The fast test runs 13 chains on 8 batches each. The slow test runs 190 chains on 16 "
         "batches each, which together contain every transform.",
     ),
@@ -166,9 +166,9 @@ PROMISES = {
         "The order of the examples in a batch has no effect beyond rounding. This is checked in "
         "float32, on normal numbers, at strengths up to 0.3 (`delta_epsilon` up to 0.5). The "
         "exceptions are transforms that draw for each example (dropout, DropBlock, drop path, "
-        "noise at activations, Cutout, Shake, DisturbLabel) and those that pair each example with "
-        "another (Mixup, Manifold Mixup, mixup of domains, CutMix, MixStyle), and IRM, which takes "
-        "the examples of a domain by turns.",
+        "noise at activations, Cutout, Shake, DisturbLabel, DANN's dropout) and those that pair "
+        "each example with another (Mixup, Manifold Mixup, mixup of domains, CutMix, MixStyle), "
+        "and IRM, which takes the examples of a domain by turns.",
     ),
     "search": Promise(
         SILENT,

@@ -117,6 +117,7 @@ SUITED = {
     "adversarial": {"bounds": None},
     "cutmix": {"probability": 1.0},
     "cutout": {"size": 2.0, "mean": (0.1, -0.2)},
+    "dann": {"width": 8, "discriminator_steps": 2, "grad_penalty": 0.5, "weight_decay": 0.1},
     "disturb_label": {"rate": 0.5},
     "domain_mixup": {"alpha": 1.0},
     "dropblock": {"rate": 0.3, "block_size": 2},
