@@ -331,7 +331,7 @@ def test_draws_of_other_algorithms_and_sets():
         "lr": 1e-3, "weight_decay": 0.0, "batch_size": 64, "lr_g": 1e-3, "lr_d": 1e-3,
         "weight_decay_g": 0.0,
     }  # fmt: skip
-    with pytest.raises(ValueError, match="no algorithm with draws 'ERMs'; did you mean ERM"):
+    with pytest.raises(ValueError, match="no algorithm 'ERMs'; did you mean ERM"):
         domainbed_draws.draw("ERMs", "PACS", 1, 0)
 
 

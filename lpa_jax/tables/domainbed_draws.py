@@ -147,6 +147,29 @@ ALGORITHMS: Registry[Algorithm] = Registry(
         "MMD": _matching("mmd"),
         "IRM": _annealed("irm", 100.0),
         "VREx": _annealed("vrex", 10.0),
+        "DANN": Algorithm(
+            "dann",
+            {
+                "lambda": Hyperparameter(1.0, _power(10, -2, 2), "perturbation.dann.strength"),
+                "weight_decay_d": Hyperparameter(
+                    0.0, _power(10, -6, -2), "perturbation.dann.weight_decay"
+                ),
+                "d_steps_per_g_step": Hyperparameter(
+                    1, _power(2, 0, 3, whole=True), "perturbation.dann.discriminator_steps"
+                ),
+                "grad_penalty": Hyperparameter(
+                    0.0, _power(10, -2, 1), "perturbation.dann.grad_penalty"
+                ),
+                "beta1": Hyperparameter(0.5, _one_of(0.0, 0.5), "perturbation.dann.beta1"),
+                "mlp_width": Hyperparameter(
+                    256, _power(2, 6, 10, whole=True), "perturbation.dann.width"
+                ),
+                "mlp_depth": Hyperparameter(3, _one_of(3, 4, 5), "perturbation.dann.depth"),
+                "mlp_dropout": Hyperparameter(
+                    0.0, _one_of(0.0, 0.1, 0.5), "perturbation.dann.dropout"
+                ),
+            },
+        ),
         "GroupDRO": Algorithm(
             "group_dro",
             {
@@ -220,21 +243,30 @@ def hyperparameters(algorithm: str, dataset: str) -> dict[str, Hyperparameter]:
       ['resnet_dropout', 'irm_lambda', 'irm_penalty_anneal_iters', 'lr', 'weight_decay',
        'batch_size']
     """
-    mnist, rate = dataset in MNIST, "schedule.learning_rate"
+    mnist = dataset in MNIST
     largest = 9 if mnist else 5 if dataset == "DomainNet" else 5.5
-    return {
+    rate = (
+        Hyperparameter(1e-3, _power(10, -4.5, -2.5), "schedule.learning_rate")
+        if mnist or dataset == DIGITS
+        else Hyperparameter(5e-5, _power(10, -5, -3.5), "schedule.learning_rate")
+    )
+    decay = Hyperparameter(
+        0.0, _always(0.0) if mnist else _power(10, -6, -2), "optimizer.weight_decay"
+    )
+    found = {
         "resnet_dropout": Hyperparameter(0.0, _one_of(0.0, 0.1, 0.5), "perturbation.dropout.rate"),
         **find(algorithm).numbers,
-        "lr": Hyperparameter(1e-3, _power(10, -4.5, -2.5), rate)
-        if mnist or dataset == DIGITS
-        else Hyperparameter(5e-5, _power(10, -5, -3.5), rate),
-        "weight_decay": Hyperparameter(
-            0.0, _always(0.0) if mnist else _power(10, -6, -2), "optimizer.weight_decay"
-        ),
+        "lr": rate,
+        "weight_decay": decay,
         "batch_size": Hyperparameter(
             64 if mnist else 32, _power(2, 3, largest, whole=True), "batch_size"
         ),
     }
+    if "DANN" in algorithm.split("+"):
+        # Its numbers for the network, which come after those of the others, and so count.
+        discriminator = rate._replace(key="perturbation.dann.learning_rate")
+        found |= {"lr_g": rate, "lr_d": discriminator, "weight_decay_g": decay}
+    return found
 
 
 def draw(algorithm: str, dataset: str, hparams_seed: int, trial_seed: int) -> dict[str, Any]:
