@@ -14,6 +14,7 @@ KEYS = {
     "test_split": (8,),
     "view": (9,),
     "domains": (10,),
+    "validation": (11,),
 }
 """What the spawn key of each purpose begins with; a number is never given to another purpose."""
 

@@ -56,6 +56,7 @@ class Plan(NamedTuple):
       eval_batch_size: Examples of a forward pass in evaluation, at most.
       sampling: How an epoch draws its examples.
       augment: What training images go through, in order.
+      augmented: Splits that are evaluated on augmented images.
       readers: Processes that read image files.
       cached: The module whose output is computed once for each image, or None.
       views: Augmented versions of each image whose outputs are kept.
@@ -82,6 +83,7 @@ class Plan(NamedTuple):
     eval_batch_size: int
     sampling: str
     augment: tuple[data.Applied, ...]
+    augmented: tuple[str, ...]
     readers: int
     cached: str | None
     views: int
@@ -368,6 +370,7 @@ def _plan(config: Config, dataset: data.Dataset, task: Task) -> Plan:
         eval_batch_size=min(config.eval_batch_size, max(evaluated, default=num_train)),
         sampling=config.sampling,
         augment=augment,
+        augmented=_augmented(config, dataset, augment),
         readers=config.readers,
         cached=config.model.cached,
         views=config.model.views,
@@ -416,6 +419,31 @@ def _evaluated(config: Config, dataset: data.Dataset) -> tuple[str, ...]:
     )
 
 
+def _validation(config: Config, dataset: data.Dataset) -> tuple[str, ...]:
+    """Return the validation splits of the domains that are learned from, or the one there is."""
+    if not config.test_domains:
+        return ("validation",)
+    tested = {data.split_name(domain) for domain in config.test_domains}
+    return tuple(
+        split
+        for split in dataset.splits
+        if split.endswith("/out") and split.removesuffix("/out") not in tested
+    )
+
+
+def _augmented(
+    config: Config, dataset: data.Dataset, augment: Sequence[data.Applied]
+) -> tuple[str, ...]:
+    if not config.augment_validation:
+        return ()
+    if not augment or config.model.cached is not None:
+        raise ConfigError(
+            "config.augment_validation has no effect where no image is augmented, or where the "
+            "outputs of config.model.cached are kept: leave it out, or set config.augment."
+        )
+    return ("validation", *_validation(config, dataset))
+
+
 def _swad(config: Config, dataset: data.Dataset, task: Task) -> swad.Settings | None:
     ratio, converge, tolerance = (
         config.optimizer.swad[key] for key in ("ratio", "converge", "tolerance")
@@ -437,15 +465,7 @@ def _swad(config: Config, dataset: data.Dataset, task: Task) -> swad.Settings | 
             "config.optimizer.swad.ratio needs a task with the metric 'nll', by which SWAD judges: "
             f"config.task {config.task!r} shows {', '.join(task.shown)}."
         )
-    # Of domains, each counts the same.
-    tested = {data.split_name(domain) for domain in config.test_domains}
-    splits = tuple(
-        name
-        for name in dataset.splits
-        if name.endswith("/out") and name.removesuffix("/out") not in tested
-    )
-    if not config.test_domains:
-        splits = ("validation",)
+    splits = _validation(config, dataset)
     if not {*splits} <= {*_evaluated(config, dataset)}:
         raise ConfigError(
             "config.optimizer.swad.ratio needs a validation set, by which SWAD judges: set "

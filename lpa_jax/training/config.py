@@ -111,6 +111,11 @@ SCHEMA: dict[str, Any] = {
         f"{', '.join(augmentation.PRESETS)}, or some of {', '.join(augmentation.AUGMENTATIONS)}, "
         'with their numbers, joined by +, as "crop=4+flip"',
     ),
+    "augment_validation": Key(
+        False,
+        "whether the images of validation splits go through it too, anew in each evaluation, as in "
+        "DomainBed",
+    ),
     "model": {
         "name": Key(
             "wrn_28_10",

@@ -141,6 +141,27 @@ def divided(
     return first.numbers, tuple(augment[1:])
 
 
+class Augmented:
+    """Images that go through an augmentation when they are read, the same ones for one seed."""
+
+    def __init__(self, images: Any, augment: Sequence[data.Applied], seed: int):
+        """Take images, in files or in memory, and what they go through."""
+        self.images, self.seed = images, seed
+        self.part, self.augment = divided(images, augment)
+
+    def __getitem__(self, rows: Int[np.ndarray, "m"]) -> Any:
+        """Return augmented images; the draws of a batch follow from its first number."""
+        if self.part is None:
+            read = self.images[rows]
+        else:
+            read = self.images.read(rows, data.random_parts(self.seed, 0, *self.part))
+        key = jax.random.fold_in(jax.random.key(self.seed), rows[0])
+        return np.asarray(_augment(key, read, self.augment))
+
+
+_augment = jax.jit(data.augment, static_argnums=2)
+
+
 def _from_device(
     examples: data.Examples,
     images: Sequence[Any],

@@ -20,6 +20,7 @@ import numpy as np
 from rich.console import Console
 
 from lpa_jax import data
+from lpa_jax.data import streams
 from lpa_jax.models import weight_files
 from lpa_jax.tasks.task import is_better
 from lpa_jax.training import checkpoints, mesh, pretrained, progress, provenance, rates, swad
@@ -485,14 +486,19 @@ class Fit:
         for split in splits:
             if split in found:
                 continue
+            examples, images = self.parts.dataset.splits[split], None
+            if split in self.plan.augmented:
+                drawn = int(streams.stream("validation", one.seed, step).integers(2**31))
+                images = feeds.Augmented(examples.images, self.plan.augment, drawn)
             found[split] = prediction.evaluate(
                 functools.partial(self.show.call, self.compiled.predict),
                 self.parts.task,
                 variables,
-                self.parts.dataset.splits[split],
+                examples,
                 self.parts.dataset.num_classes,
                 self.compiled.eval_batch_size,
                 self.parts.groups,
+                images,
             )
             for name, value in found[split].items():
                 if isinstance(value, float) and not math.isfinite(value):

@@ -69,6 +69,7 @@ def collect(
     examples: data.Examples,
     batch_size: int,
     finished: Callable[[], None] = lambda: None,
+    images: Any = None,
 ) -> Any:
     """Return the outcomes of all examples, in their order, as NumPy arrays.
 
@@ -78,11 +79,13 @@ def collect(
       examples: At least one example.
       batch_size: Examples a forward pass; the last batch is padded.
       finished: Called for each batch that is finished.
+      images: In place of the examples' own; anything that returns images for numbers of them.
     """
+    images = examples.images if images is None else images
     batches = list(data.eval_batches(len(examples), batch_size))
     found, number = [], 0
     for i, _ in batches:
-        found.append(predict(variables, examples.images[i], examples.labels[i], i))
+        found.append(predict(variables, images[i], examples.labels[i], i))
         # The devices continue while the host reads ahead, but not far.
         while number < len(found) - (AHEAD if len(found) < len(batches) else 0):
             wait(found[number])
@@ -102,6 +105,7 @@ def evaluate(
     num_classes: int,
     batch_size: int,
     groups: Mapping[str, Sequence[int]] = types.MappingProxyType({}),
+    images: Any = None,
 ) -> dict[str, Any]:
     """Return the task's metrics of a network on a split.
 
@@ -113,8 +117,9 @@ def evaluate(
       num_classes: Number of classes C.
       batch_size: Examples a forward pass; the last batch is padded.
       groups: Classes of each group, such as `data.class_groups` returns.
+      images: As in `collect`.
     """
-    found = collect(predict, variables, examples, batch_size)
+    found = collect(predict, variables, examples, batch_size, images=images)
     return plain(task.metrics(found, examples.labels, num_classes, groups))
 
 
