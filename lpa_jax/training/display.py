@@ -12,6 +12,8 @@ from lpa_jax import plots
 from lpa_jax.tasks import Metric, Task
 
 Results = Sequence[Mapping[str, Any]]
+MOST = 6
+"""Splits that have columns of their own."""
 
 
 def summarize(results: Results) -> dict[str, Any]:
@@ -78,6 +80,9 @@ def columns_of(task: Task) -> dict[str, Metric]:
 def show_run(title: str, results: Results, task: Task, console: Console) -> None:
     """Print a row a seed, and mean and standard deviation beneath."""
     summary = summarize(results)
+    if len(results[0]["metrics"]) > MOST:
+        _show_splits(title, summary, results, task, console)
+        return
     table = Table(title=title, show_footer=len(results) > 1)
     table.add_column("seed", footer="mean ± std")
     columns = [
@@ -110,6 +115,25 @@ def show_run(title: str, results: Results, task: Task, console: Console) -> None
         groups = summary["metrics"][split].get("groups")
         if split == "test" and groups:
             _show_groups(f"{split} accuracy % by group of classes", {"": groups}, console)
+
+
+def _show_splits(
+    title: str, summary: Mapping[str, Any], results: Results, task: Task, console: Console
+) -> None:
+    """Print a row a split, of which there are many where domains are held out."""
+    metric = task.shown[task.selection]
+    kept = {"last epoch": "metrics", "best epoch": "best", "average of the weights": "average"}
+    kept = {told: name for told, name in kept.items() if name in summary}
+    over = f", mean ± std of {len(results)} seeds" if len(results) > 1 else ""
+    table = Table("split", title=f"{title}: {metric.label}{over}")
+    for told in kept:
+        table.add_column(told, justify="right")
+    for split in summary["metrics"]:
+        entries = (summary[name].get(split, {}).get(task.selection) for name in kept.values())
+        cells = ["" if entry is None else in_words(entry, metric) for entry in entries]
+        if any(cells):
+            table.add_row(split, *cells)
+    console.print(table)
 
 
 def in_words(entry: Mapping[str, Any], metric: Metric) -> str:
