@@ -60,7 +60,7 @@ _SLURM = flags.DEFINE_string(
 _JOB = flags.DEFINE_string(
     "job",
     None,
-    "Run ROW/seedN or ROW/trialN of the table alone; of domains ROW/DOMAIN/trialN/drawN.",
+    "Run ROW/seedN or ROW/trialN of the table alone; of domains ROW/trialN/drawN.",
 )
 SEEDS = 5
 """Of each row, where --config.num_seeds says nothing else."""
@@ -173,7 +173,7 @@ def _main_of_domains(table: Any, workdir: pathlib.Path, console: Any) -> None:
     """Run a table of domain generalization."""
     from lpa_jax.tables import domain_catalogue, domain_report, domains, jobs, runs
     from lpa_jax.training import config as configuration
-    from lpa_jax.training import display, files
+    from lpa_jax.training import display, files, fit
     from lpa_jax.training.build import as_config_error
 
     for key, told in OF_DOMAINS.items():
@@ -191,7 +191,11 @@ def _main_of_domains(table: Any, workdir: pathlib.Path, console: Any) -> None:
         print(configuration.describe(domains.configure(sweep, sweep.runs()[0], workdir)[0]))
     elif _JOB.value is not None:
         try:
-            domains.train(sweep, domains.named(sweep, _JOB.value), workdir, console)
+            group = domains.named(sweep, _JOB.value)
+            if failed := domains.train_all(sweep, workdir, console, group):
+                raise fit.NonFiniteLossError(
+                    " ".join(f"{name}: {why}" for name, why in failed.items())
+                )
         finally:
             jobs.tell_memory()
     elif _DRY_RUN.value:
@@ -200,11 +204,12 @@ def _main_of_domains(table: Any, workdir: pathlib.Path, console: Any) -> None:
         domains.check(sweep, workdir)
         left = domains.left(sweep, workdir)
         if _SLURM.value is not None:
-            _write_slurm([("runs", [str(run) for run in left])] if left else [], workdir, console)
+            names = [str(group) for group in domains.groups(left)]
+            _write_slurm([("runs", names)] if names else [], workdir, console)
             return
         apart = _apart(workdir, console)
         if apart is not None:
-            failed = {str(run): why for run, why in apart(left).items()}
+            failed = {str(one): why for one, why in apart(domains.groups(left)).items()}
         else:
             failed = domains.train_all(sweep, workdir, console)
         records = domains.collect(sweep, workdir)

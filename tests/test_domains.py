@@ -156,7 +156,10 @@ def test_a_sweep_has_each_draw_of_each_trial_on_each_test_domain():
     pairs = made()._replace(pairs=True, trials=1, draws=1).runs()
     assert [run.test for run in pairs][4:6] == [PACS[:2], ("art_painting", "photo")]
     assert len(pairs) == 10
-    with pytest.raises(ConfigError, match=r"give ROW/DOMAIN/trialN/drawN, such as ERM/art_paint"):
+    groups = domains.groups(found)
+    assert len(groups) == 3 * 2 * 2
+    assert domains.named(made(), "ERM/trial2/draw1") == domains.Group("ERM", 2, 1)
+    with pytest.raises(ConfigError, match=r"give ROW/trialN/drawN, such as ERM/trial0/draw0"):
         domains.named(made(), "ERM/art/trial0/draw0")
 
 

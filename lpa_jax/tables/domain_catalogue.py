@@ -187,7 +187,7 @@ DOMAIN_TABLES: Registry[DomainTable] = Registry(
             {
                 "dataset": "rotated:digits",
                 "epochs": 5,
-                "steps_per_epoch": 30,
+                "steps_per_epoch": 20,
                 "evaluate_every": 1,
                 # A checkpoint takes longer than an epoch.
                 "checkpoint_every": 5.0,

@@ -42,6 +42,23 @@ class Run(NamedTuple):
         return f"{self.row}/{tested}/trial{self.trial}/draw{self.draw}"
 
 
+class Group(NamedTuple):
+    """The runs of one setting on all test domains, which one process trains.
+
+    Attributes:
+      row: Name of the algorithm.
+      trial: As of a run.
+      draw: Likewise.
+    """
+
+    row: str
+    trial: int
+    draw: int
+
+    def __str__(self) -> str:
+        return f"{self.row}/trial{self.trial}/draw{self.draw}"
+
+
 class Sweep(NamedTuple):
     """All runs of a table.
 
@@ -226,6 +243,11 @@ def left(of: Sweep, workdir: pathlib.Path) -> list[Run]:
     return [run for run in of.runs() if not result_path(run, workdir).exists()]
 
 
+def groups(runs_left: Sequence[Run]) -> list[Group]:
+    """Return the groups that some runs are of, in order."""
+    return list(dict.fromkeys(Group(run.row, run.trial, run.draw) for run in runs_left))
+
+
 def train(of: Sweep, run: Run, workdir: pathlib.Path, console: Console) -> None:
     """Train a run, or what is missing of it.
 
@@ -237,14 +259,17 @@ def train(of: Sweep, run: Run, workdir: pathlib.Path, console: Console) -> None:
     loop.train_seeds(parts, workdir / str(run), console)
 
 
-def train_all(of: Sweep, workdir: pathlib.Path, console: Console) -> dict[str, str]:
-    """Train what is missing, one run after the other; return why runs failed, by their names.
+def train_all(
+    of: Sweep, workdir: pathlib.Path, console: Console, group: Group | None = None
+) -> dict[str, str]:
+    """Train what is missing of a sweep, or of a group; return why runs failed, by their names.
 
     Raises:
       ConfigError: If one cannot be run.
       PreemptedError: If the process was sent SIGTERM, after the present step has been saved.
     """
     failed, missing, time_left = {}, left(of, workdir), progress.Left()
+    missing = [run for run in missing if group is None or groups([run]) == [group]]
     for number, run in enumerate(missing):
         console.rule(f"{run} ({number + 1} of {len(missing)}){time_left(len(missing) - number)}")
         try:
@@ -255,17 +280,16 @@ def train_all(of: Sweep, workdir: pathlib.Path, console: Console) -> dict[str, s
     return failed
 
 
-def named(of: Sweep, name: str) -> Run:
-    """Return the run of a name.
+def named(of: Sweep, name: str) -> Group:
+    """Return the group of a name.
 
     Raises:
       ConfigError: If there is none.
     """
-    by_name = {str(run): run for run in of.runs()}
+    by_name = {str(group): group for group in groups(of.runs())}
     if name not in by_name:
         raise ConfigError(
-            f"{name!r} is no run of the table: give ROW/DOMAIN/trialN/drawN, such as "
-            f"{next(iter(by_name))}."
+            f"{name!r} is no part of the table: give ROW/trialN/drawN, such as {next(iter(by_name))}."
         )
     return by_name[name]
 
