@@ -18,6 +18,8 @@ class DomainTable(NamedTuple):
         others are compared with; empty for those of the protocol.
       images: Whether the networks are those of image files, which a protocol chooses.
       about: Its networks, in words, where it has no images.
+      outside: Whether no more is evaluated before the last step than selection needs: all *out*
+        splits, and the *in* split of the test domain.
     """
 
     set: str
@@ -26,6 +28,7 @@ class DomainTable(NamedTuple):
     rows: tuple[str, ...] = ()
     images: bool = True
     about: str = ""
+    outside: bool = False
 
 
 class Preset(NamedTuple):
@@ -39,8 +42,7 @@ class Preset(NamedTuple):
       drawn: Hyper-parameters that have another value than is drawn, by DomainBed's name; not the
         defaults of draw 0.
       rows: Of a table that names none.
-      outside: Whether of image files no more is evaluated before the last step than selection
-        needs: all *out* splits, and the *in* split of the test domain.
+      outside: As in `DomainTable`, for sets of image files.
       weights: Pretrained weights that the user has to give, in words; empty if none.
     """
 
@@ -195,6 +197,7 @@ DOMAIN_TABLES: Registry[DomainTable] = Registry(
             },
             images=False,
             about="the small network of configs/domains.py",
+            outside=True,
         ),
         "rotated_mnist": _mnist_table("RotatedMNIST", "rotated:mnist"),
         "colored_mnist": _mnist_table("ColoredMNIST", "colored:mnist"),

@@ -184,7 +184,7 @@ def configure(of: Sweep, run: Run, workdir: pathlib.Path) -> tuple[Config, str]:
         "data_seed": run.trial,
         "writers": (),
     }
-    if preset.outside and table.images:
+    if table.outside or (table.images and preset.outside):
         tested = (f"{data.split_name(domain)}/in" for domain in run.test)
         changes["evaluate_splits"] = ("*/out", *tested)
     changes |= of.changes
@@ -289,7 +289,8 @@ def named(of: Sweep, name: str) -> Group:
     by_name = {str(group): group for group in groups(of.runs())}
     if name not in by_name:
         raise ConfigError(
-            f"{name!r} is no part of the table: give ROW/trialN/drawN, such as {next(iter(by_name))}."
+            f"{name!r} is no part of the table: give ROW/trialN/drawN, such as "
+            f"{next(iter(by_name))}."
         )
     return by_name[name]
 
