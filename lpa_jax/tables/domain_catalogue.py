@@ -169,8 +169,16 @@ PRESETS: Registry[Preset] = Registry(
 """Protocols by name."""
 
 
-def _mnist_table(name: str, dataset: str) -> DomainTable:
-    changes = {"dataset": dataset, "model.name": "mnist_cnn"}
+def _unscaled(channels: int) -> dict[str, Any]:
+    """Return what leaves inputs as they are, pixels in [0, 1], as DomainBed does on MNIST."""
+    return {
+        "model.options.mean": (0.0,) * channels,
+        "model.options.std": (1.0,) * channels,
+    }
+
+
+def _mnist_table(name: str, dataset: str, channels: int) -> DomainTable:
+    changes = {"dataset": dataset, "model.name": "mnist_cnn", **_unscaled(channels)}
     return DomainTable(
         name, "domains", changes, images=False, about="DomainBed's network for MNIST"
     )
@@ -188,6 +196,7 @@ DOMAIN_TABLES: Registry[DomainTable] = Registry(
             "domains",
             {
                 "dataset": "rotated:digits",
+                **_unscaled(1),
                 "epochs": 5,
                 "steps_per_epoch": 20,
                 "evaluate_every": 1,
@@ -199,8 +208,8 @@ DOMAIN_TABLES: Registry[DomainTable] = Registry(
             about="the small network of configs/domains.py",
             outside=True,
         ),
-        "rotated_mnist": _mnist_table("RotatedMNIST", "rotated:mnist"),
-        "colored_mnist": _mnist_table("ColoredMNIST", "colored:mnist"),
+        "rotated_mnist": _mnist_table("RotatedMNIST", "rotated:mnist", 1),
+        "colored_mnist": _mnist_table("ColoredMNIST", "colored:mnist", 2),
         "vlcs": _image_table("VLCS"),
         "pacs": _image_table("PACS"),
         "office_home": _image_table("OfficeHome"),
