@@ -189,7 +189,11 @@ def _cells(rows: Sequence[DomainRow], letters: Sequence[str]) -> tuple[list[str]
     cells = [
         [
             row.name,
-            *(str(cell).replace("+/-", "±") for cell in row.cells),
+            # The error of one trial, 0, would tell nothing.
+            *(
+                str(cell if cell.n > 1 else cell._replace(error=None)).replace("+/-", "±")
+                for cell in row.cells
+            ),
             "X" if row.value is None else f"{row.value:.1f}",
             str(row.n),
             "" if row.difference is None else _signed(row.difference, row.error),
