@@ -9,6 +9,8 @@ def everything() -> str:
     from lpa_jax.data import READERS
     from lpa_jax.methods import METHODS
     from lpa_jax.tables.catalogue import TABLES
+    from lpa_jax.tables.domain_catalogue import DOMAIN_TABLES, PRESETS
+    from lpa_jax.tables.domainbed_draws import ALGORITHMS
     from lpa_jax.tasks import TASKS
     from lpa_jax.training.writers import WRITERS
 
@@ -18,6 +20,9 @@ def everything() -> str:
         "data sets (config.dataset)": (*READERS, "names of tensorflow-datasets"),
         "tasks (config.task)": TASKS,
         "tables (--table)": TABLES,
+        "tables of domains (--table)": DOMAIN_TABLES,
+        "their protocols (--preset)": PRESETS,
+        "their algorithms (--methods, several joined by +)": ALGORITHMS,
         "writers (config.writers)": WRITERS,
         "configurations (--config)": configs.FILES,
     }

@@ -67,6 +67,7 @@ SEEDS = 5
 TRIALS = 3
 """Of a table of domains, where --trials says nothing else."""
 RESERVED = {"method": "use --methods", "seed": "the seeds of a table count from 0"}
+FLAGS_OF_DOMAINS = ("draws", "preset", "cross_validation")
 OF_DOMAINS = {
     "num_seeds": "give --trials",
     "data_seed": "the trials of a table count from 0",
@@ -119,6 +120,9 @@ def _main(_: list[str]) -> None:
         if isinstance(found, catalogue.DomainTable):
             _main_of_domains(found, workdir, console)
             return
+        for flag in FLAGS_OF_DOMAINS:
+            if flags.FLAGS[flag].present:
+                raise UsageError(f"--{flag} is of tables of domains: {name!r} is none.")
         changes = dict(_changes)
         protocol = runs.Protocol(
             changes.pop("num_seeds", SEEDS), changes.pop("epochs", None), changes
@@ -252,10 +256,9 @@ def _by_row(failed: Any) -> dict[str, str]:
 
 def _command(workdir: pathlib.Path) -> list[str]:
     """Return what runs this table, or with `--job` a part of it."""
-    words = [f"--table={_TABLE.value}", f"--workdir={workdir}", f"--preset={_PRESET.value}"]
-    words += [f"--draws={_DRAWS.value}"]
-    words += [] if _TRIALS.value is None else [f"--trials={_TRIALS.value}"]
-    words += ["--cross_validation"] if _CROSS_VALIDATION.value else []
+    words = [f"--table={_TABLE.value}", f"--workdir={workdir}"]
+    given = (flags.FLAGS[name] for name in ("trials", *FLAGS_OF_DOMAINS))
+    words += [f"--{flag.name}={flag.value}" for flag in given if flag.present]
     words += [f"--import={name}" for name in flags.FLAGS["import"].value or ()]
     methods = _METHODS.value
     words += [] if methods is None else [f"--methods={','.join(methods)}"]

@@ -89,6 +89,11 @@ def weights(*arguments, **arrays):
     return prepare if arrays else None, ["weights", *arguments]
 
 
+def table(name, *arguments):
+    """The command of tables."""
+    return None, ["table", f"--table={name}", *arguments]
+
+
 def file_in(directory):
     return directory / "x.safetensors"
 
@@ -747,6 +752,46 @@ CASES = {
     ),
     "a network of other weights": (
         weights(FILE, "--model=small_cnn", params_x_bias=np.ones(3)), "1 left over (params/x/bias)"
+    ),
+    # ------------------------------------------------------------ domains
+    "domains that are nowhere": (
+        table("pacs", "--preset=cached"), "say where the images of PACS are by --config.dataset=dom"
+    ),
+    "a table of domains without weights": (
+        table("pacs", "--config.dataset=domains:DIR"), "or take --preset=cached, whose weights pip"
+    ),
+    "a protocol that there is not": (
+        table("rotated_digits", "--preset=domainbed"), "did you mean domainbed_2020"
+    ),
+    "an algorithm that there is not": (
+        table("rotated_digits", "--methods=ERM,Coral"), "There is no algorithm 'Coral'; did you mean"
+    ),
+    "an algorithm twice": (table("rotated_digits", "--methods=ERM,ERM"), "names a row twice"),
+    "two averages": (table("rotated_digits", "--methods=SWAD+EMA"), "average the weights twice"),
+    "draws of another table": (table("digits", "--draws=2"), "--draws is of tables of domains"),
+    "a protocol for another table": (
+        table("digits", "--preset=swad"), "--preset is of tables of domains: 'digits' is none"
+    ),
+    "no trial": (table("rotated_digits", "--trials=0"), "--trials must be at least 1"),
+    "no draw": (table("rotated_digits", "--draws=0"), "draws"),
+    "seeds for trials": (
+        table("rotated_digits", "--config.num_seeds=2"), "table of domains: give --trials"
+    ),
+    "a test domain for a table": (
+        table("rotated_digits", "--config.test_domains=0"), "each domain is tested on in turn"
+    ),
+    "a key of no row": (
+        table("rotated_digits", "--methods=ERM", "--config.perturbation.lpa.epsilon=1"),
+        "--config.perturbation.lpa.epsilon fits no row",
+    ),
+    "a part that there is not": (
+        table("rotated_digits", "--job=ERM/0/trial0/draw0"), "give ROW/trialN/drawN, such as ERM/tri"
+    ),
+    "one domain alone": (
+        table("rotated_digits", "--config.dataset=domains:DIR"), "has no folders: give folders of domains"
+    ),
+    "a set of no domains": (
+        table("rotated_digits", "--config.dataset=digits"), "'digits' has no domains to test on"
     ),
 }  # fmt: skip
 REAL = ("nothing at all", "an unknown method", "a negative strength", "objects for labels")

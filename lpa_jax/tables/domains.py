@@ -142,7 +142,14 @@ def sweep(
             "pip installs."
         )
     source = str(changes.get("dataset", table.changes.get("dataset", "")))
-    domains = tuple(data.domain_names(source))
+    try:
+        domains = tuple(data.domain_names(source))
+    except data.DataError as error:
+        if "dataset" in changes:
+            raise
+        raise ConfigError(
+            f"{error} Or say where the images of {table.set} are by --config.dataset=domains:PATH."
+        ) from error
     if len(domains) < (3 if pairs else 2):
         raise ConfigError(f"{source!r} has the domain {domains[0]} alone: give it others.")
     made = Sweep(name, table, preset, chosen, domains, trials, draws, pairs, changes)
