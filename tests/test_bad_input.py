@@ -764,7 +764,7 @@ CASES = {
         table("rotated_digits", "--preset=domainbed"), "did you mean domainbed_2020"
     ),
     "an algorithm that there is not": (
-        table("rotated_digits", "--methods=ERM,Coral"), "There is no algorithm 'Coral'; did you mean"
+        table("rotated_digits", "--methods=ERM,Coral"), "no algorithm 'Coral'; did you mean"
     ),
     "an algorithm twice": (table("rotated_digits", "--methods=ERM,ERM"), "names a row twice"),
     "two averages": (table("rotated_digits", "--methods=SWAD+EMA"), "average the weights twice"),
@@ -785,10 +785,10 @@ CASES = {
         "--config.perturbation.lpa.epsilon fits no row",
     ),
     "a part that there is not": (
-        table("rotated_digits", "--job=ERM/0/trial0/draw0"), "give ROW/trialN/drawN, such as ERM/tri"
+        table("rotated_digits", "--job=ERM/0/trial0/draw0"), "give ROW/trialN/drawN, such as ERM"
     ),
     "one domain alone": (
-        table("rotated_digits", "--config.dataset=domains:DIR"), "has no folders: give folders of domains"
+        table("rotated_digits", "--config.dataset=domains:DIR"), "has no folders: give folders of "
     ),
     "a set of no domains": (
         table("rotated_digits", "--config.dataset=digits"), "'digits' has no domains to test on"
