@@ -9,8 +9,8 @@ def everything() -> str:
     from lpa_jax.data import READERS
     from lpa_jax.methods import METHODS
     from lpa_jax.tables.catalogue import TABLES
+    from lpa_jax.tables.domain_algorithms import ALGORITHMS
     from lpa_jax.tables.domain_catalogue import DOMAIN_TABLES, PRESETS
-    from lpa_jax.tables.domainbed_draws import ALGORITHMS
     from lpa_jax.tasks import TASKS
     from lpa_jax.training.writers import WRITERS
 

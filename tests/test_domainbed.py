@@ -11,7 +11,7 @@ import pytest
 from lpa_jax import data
 from lpa_jax.data import DataError, digits, domainbed, Examples, folder, npz
 from lpa_jax.data.source import joined
-from lpa_jax.tables import domainbed_draws, selection
+from lpa_jax.tables import domain_algorithms, selection
 from lpa_jax.tables.selection import Checkpoint
 from lpa_jax.training.config import ConfigError
 
@@ -313,7 +313,7 @@ def test_batches_of_equal_parts_of_each_domain():
 
 
 def test_draws_of_other_algorithms_and_sets():
-    drawn = domainbed_draws.draw("DANN", "RotatedMNIST", 1, 2)
+    drawn = domain_algorithms.draw("DANN", "RotatedMNIST", 1, 2)
     assert drawn == pytest.approx({
         "resnet_dropout": 0.5, "lambda": 3.921673436374977,
         "weight_decay_d": 1.9521633464456046e-05, "d_steps_per_g_step": 1,
@@ -321,18 +321,18 @@ def test_draws_of_other_algorithms_and_sets():
         "mlp_dropout": 0.1, "lr": 0.00034434240384395007, "weight_decay": 0.0, "batch_size": 10,
         "lr_g": 0.0002872072384786232, "lr_d": 0.0003105663182310478, "weight_decay_g": 0.0,
     }, rel=1e-12)  # fmt: skip
-    assert domainbed_draws.draw("IRM", "DomainNet", 3, 1) == pytest.approx({
+    assert domain_algorithms.draw("IRM", "DomainNet", 3, 1) == pytest.approx({
         "resnet_dropout": 0.1, "irm_lambda": 2.04779455554515, "irm_penalty_anneal_iters": 6533,
         "lr": 0.0002383446436179699, "weight_decay": 6.431270010222042e-05, "batch_size": 9,
     }, rel=1e-12)  # fmt: skip
-    assert domainbed_draws.draw("DANN", "ColoredMNIST", 0, 7) == {
+    assert domain_algorithms.draw("DANN", "ColoredMNIST", 0, 7) == {
         "resnet_dropout": 0.0, "lambda": 1.0, "weight_decay_d": 0.0, "d_steps_per_g_step": 1,
         "grad_penalty": 0.0, "beta1": 0.5, "mlp_width": 256, "mlp_depth": 3, "mlp_dropout": 0.0,
         "lr": 1e-3, "weight_decay": 0.0, "batch_size": 64, "lr_g": 1e-3, "lr_d": 1e-3,
         "weight_decay_g": 0.0,
     }  # fmt: skip
     with pytest.raises(ValueError, match="no algorithm 'ERMs'; did you mean ERM"):
-        domainbed_draws.draw("ERMs", "PACS", 1, 0)
+        domain_algorithms.draw("ERMs", "PACS", 1, 0)
 
 
 RANGES = {
@@ -349,7 +349,7 @@ RANGES = {
 
 @pytest.mark.parametrize("algorithm", RANGES)
 def test_ranges_of_draws(algorithm):
-    draws = [domainbed_draws.draw(algorithm, "PACS", number, 0) for number in range(60)]
+    draws = [domain_algorithms.draw(algorithm, "PACS", number, 0) for number in range(60)]
     common = {"lr": (5e-5, 1e-5, 10**-3.5), "weight_decay": (0, 1e-6, 1e-2),
               "batch_size": (32, 8, 45), "resnet_dropout": (0, 0, 0.5)}  # fmt: skip
     assert draws[0].keys() == {**common, **RANGES[algorithm]}.keys()
@@ -399,7 +399,7 @@ def test_the_draws_and_seeds_of_domainbed(sweep):
     for record in sweep[0]:
         args, found = record["args"], record["hparams"]
         numbers = args["hparams_seed"], args["trial_seed"]
-        ours = domainbed_draws.draw("ERM", "VLCS", *numbers)
+        ours = domain_algorithms.draw("ERM", "VLCS", *numbers)
         assert ours == {name: found[name] for name in ours}
         seed = domainbed.seed_hash("VLCS", "ERM", args["test_envs"], *numbers)
         assert seed == args["seed"]

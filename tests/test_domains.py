@@ -11,7 +11,7 @@ from rich.console import Console
 import lpa_jax
 from lpa_jax import data
 from lpa_jax.data import domainbed
-from lpa_jax.tables import domain_catalogue, domain_report, domainbed_draws, domains, selection
+from lpa_jax.tables import domain_algorithms, domain_catalogue, domain_report, domains, selection
 from lpa_jax.tables.domain_catalogue import DOMAIN_TABLES, PRESETS, PUBLISHED
 from lpa_jax.training import config as configuration
 from lpa_jax.training import feed, fit, identity
@@ -202,7 +202,7 @@ def test_protocols_differ_where_they_did(tmp_path):
     assert found["cached"].evaluate_splits == ("*/out", "photo/in")
 
 
-ROWS = [*domainbed_draws.ALGORITHMS, "LPA+SWAD", "LPA+LPL", "CORAL+LPA"]
+ROWS = [*domain_algorithms.ALGORITHMS, "LPA+SWAD", "LPA+LPL", "CORAL+LPA"]
 
 
 @pytest.mark.parametrize("table", ["rotated_digits", "rotated_mnist", "pacs"])
@@ -215,8 +215,8 @@ def test_every_row_has_what_is_drawn_for_it(table, tmp_path):
             configuration.check(config)
             values = configuration.flat(config.to_dict())
             drawn = domains.drawn(of, run)
-            known = domainbed_draws.hyperparameters(row, of.table.set)
-            wanted = domainbed_draws.changes(row, of.table.set, drawn, 3)
+            known = domain_algorithms.hyperparameters(row, of.table.set)
+            wanted = domain_algorithms.changes(row, of.table.set, drawn, 3)
             assert drawn.keys() == known.keys()
             lacking = {key for key in wanted if key not in values}
             assert lacking <= {"perturbation.dropout.rate"}
@@ -227,11 +227,11 @@ def test_every_row_has_what_is_drawn_for_it(table, tmp_path):
 
 
 def test_counts_of_steps_are_shares_of_the_run():
-    drawn = {**domainbed_draws.draw("IRM", "PACS", 0, 0), "irm_penalty_anneal_iters": 9000}
-    found = domainbed_draws.changes("IRM", "PACS", drawn, 3)
+    drawn = {**domain_algorithms.draw("IRM", "PACS", 0, 0), "irm_penalty_anneal_iters": 9000}
+    found = domain_algorithms.changes("IRM", "PACS", drawn, 3)
     assert found["perturbation.irm.anneal_steps"] == 1.0
     drawn["irm_penalty_anneal_iters"] = 500
-    found = domainbed_draws.changes("IRM", "PACS", drawn, 3)
+    found = domain_algorithms.changes("IRM", "PACS", drawn, 3)
     assert found["perturbation.irm.anneal_steps"] == 500 / 5001
 
 

@@ -14,7 +14,7 @@ class DomainTable(NamedTuple):
       config: Name of a configuration of the package, or the path of a FILE.py.
       changes: Keys of the configuration, dotted, that differ for all rows. Those of a method's
         arguments count where a row has the method.
-      rows: Names in `domainbed_draws.ALGORITHMS`, several joined by `+`, the first of which the
+      rows: Names in `domain_algorithms.ALGORITHMS`, several joined by `+`, the first of which the
         others are compared with; empty for those of the protocol.
       images: Whether the networks are those of image files, which a protocol chooses.
       about: Its networks, in words, where it has no images.

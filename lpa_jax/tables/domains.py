@@ -10,7 +10,7 @@ from rich.console import Console
 import rich.table
 
 from lpa_jax import data
-from lpa_jax.tables import domainbed_draws, runs
+from lpa_jax.tables import domain_algorithms, runs
 from lpa_jax.tables.catalogue import Row, Table
 from lpa_jax.tables.domain_catalogue import DomainTable, Preset
 from lpa_jax.training import files, fit, identity, loop, progress, provenance
@@ -150,8 +150,11 @@ def sweep(
         raise ConfigError(
             f"{error} Or say where the images of {table.set} are by --config.dataset=domains:PATH."
         ) from error
-    if len(domains) < (3 if pairs else 2):
-        raise ConfigError(f"{source!r} has the domain {domains[0]} alone: give it others.")
+    if len(domains) < (least := 3 if pairs else 2):
+        raise ConfigError(
+            f"{source!r} has {len(domains)} of the {least} domains that such a table needs: give "
+            "it more."
+        )
     made = Sweep(name, table, preset, chosen, domains, trials, draws, pairs, changes)
     with as_config_error():
         methods = {part for row in chosen for part in _method(made, row).split("+")}
@@ -162,7 +165,7 @@ def sweep(
 
 
 def _method(of: Sweep, row: str) -> str:
-    method = domainbed_draws.find(row).method
+    method = domain_algorithms.find(row).method
     # DomainBed's dropout before the head, which networks for MNIST do not have.
     parts = ["dropout"] if of.table.images else []
     return "+".join([*parts, *([] if method == "erm" else [method])]) or "erm"
@@ -175,7 +178,7 @@ def configure(of: Sweep, run: Run, workdir: pathlib.Path) -> tuple[Config, str]:
       ConfigError: If a key is unknown, or a value is of the wrong type.
     """
     table, preset = of.table, of.preset
-    algorithm, method = domainbed_draws.find(run.row), _method(of, run.row)
+    algorithm, method = domain_algorithms.find(run.row), _method(of, run.row)
     changes = {
         **preset.changes,
         **(preset.images if table.images else {}),
@@ -183,7 +186,7 @@ def configure(of: Sweep, run: Run, workdir: pathlib.Path) -> tuple[Config, str]:
         **table.changes,
         **algorithm.changes,
         **algorithm.by_set.get(table.set, {}),
-        **domainbed_draws.changes(
+        **domain_algorithms.changes(
             run.row, table.set, drawn(of, run), len(of.domains) - len(run.test)
         ),
         "test_domains": run.test,
@@ -212,7 +215,7 @@ def configure(of: Sweep, run: Run, workdir: pathlib.Path) -> tuple[Config, str]:
 
 def drawn(of: Sweep, run: Run) -> dict[str, Any]:
     """Return the hyper-parameters of a run, by DomainBed's names."""
-    found = domainbed_draws.draw(run.row, of.table.set, run.draw, run.trial)
+    found = domain_algorithms.draw(run.row, of.table.set, run.draw, run.trial)
     fixed = of.preset.drawn if run.draw else {}
     return found | {name: value for name, value in fixed.items() if name in found}
 
@@ -324,7 +327,7 @@ def collect(of: Sweep, workdir: pathlib.Path) -> list[dict[str, Any]]:
             "hparams_seed": run.draw,
         }
         about = {"args": args, "hparams": drawn(of, run), "domains": list(of.domains)}
-        average = domainbed_draws.find(run.row).average
+        average = domain_algorithms.find(run.row).average
         for step, metrics in _evaluations(path, average=average):
             found.append({**about, "step": step, **_accuracies(of.domains, metrics, dataset)})
     return found
