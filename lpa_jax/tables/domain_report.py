@@ -116,7 +116,7 @@ def report(
 ) -> None:
     """Print a table, and save it in `workdir` as `table.md`, `.tex`, `.json` and `.png`.
 
-    The records are saved as `records.jsonl`, from which DomainBed's own tools make its tables too.
+    The records are saved as `records.jsonl`, a line of JSON each, as DomainBed writes them.
 
     Args:
       of: The sweep.
