@@ -77,7 +77,11 @@ def damage(checkpoint):
 
 @pytest.mark.guarantee("killed-run", "sigterm", "damaged-checkpoint")
 @pytest.mark.parametrize(
-    "end", ["SIGKILL", "SIGTERM", pytest.param("SIGKILL and damage", marks=pytest.mark.slow)]
+    "end",
+    [
+        "SIGKILL",
+        *(pytest.param(end, marks=pytest.mark.slow) for end in ("SIGTERM", "SIGKILL and damage")),
+    ],
 )
 def test_an_interrupted_run_resumes_to_the_same_bits(end, whole, tmp_path):
     arguments = [*RESUMED, f"--workdir={tmp_path}"]
@@ -190,7 +194,10 @@ def smoke(config, method, workdir, small_npz):
     assert "test accuracy %" in done.stdout
 
 
-@pytest.mark.parametrize(("config", "method"), [("digits", "sam"), ("cifar10", "lpa+lpl+lpg")])
+@pytest.mark.parametrize(
+    ("config", "method"),
+    [("digits", "sam"), pytest.param("cifar10", "lpa+lpl+lpg", marks=pytest.mark.slow)],
+)
 def test_a_smoke_run_finishes(config, method, tmp_path, small_npz):
     smoke(config, method, tmp_path / "run", small_npz)
 

@@ -3,11 +3,13 @@
 import jax
 import jax.numpy as jnp
 import optax
+import pytest
 
 import lpa_jax
 from lpa_jax.models import SmallCNN
 
 
+@pytest.mark.slow
 def test_every_kind_of_perturbation_in_one_chain_without_jit():
     model = SmallCNN(num_classes=10, width=2)
     key = jax.random.key(0)

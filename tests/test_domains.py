@@ -285,6 +285,11 @@ def test_a_sweep_trains_what_is_missing_and_tells_what_was_chosen(
     for record in records:
         assert record["args"]["dataset"] == "rotated digits"
         for env in (0, 1):
+            # Of a domain that is learned from, in is evaluated at the end alone.
+            if f"env{env}_in_acc" not in record:
+                assert env not in record["args"]["test_envs"]
+                assert record["step"] < 6
+                continue
             inside, outside = record[f"env{env}_in_acc"], record[f"env{env}_out_acc"]
             number = len(data.load("rotated:digits", test_domains=("0",)).splits["0/in"])
             whole = (number * inside + (number // 4) * outside) / (number + number // 4)
@@ -329,6 +334,7 @@ def test_a_sweep_trains_what_is_missing_and_tells_what_was_chosen(
     assert [json.loads(line) for line in lines] == records
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_is_left_out_and_told(tmp_path, two_domains):
     of = swept(["ERM", "RSC"], **{"schedule.learning_rate": 1e30})
     failed = domains.train_all(of, tmp_path, QUIET)

@@ -739,8 +739,14 @@ def check(library: str, spec: Spec, number: int, *, grads: bool) -> None:
             assert (reported["norm"] > 0).all() == (name == site), name
 
 
-# Each kind of part that contains others once, in one of the two libraries.
-@pytest.mark.parametrize("number", range(len(LEAVES), len(KINDS)))
+# Each kind of part that contains others once, in one of the two libraries; half of them are slow.
+@pytest.mark.parametrize(
+    "number",
+    [
+        pytest.param(number, marks=pytest.mark.slow) if number % 4 < 2 else number
+        for number in range(len(LEAVES), len(KINDS))
+    ],
+)
 def test_what_must_hold_of_any_network(number):
     library = list(LIBRARIES)[number % 2]
     check(library, draw_network(number), number, grads=False)

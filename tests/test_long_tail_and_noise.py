@@ -627,9 +627,9 @@ def test_a_run_counts_and_draws_the_labels_it_trains_on(monkeypatch, tmp_path):
         given.append(class_counts)
         return make(config, class_counts, *others)
 
-    def drawn(seed, epoch, labels, batch_size, sampling):
+    def drawn(seed, epoch, labels, batch_size, sampling, **others):
         given.append((sampling, np.bincount(labels).tolist()))
-        return draw(seed, epoch, labels, batch_size, sampling)
+        return draw(seed, epoch, labels, batch_size, sampling, **others)
 
     monkeypatch.setattr(method_config, "perturbation", counted)
     monkeypatch.setattr(data, "train_batches", drawn)

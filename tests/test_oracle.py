@@ -581,7 +581,9 @@ def test_lpl_takes_the_steps_of_its_released_code_on_long_tails(
     np.testing.assert_allclose(taken, 0.15 * np.array(expected), rtol=1e-5)
 
 
-@pytest.mark.parametrize("alpha", [0.15, 0.1, 0.07])
+@pytest.mark.parametrize(
+    "alpha", [0.15, *(pytest.param(alpha, marks=pytest.mark.slow) for alpha in (0.1, 0.07))]
+)
 def test_ties_of_rounded_steps_go_to_the_even_number(alpha):
     up = lpa_jax.splits.all_positive()
     for odd in range(1, 40, 2):

@@ -195,6 +195,7 @@ def test_an_evaluation_stops_at_once_however_long_a_batch_takes():
     assert out.count("given") <= 3
 
 
+@pytest.mark.slow
 def test_training_that_is_stopped_resumes(tmp_path):
     command = [
         sys.executable, "-m", "lpa_jax.main", "--config=configs/digits.py:smoke",

@@ -43,6 +43,7 @@ def test_a_layer_of_a_scan_costs_what_it_costs_in_the_loop(step_of, plain, layer
     assert ratios["scan"] == pytest.approx(passes, rel=0.05)
 
 
+@pytest.mark.slow
 def test_a_scan_and_the_loop_have_the_same_loss_and_gradient(step_of):
     def loss_and_gradient(kind, layers):
         run, given = step_of(kind, layers)

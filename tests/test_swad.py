@@ -141,7 +141,7 @@ def test_a_run_averages_its_steps_and_judges_the_average(tmp_path, monkeypatch):
     assert "average" not in alone
 
 
-@pytest.mark.parametrize("last", [8, 13])
+@pytest.mark.parametrize("last", [13, pytest.param(8, marks=pytest.mark.slow)])
 def test_a_resumed_run_has_the_same_average(tmp_path, monkeypatch, last):
     def save(self, state, step):
         kept(self, state, step)
@@ -160,6 +160,7 @@ def test_a_resumed_run_has_the_same_average(tmp_path, monkeypatch, last):
     assert again["segments"] == whole["segments"]
 
 
+@pytest.mark.slow
 def test_seeds_together_average_as_alone(tmp_path):
     config = small(num_seeds=2)
     alone = lpa_jax.train_and_evaluate(config, tmp_path / "a", QUIET)["seeds"]

@@ -671,6 +671,7 @@ def test_every_call_in_every_layer_has_a_name_of_its_own():
     assert names == ["layers/shared", *(f"layers/shared[{i}]" for i in range(6))]
 
 
+@pytest.mark.slow
 def test_sites_are_found_however_arrays_lie_on_an_explicit_mesh():
     model = nn.Sequential([nn.Dense(16), nn.Dense(3)])
     inputs = jnp.ones((8, 5))

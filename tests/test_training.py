@@ -212,9 +212,9 @@ def sometimes_infinite(site, share):
 @pytest.mark.parametrize(
     ("site", "name"),
     [
-        ("logits", "the perturbation at 'logits'"),
         ("group2", "the perturbation at 'group2'"),
-        ("logit_grads", "the perturbation at 'logit_grads'"),
+        pytest.param("logits", "the perturbation at 'logits'", marks=pytest.mark.slow),
+        pytest.param("logit_grads", "the perturbation at 'logit_grads'", marks=pytest.mark.slow),
     ],
 )
 def test_the_first_site_that_is_not_finite_is_named(site, name, tmp_path, monkeypatch):
@@ -264,7 +264,7 @@ def steps_on_digits(perturbation, nonfinite="stop"):
     return steps, steps.init(jnp.int32(0)), source.open(0, 0)
 
 
-@pytest.mark.parametrize("site", ["inputs", "group1"])
+@pytest.mark.parametrize("site", ["inputs", pytest.param("group1", marks=pytest.mark.slow)])
 def test_a_mixed_image_counts_by_its_share_of_the_class_predicted(site):
     mixup = lpa_jax.manifold_mixup((site,), 4.0)
     steps, state, batches = steps_on_digits(
@@ -395,7 +395,11 @@ def test_large_sets_stay_on_the_host(monkeypatch):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"input": "host"}, {"steps_per_dispatch": 7}, {"fsdp": 8, "batch_size": 64}],
+    [
+        {"input": "host"},
+        pytest.param({"steps_per_dispatch": 7}, marks=pytest.mark.slow),
+        pytest.param({"fsdp": 8, "batch_size": 64}, marks=pytest.mark.slow),
+    ],
     ids=str,
 )
 def test_the_place_of_the_computation_does_not_change_its_result(finished, tmp_path, changes):
