@@ -71,7 +71,9 @@ class Registry(Mapping[str, Entry], Generic[Entry]):
 
     def unknown(self, name: str) -> str:
         """Return the sentence for a name that no entry has."""
-        close = difflib.get_close_matches(name, self._entries, n=3)
+        # Whether letters are capital does not make names far from each other.
+        written = {known.lower(): known for known in self._entries}
+        close = [written[one] for one in difflib.get_close_matches(name.lower(), written, n=3)]
         hint = f"did you mean {' or '.join(close)}? " if close else ""
         return f"There is no {self.kind} {name!r}; {hint}Known: {', '.join(self._entries)}."
 

@@ -761,10 +761,10 @@ CASES = {
         table("pacs", "--config.dataset=domains:DIR"), "or take --preset=cached, whose weights pip"
     ),
     "a protocol that there is not": (
-        table("rotated_digits", "--preset=domainbed"), "did you mean domainbed_2020"
+        table("rotated_digits", "--preset=domainbed"), "did you mean domainbed_head or domainbed_20"
     ),
     "an algorithm that there is not": (
-        table("rotated_digits", "--methods=ERM,Coral"), "no algorithm 'Coral'; did you mean"
+        table("rotated_digits", "--methods=ERM,Coral"), "no algorithm 'Coral'; did you mean CORAL"
     ),
     "an algorithm twice": (table("rotated_digits", "--methods=ERM,ERM"), "names a row twice"),
     "two averages": (table("rotated_digits", "--methods=SWAD+EMA"), "average the weights twice"),
