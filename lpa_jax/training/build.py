@@ -404,9 +404,14 @@ def _check_domains(config: Config, dataset: data.Dataset) -> None:
         )
 
 
+def held_out(dataset: data.Dataset) -> list[str]:
+    """Return the splits that are neither trained nor finally judged on."""
+    return [split for split in dataset.splits if split not in ("train", TEST)]
+
+
 def _evaluated(config: Config, dataset: data.Dataset) -> tuple[str, ...]:
     """Return the splits that are evaluated before the last epoch."""
-    splits = [split for split in dataset.splits if split not in ("train", TEST)]
+    splits = held_out(dataset)
     for pattern in config.evaluate_splits:
         if not isinstance(pattern, str) or not fnmatch.filter(splits, pattern):
             raise ConfigError(
@@ -423,12 +428,16 @@ def _validation(config: Config, dataset: data.Dataset) -> tuple[str, ...]:
     """Return the validation splits of the domains that are learned from, or the one there is."""
     if not config.test_domains:
         return ("validation",)
-    tested = {data.split_name(domain) for domain in config.test_domains}
     return tuple(
         split
-        for split in dataset.splits
-        if split.endswith("/out") and split.removesuffix("/out") not in tested
+        for split in held_out(dataset)
+        if split.endswith("/out") and not _is_tested(config, split)
     )
+
+
+def _is_tested(config: Config, split: str) -> bool:
+    """Return whether a split is of a test domain."""
+    return split.partition("/")[0] in map(data.split_name, config.test_domains)
 
 
 def _augmented(
@@ -584,12 +593,7 @@ def _options_named(model: str) -> Iterator[None]:
 def _selection(config: Config, dataset: data.Dataset, task: Task) -> tuple[str, str]:
     """Return the split and the metric that select; the default split need not be there."""
     split, metric = config.selection.split, config.selection.metric or task.selection
-    tested = {data.split_name(domain) for domain in config.test_domains}
-    known = [
-        name
-        for name in dataset.splits
-        if name not in ("train", TEST) and name.partition("/")[0] not in tested
-    ]
+    known = [name for name in held_out(dataset) if not _is_tested(config, name)]
     if split not in (*known, configuration.default().selection.split):
         raise ConfigError(
             f"config.selection.split must be one of {', '.join(known) or 'none'}, not {split!r}: a "

@@ -26,7 +26,7 @@ from lpa_jax.tasks.task import is_better
 from lpa_jax.training import checkpoints, mesh, pretrained, progress, provenance, rates, swad
 from lpa_jax.training import feed as feeds
 from lpa_jax.training import predict as prediction
-from lpa_jax.training.build import as_config_error, Parts, TEST
+from lpa_jax.training.build import as_config_error, held_out, Parts, TEST
 from lpa_jax.training.config import ConfigError
 from lpa_jax.training.metric_log import MetricLog
 from lpa_jax.training.network import FROZEN
@@ -435,8 +435,8 @@ class Fit:
         row |= {"metrics": {"train": means.train}, "sites": means.sites}
         if not self._is_evaluated(step, epoch):
             return row
-        every = [split for split in self.parts.dataset.splits if split not in ("train", TEST)]
-        chosen = plan.evaluate_splits if step < plan.num_steps else every
+        last = step == plan.num_steps
+        chosen = held_out(self.parts.dataset) if last else plan.evaluate_splits
         found = self._evaluate(one, step, state.variables, chosen)
         if state.ema is not None and chosen:
             row["average"] = _scalars(self._evaluate(one, step, state.ema, chosen, average=True))
