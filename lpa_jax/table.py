@@ -223,7 +223,7 @@ def _main_of_domains(table: Any, workdir: pathlib.Path, console: Any) -> None:
         paths = [domains.result_path(run, workdir) for run in sweep.runs()]
         results = [files.read_json(path) for path in paths if path.exists()]
         about = {"command": _asked(), **runs.made(results)}
-        about["steps"] = sorted({record["step"] for record in records})[-1:]
+        about["steps"] = [max(record["step"] for record in records)]
         domain_report.report(sweep, records, about, failed, workdir, console)
 
 

@@ -136,8 +136,9 @@ def report(
         # It needs the pairs.
         rules = [rule for rule in selection.RULES if rule != "cross_validation"]
     tables = {rule: selection.rows(selection.choose(found, rule)) for rule in rules}
+    compared = {rule: compare(rows) for rule, rows in tables.items()}
     letters = domainbed.letters(of.domains)
-    header, cells = _cells(compare(tables[PRINTED]), letters)
+    header, cells = _cells(compared[PRINTED], letters)
     shown = Table(title=f"{of.name}: accuracy %, {selection.RULES[PRINTED].label}")
     kept = [i for i, column in enumerate(header) if column != "published"]
     for i in kept:
@@ -148,7 +149,7 @@ def report(
     with files.writing(f"The table in {workdir}"):
         lines = "".join(f"{json.dumps(record)}\n" for record in records)
         (workdir / domains.RECORDS).write_text(lines, encoding="utf-8")
-        page = _page(of, tables, letters, about, failed)
+        page = _page(of, tables, compared, letters, about, failed)
         (workdir / "table.md").write_text(page, encoding="utf-8")
         note = NOTE.format(rule=selection.RULES[PRINTED].label)
         (workdir / "table.tex").write_text(latex(note, header, cells), encoding="utf-8")
@@ -162,7 +163,7 @@ def report(
             "failed": failed,
             "rules": {
                 rule: {
-                    "rows": [_plain(row) for row in compare(rows)],
+                    "rows": [_plain(row) for row in compared[rule]],
                     "choices": [choice._asdict() for row in rows for choice in row.choices],
                 }
                 for rule, rows in tables.items()
@@ -172,7 +173,7 @@ def report(
         canvas = plots.table(
             of.name,
             f"accuracy %, {selection.RULES[PRINTED].label}",
-            compare(tables[PRINTED]),
+            compared[PRINTED],
             "mean ± standard error of the trials",
         )
         plots.save(canvas, workdir / "table.png")
@@ -213,6 +214,7 @@ def _signed(number: float, error: float | None) -> str:
 def _page(
     of: domains.Sweep,
     tables: Mapping[str, Sequence[selection.SelectionRow]],
+    compared: Mapping[str, Sequence[DomainRow]],
     letters: Sequence[str],
     about: Mapping[str, Any],
     failed: Mapping[str, str],
@@ -235,7 +237,7 @@ def _page(
         parts += [
             f"## {label[0].upper()}{label[1:]}",
             NOTE.format(rule=label),
-            markdown(*_cells(compare(rows), letters)),
+            markdown(*_cells(compared[rule], letters)),
         ]
         missing = {
             f"- {row.algorithm}: {cell.missing}"

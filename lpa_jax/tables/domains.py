@@ -21,27 +21,6 @@ from lpa_jax.training.metric_log import read_rows
 RECORDS = "records.jsonl"
 
 
-class Run(NamedTuple):
-    """One run.
-
-    Attributes:
-      row: Name of the algorithm.
-      test: The domains that are not learned from: one, or two for cross-validation.
-      trial: Draws the splits, and the run's own randomness.
-      draw: Number of the draw of hyper-parameters.
-    """
-
-    row: str
-    test: tuple[str, ...]
-    trial: int
-    draw: int
-
-    def __str__(self) -> str:
-        """Return the name of the run, which is that of its directory."""
-        tested = "+".join(map(data.split_name, self.test))
-        return f"{self.row}/{tested}/trial{self.trial}/draw{self.draw}"
-
-
 class Group(NamedTuple):
     """The runs of one setting on all test domains, which one process trains.
 
@@ -57,6 +36,32 @@ class Group(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.row}/trial{self.trial}/draw{self.draw}"
+
+
+class Run(NamedTuple):
+    """One run.
+
+    Attributes:
+      row: Name of the algorithm.
+      test: The domains that are not learned from: one, or two for cross-validation.
+      trial: Draws the splits, and the run's own randomness.
+      draw: Number of the draw of hyper-parameters.
+    """
+
+    row: str
+    test: tuple[str, ...]
+    trial: int
+    draw: int
+
+    @property
+    def group(self) -> Group:
+        """The runs of its setting."""
+        return Group(self.row, self.trial, self.draw)
+
+    def __str__(self) -> str:
+        """Return the name of the run, which is that of its directory."""
+        tested = "+".join(map(data.split_name, self.test))
+        return f"{self.row}/{tested}/trial{self.trial}/draw{self.draw}"
 
 
 class Sweep(NamedTuple):
@@ -255,7 +260,7 @@ def left(of: Sweep, workdir: pathlib.Path) -> list[Run]:
 
 def groups(runs_left: Sequence[Run]) -> list[Group]:
     """Return the groups that some runs are of, in order."""
-    return list(dict.fromkeys(Group(run.row, run.trial, run.draw) for run in runs_left))
+    return list(dict.fromkeys(run.group for run in runs_left))
 
 
 def train(of: Sweep, run: Run, workdir: pathlib.Path, console: Console) -> None:
@@ -278,8 +283,8 @@ def train_all(
       ConfigError: If one cannot be run.
       PreemptedError: If the process was sent SIGTERM, after the present step has been saved.
     """
-    failed, missing, time_left = {}, left(of, workdir), progress.Left()
-    missing = [run for run in missing if group is None or groups([run]) == [group]]
+    failed, time_left = {}, progress.Left()
+    missing = [run for run in left(of, workdir) if group in (None, run.group)]
     for number, run in enumerate(missing):
         console.rule(f"{run} ({number + 1} of {len(missing)}){time_left(len(missing) - number)}")
         try:
